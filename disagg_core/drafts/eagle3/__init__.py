@@ -1,0 +1,1 @@
+"""EAGLE-3: the draft model and its training-time-test loss."""

@@ -1,0 +1,170 @@
+"""Every error that a caller may catch. Each says what was expected, what was found, and the way out.
+
+`failure_class` tells the attempts loop what kind of failure it is, and so whether another attempt makes sense.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FailureClass = Literal["out_of_memory", "store_lost", "target_unavailable", "stalled", "preempted", "bad_input", "bug"]
+"""Why an attempt ended. `bad_input` and `bug` are not retried; the others are."""
+
+
+class DraftlineError(Exception):
+    """Base of all errors raised on purpose by this project."""
+
+    failure_class: FailureClass = "bug"
+
+
+class BadInput(DraftlineError, ValueError):
+    """Something that the user gave is wrong. Nothing was started; the message says what is allowed."""
+
+    failure_class = "bad_input"
+
+
+class SpecError(BadInput):
+    """The run document has an unknown, ill-typed or contradictory field."""
+
+
+class PromptError(BadInput):
+    """A prompts file is missing, empty, or has a line that cannot be used (file and line are named)."""
+
+
+class TargetError(BadInput):
+    """The target model is missing, lacks what was asked of it, or cannot be read."""
+
+
+class IncompatibleDraft(BadInput):
+    """A draft's tensors or config do not fit: the names, shapes or dtypes that differ are listed."""
+
+
+class MissingLibrary(BadInput):
+    """A system library or program is missing; the message holds the command that installs it."""
+
+
+class PortTaken(BadInput):
+    """A port that was asked for is in use by another process."""
+
+
+class Transient(DraftlineError):
+    """Base of what may succeed when tried again. Only these are caught and retried."""
+
+
+# --- reference channel -------------------------------------------------------------------------------------------
+
+
+class ChannelError(DraftlineError):
+    """Base of the reference channel's errors."""
+
+
+class ChannelDamaged(ChannelError):
+    """A record in the middle of the stream is not what was written: place, expected and found are named."""
+
+
+class ChannelBusy(ChannelError):
+    """The channel has a live writer (or reader) already; its host, pid and last heartbeat are named."""
+
+
+class ForeignChannel(ChannelError):
+    """The channel belongs to another run or attempt than the one that opens it."""
+
+
+class ChannelClosed(ChannelError):
+    """Published to a stream that has its end, or acknowledged what was never delivered."""
+
+
+class ProducerFailed(ChannelError):
+    """The writer ended the stream with a failure; `reason` is what it said."""
+
+    def __init__(self, reason: str, failure_class: FailureClass = "bug") -> None:
+        super().__init__(f"the producer failed: {reason}")
+        self.reason = reason
+        self.failure_class = failure_class
+
+
+class ChannelStalled(ChannelError):
+    """The other side made no progress for the idle timeout: which side, since when, and what it did last."""
+
+    failure_class = "stalled"
+
+
+class ChannelUnavailable(ChannelError, Transient):
+    """The channel's server or mount cannot be reached."""
+
+    failure_class = "stalled"
+
+
+class IdentityMismatch(ChannelError):
+    """A reference was captured by another target, tokenizer, vocabulary map or schema than this run's."""
+
+    failure_class = "bad_input"
+
+
+# --- feature store -----------------------------------------------------------------------------------------------
+
+
+class StoreError(DraftlineError):
+    """Base of the feature store's errors."""
+
+    failure_class = "store_lost"
+
+
+class StoreFull(StoreError):
+    """No room came free before the deadline; used and total bytes are named. Nothing is ever evicted."""
+
+
+class StoreUnavailable(StoreError, Transient):
+    """The store's master or an owner cannot be reached."""
+
+
+class SampleLost(StoreError):
+    """The bytes of one sample are gone or damaged beyond retry: it has to be captured again."""
+
+
+class StoreMisuse(StoreError):
+    """The store was used after close, in a forked child, or with a reference that is not its own."""
+
+    failure_class = "bug"
+
+
+# --- rollout -----------------------------------------------------------------------------------------------------
+
+
+class CaptureRejected(DraftlineError):
+    """The target ran, but the sample it gave cannot be used; the prompt is counted as rejected with this reason."""
+
+
+class TargetUnavailable(Transient):
+    """No target is able to capture at present."""
+
+    failure_class = "target_unavailable"
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(DraftlineError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class Preempted(DraftlineError):
+    """The process was asked to stop and saved its state."""
+
+    failure_class = "preempted"
+
+
+class AccountingError(DraftlineError):
+    """The run's numbers do not add up: which identity fails and by how much."""
+
+
+class EvaluationFailed(DraftlineError):
+    """Speculative decoding was not lossless, or the accept length is below the run's minimum."""
+
+
+class RoleFailed(DraftlineError):
+    """A role of the run ended without finishing its work."""
+
+    def __init__(self, message: str, failure_class: FailureClass = "bug") -> None:
+        super().__init__(message)
+        self.failure_class = failure_class

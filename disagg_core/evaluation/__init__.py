@@ -1,0 +1,1 @@
+"""Speculative decoding with a draft and its accept length."""

@@ -1,0 +1,1 @@
+"""The producer's side: prompts, leases, targets, capture workers and the drive loop."""

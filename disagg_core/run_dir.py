@@ -1,0 +1,115 @@
+"""The layout of a run's directory, in one place.
+
+::
+
+    <runs>/<run_id>/
+      run.json                  resolved spec and identity, no secrets
+      vocab_map.safetensors     draft vocabulary, derived once per run
+      attempts/<n>/channel/     the reference channel (file backend)
+      attempts/<n>/logs/        one file for each process
+      attempts/<n>/state/       progress of the roles, plain JSON
+      checkpoints/step-<k>/     complete when its manifest exists
+      metrics/                  train.jsonl, rollout.jsonl, tensorboard/
+      evaluation/               before.json, after.json
+      export/                   what a serving engine loads
+      report.json  report.md  report.png
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with draft.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+@dataclass(frozen=True)
+class AttemptDir:
+    """Directory of one attempt of a run."""
+
+    root: Path
+
+    @property
+    def channel(self) -> Path:
+        """The file backend's directory."""
+        return self.root / "channel"
+
+    @property
+    def logs(self) -> Path:
+        """Log files of the attempt's processes."""
+        return self.root / "logs"
+
+    @property
+    def state(self) -> Path:
+        """Progress and outcome files of the roles."""
+        return self.root / "state"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Directory of one run."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, runs: Path, run_id: str) -> RunDir:
+        """Return the directory of `run_id` below `runs`.
+
+        Raises:
+            ValueError: `run_id` is not a plain name, so its directory could lie elsewhere.
+        """
+        if not _NAME.match(run_id):
+            raise ValueError(f"expected a run id of letters, digits, '.', '_' and '-', found {run_id!r}")
+        return cls(runs / run_id)
+
+    def attempt(self, number: int) -> AttemptDir:
+        """Return the directory of attempt `number`."""
+        return AttemptDir(self.root / "attempts" / str(number))
+
+    @property
+    def document(self) -> Path:
+        """The resolved spec with the run's identity."""
+        return self.root / "run.json"
+
+    @property
+    def vocab_map(self) -> Path:
+        """The draft vocabulary map."""
+        return self.root / "vocab_map.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, one directory each."""
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """Metric files of both roles."""
+        return self.root / "metrics"
+
+    @property
+    def evaluation(self) -> Path:
+        """Evaluation results."""
+        return self.root / "evaluation"
+
+    @property
+    def export(self) -> Path:
+        """The draft in serving format."""
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        """The machine-readable report; report.md and report.png lie beside it."""
+        return self.root / "report.json"

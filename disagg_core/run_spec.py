@@ -1,0 +1,282 @@
+"""The run document: the only place where a tunable of a run, its default and its description stand.
+
+A plain pydantic model, so that Prefect shows it as a form and stores it with the run. What belongs to the machine
+rather than to the run (directories, endpoints, secrets) is in `disagg_core.settings`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn ``"256MiB"`` or ``"4 GB"`` into a number of bytes; other values are left to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value)
+    if not match:
+        raise ValueError(f"expected a size such as 256MiB, 4GB or a number of bytes, found {value!r}")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _without_password(url: str | None) -> str | None:
+    if url and urlsplit(url).password:
+        raise ValueError(
+            "a password must not stand in the run document, which is stored with the run; "
+            "set DRAFTLINE_REDIS_PASSWORD on the machines instead"
+        )
+    return url
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+SecretFreeUrl = Annotated[str | None, AfterValidator(_without_password)]
+RunName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, values are not changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Which run this is."""
+
+    name: RunName = Field("training", description="Name of the run; lower case letters, digits, '.', '_' and '-'.")
+    seed: int = Field(0, ge=0, description="Seed of the prompt order, of sampling and of the draft's weights.")
+    attempts: int = Field(3, ge=1, le=100, description="How often the run may start over from its last checkpoint.")
+    trackers: tuple[Literal["tensorboard"], ...] = Field(
+        (), description="Where metrics go besides metrics/*.jsonl; needs the 'trackers' extra."
+    )
+
+
+class TargetSection(Section):
+    """The frozen model whose drafts are trained."""
+
+    model: str = Field(description="Hugging Face id, or a directory (a path starts with ./, ../, / or ~).")
+    config: str | None = Field(
+        None, description="Directory with the target's config.json, for planning where the weights are not at hand."
+    )
+    revision: str | None = Field(None, description="Revision of a Hugging Face model: a branch, tag or commit.")
+    trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
+    backend: Literal["transformers", "sglang"] = Field("transformers", description="What runs the target.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Data type of the weights and of the captured hidden states; auto: as the model says."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where a transformers target runs.")
+    aux_layers: tuple[int, int, int] | None = Field(
+        None, description="Decoder layers (0-based) whose outputs are captured; by default chosen from the depth."
+    )
+    server_urls: tuple[str, ...] = Field((), description="SGLang servers that run already; empty: start our own.")
+    servers: int = Field(1, ge=1, description="How many SGLang servers to start when none are given.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one SGLang server that we start.")
+    server_args: tuple[str, ...] = Field((), description="Further arguments for the SGLang servers that we start.")
+    server_concurrency: int = Field(16, ge=1, description="Requests in flight per SGLang server.")
+    request_timeout_s: float = Field(120.0, gt=0, description="A request to a server that takes longer has failed.")
+    unavailable_timeout_s: float = Field(
+        600.0, gt=0, description="With no usable server for this long the run fails (target_unavailable)."
+    )
+
+    @model_validator(mode="after")
+    def _servers_need_sglang(self) -> TargetSection:
+        if self.backend != "sglang" and (self.server_urls or self.server_args):
+            raise ValueError("server_urls and server_args take effect with backend: sglang only")
+        return self
+
+
+class LossSection(Section):
+    """The training-time-test loss; formulas in the docstring of `disagg_core.drafts.eagle3.loss`."""
+
+    type: Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"] = Field(
+        "soft_cross_entropy", description="Soft cross entropy, or one of the LK (acceptance) losses."
+    )
+    step_decay: float = Field(0.8, gt=0, le=1, description="Weight of test step k is step_decay to the power k.")
+    mask_mode: Literal["aligned", "compat"] = Field("aligned", description="aligned: the mask follows the token.")
+    normalisation: Literal["valid", "compat"] = Field("valid", description="valid: divide by unmasked positions.")
+    kl_scale: float = Field(1.0, ge=0, description="LK lambda: weight of the divergence at zero acceptance.")
+    kl_decay: float = Field(3.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
+
+
+class DraftSection(Section):
+    """The draft model. Sizes that are not given are the target's."""
+
+    method: Literal["eagle3"] = Field("eagle3", description="Draft method.")
+    vocab_size: int | None = Field(None, ge=2, description="Draft vocabulary; by default the target's.")
+    hidden_size: int | None = Field(None, ge=2, description="Width of the draft's layer.")
+    intermediate_size: int | None = Field(None, ge=2, description="Width of the draft's MLP.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Query heads.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="Key and value heads.")
+    ttt_length: int = Field(7, ge=1, le=16, description="Training-time-test length L.")
+    fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
+    loss: LossSection = Field(default_factory=LossSection, description="Loss options.")
+    init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
+    vocab_sample: int = Field(
+        512, ge=1, description="Prompts whose continuations are counted for the vocabulary map when generating."
+    )
+
+
+class GenerateSection(Section):
+    """The target continues the prompts itself; prompt and continuation are captured."""
+
+    max_new_tokens: int = Field(256, ge=1, description="Longest continuation, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus for sampling.")
+
+
+class DataSection(Section):
+    """The prompts and what of them is trained on."""
+
+    prompts: str = Field(description="JSONL file (a path), or hf:<name or directory>[:split] for a dataset.")
+    format: Literal["auto", "messages", "sharegpt", "prompt_response", "text", "tokenized"] = Field(
+        "auto", description="Format of a record; auto: by its keys."
+    )
+    holdout: str | None = Field(
+        None, description="JSONL file of held-out prompts for evaluation; by default some are kept out of prompts."
+    )
+    max_tokens: int = Field(2048, ge=8, description="Longest sample, prompt and continuation together.")
+    truncation: Literal["right", "reject"] = Field("right", description="What to do with longer ones.")
+    chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
+    loss_on: Literal["all_assistant", "last_assistant"] = Field(
+        "all_assistant", description="Which assistant turns are trained on."
+    )
+    train_on_thinking: bool = Field(True, description="Train on the thinking part of assistant turns.")
+    train_on_tool_calls: bool = Field(True, description="Train on assistant turns that are tool calls.")
+    epochs: int = Field(1, ge=1, description="Passes over the prompts.")
+    limit: int | None = Field(None, ge=1, description="Use only the first so many prompts of the seeded order.")
+    shuffle: bool = Field(True, description="Seeded shuffle, another one in each epoch.")
+    generate: GenerateSection | None = Field(None, description="Let the target continue the prompts.")
+
+
+class RolloutSection(Section):
+    """The producer."""
+
+    workers: int = Field(1, ge=1, le=64, description="Capture workers; 1 gives a reproducible order.")
+    batch_tokens: int = Field(8192, ge=8, description="Padded tokens of one capture batch (transformers).")
+    max_prompt_attempts: int = Field(3, ge=1, description="A prompt that fails this often is quarantined.")
+    ordered: bool = Field(True, description="Publish in prompt order, or as captures complete.")
+    high_watermark_refs: int = Field(256, ge=1, description="Pause capture at so many samples in flight.")
+    low_watermark_refs: int | None = Field(None, ge=0, description="Go on below this many; by default half of high.")
+    high_watermark_bytes: Bytes | None = Field(None, description="Pause at so many bytes; default 80% of the store.")
+    low_watermark_bytes: Bytes | None = Field(None, description="Go on below this many; by default half of high.")
+
+
+class StoreSection(Section):
+    """The Mooncake feature store."""
+
+    mode: Literal["managed", "external"] = Field("managed", description="Start master and owner, or use running ones.")
+    capacity: Bytes = Field(4 * 1024**3, description="Memory of the owner, in bytes or as 4GiB.")
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="Transport of sample data.")
+    master_address: str | None = Field(None, description="host:port of a running master (external), or to bind.")
+    metrics_address: str | None = Field(None, description="host:port of the master's metrics (external).")
+    checksum: bool = Field(True, description="CRC-32 of every sample.")
+    put_timeout_s: float = Field(300.0, gt=0, description="A put into a full store waits this long.")
+
+    @model_validator(mode="after")
+    def _external_needs_addresses(self) -> StoreSection:
+        if self.mode == "external" and not (self.master_address and self.metrics_address):
+            raise ValueError("mode: external needs master_address and metrics_address (host:port each)")
+        return self
+
+
+class ChannelSection(Section):
+    """The reference channel."""
+
+    url: SecretFreeUrl = Field(
+        None, description="redis://host:port/db or rediss://...; by default files in the run's directory."
+    )
+    idle_timeout_s: float = Field(600.0, gt=0, description="Without progress of the other side for this long: stalled.")
+    max_draft_lag: int | None = Field(
+        None, ge=0, description="Drop samples captured with a draft older than this many versions; default: never."
+    )
+
+
+class TrainingSection(Section):
+    """The consumer."""
+
+    batch_size: int = Field(1, ge=1, description="Samples in one micro-batch of one rank.")
+    accumulation_steps: int = Field(1, ge=1, description="Micro-batches of one rank in an optimizer step.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    warmup_ratio: float = Field(0.015, ge=0, lt=1, description="Part of the steps with linear warm-up.")
+    max_grad_norm: float = Field(0.5, gt=0, description="Clip the global gradient norm to this.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    processes: int = Field(1, ge=1, description="Trainer processes (GPUs) on one node.")
+    nodes: int = Field(1, ge=1, description="Trainer nodes.")
+    save_every_steps: int = Field(500, ge=1, description="Checkpoint interval in optimizer steps.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 on GPUs that have it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the draft is trained.")
+    compile: bool = Field(False, description="torch.compile the training step.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    prefetch_samples: int = Field(64, ge=1, description="Samples that the loader fetches ahead.")
+    cpu_threads: int | None = Field(None, ge=1, description="Threads of one trainer process on CPU.")
+
+
+class EvaluationSection(Section):
+    """Speculative decoding with the draft, before and after training."""
+
+    prompts: int = Field(16, ge=0, description="Held-out prompts to decode; 0 switches the evaluation off.")
+    draft_tokens: int = Field(5, ge=1, le=16, description="Tokens drafted per target pass (k).")
+    max_new_tokens: int = Field(64, ge=1, description="Tokens decoded per prompt.")
+    min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
+
+
+class ArchiveSection(Section):
+    """Where the results go."""
+
+    url: str | None = Field(None, description="Directory or fsspec URL; default: archive/ under DRAFTLINE_HOME.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept in the run's directory and archived.")
+
+
+class PoolsSection(Section):
+    """Prefect work pools."""
+
+    orchestrator: str = Field("orchestrator", description="Pool of the parent flow.")
+    rollout: str = Field("gpu-rollout", description="Pool of the producer.")
+    train: str = Field("gpu-train", description="Pool of the consumer.")
+
+
+class OrchestrationSection(Section):
+    """How Prefect runs the two roles."""
+
+    pools: PoolsSection = Field(default_factory=PoolsSection, description="Work pools.")
+    tags: tuple[str, ...] = Field((), description="Further tags on the role runs.")
+    stall_timeout_s: float = Field(900.0, gt=0, description="A role that does not start or progress: stalled.")
+    producer_restarts: int = Field(2, ge=0, description="Restarts of the producer within an attempt.")
+
+
+class RunSpec(Section):
+    """One training run of a draft model."""
+
+    run: RunSection = Field(default_factory=RunSection, description="Which run this is.")
+    target: TargetSection = Field(description="The frozen target model.")
+    draft: DraftSection = Field(default_factory=DraftSection, description="The draft model.")
+    data: DataSection = Field(description="The prompts.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="The producer.")
+    store: StoreSection = Field(default_factory=StoreSection, description="The feature store.")
+    channel: ChannelSection = Field(default_factory=ChannelSection, description="The reference channel.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="The consumer.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
+    archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
+    orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
+
+    @property
+    def world_size(self) -> int:
+        """Trainer processes over all nodes."""
+        return self.training.processes * self.training.nodes
+
+    @property
+    def quantum(self) -> int:
+        """Samples of one optimizer window: world_size x batch_size x accumulation_steps."""
+        return self.world_size * self.training.batch_size * self.training.accumulation_steps

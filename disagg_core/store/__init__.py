@@ -1,0 +1,1 @@
+"""The data plane: samples as packed, hard-pinned objects in a Mooncake store."""

@@ -1,0 +1,177 @@
+"""What is known about a target from its config alone: sizes, dtype, default capture layers, fingerprints.
+
+Needs no weights and imports transformers only when called, so that planning works before a GPU is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from disagg_core.errors import TargetError
+from disagg_core.run_spec import TargetSection
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TargetFacts(BaseModel):
+    """The sizes of a target's text model and how it is captured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str
+    aux_layers: tuple[int, int, int]
+    version: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored bytes of one token: int32 id, uint8 mask, three aux states and the last hidden state."""
+        return 4 + 1 + 4 * self.hidden_size * _DTYPE_BYTES[self.dtype]
+
+
+def is_local(model: str) -> bool:
+    """Tell whether `model` names a directory rather than a Hugging Face id."""
+    return model.startswith(("./", "../", "/", "~"))
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """Return the three decoder layers (0-based outputs) that are captured by default, ascending.
+
+    ``[1, n//2 - 1, n - 4]`` for n layers; where these collide or go negative, three spread ids before the last layer,
+    which is never captured because SGLang cannot.
+
+    Raises:
+        TargetError: the target has fewer than four layers.
+    """
+    chosen = (1, num_layers // 2 - 1, num_layers - 4)
+    if 0 <= chosen[0] < chosen[1] < chosen[2]:
+        return chosen
+    if num_layers < 4:
+        raise TargetError(
+            f"expected a target of at least 4 decoder layers (three are captured, never the last), found {num_layers}"
+        )
+    last = num_layers - 2
+    return (0, last // 2, last)
+
+
+def check_aux_layers(aux_layers: tuple[int, int, int], num_layers: int) -> tuple[int, int, int]:
+    """Return `aux_layers` if the target has them.
+
+    Raises:
+        TargetError: not ascending and distinct, out of range, or the last layer.
+    """
+    if not (0 <= aux_layers[0] < aux_layers[1] < aux_layers[2] <= num_layers - 2):
+        raise TargetError(
+            f"target.aux_layers: expected three ascending layer ids from 0 to {num_layers - 2} "
+            f"(the target has {num_layers} layers and the last cannot be captured), found {list(aux_layers)}"
+        )
+    return aux_layers
+
+
+def read_target_facts(target: TargetSection) -> TargetFacts:
+    """Read the target's config and return its facts.
+
+    Raises:
+        TargetError: there is no such model or config, it is no causal language model, or lacks the layers.
+    """
+    config = _load_config(target)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    eos = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
+    dtype = target.dtype
+    if dtype == "auto":
+        dtype = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    if dtype not in _DTYPE_BYTES:
+        raise TargetError(f"target.dtype: expected one of {sorted(_DTYPE_BYTES)}, found {dtype} in the model's config")
+    layers = text.num_hidden_layers
+    aux = check_aux_layers(target.aux_layers, layers) if target.aux_layers else default_aux_layers(layers)
+    return TargetFacts(
+        model=target.model,
+        model_type=text.model_type,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
+        rope_parameters=dict(getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}),
+        tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        bos_token_id=text.bos_token_id,
+        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        pad_token_id=text.pad_token_id,
+        dtype=dtype,
+        aux_layers=aux,
+        version=target_version(target, config.to_dict()),
+    )
+
+
+def _load_config(target: TargetSection) -> Any:
+    from transformers import AutoConfig
+
+    source = target.config or target.model
+    if is_local(source):
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise TargetError(f"target.model: no such directory: {path}; give a directory with config.json or a hub id")
+        source = str(path)
+    try:
+        return AutoConfig.from_pretrained(source, revision=target.revision, trust_remote_code=target.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"target.model: cannot read the config of {source!r}: {str(error).splitlines()[0]}; check the name, "
+            "or point target.config at a directory with its config.json"
+        ) from error
+
+
+def target_version(target: TargetSection, config: dict[str, Any]) -> str:
+    """Return the fingerprint of a target's revision: a hash over its config and the index of its weights.
+
+    For a directory the index is the name and size of each weight file, with header, first and last megabyte of each
+    safetensors file; for a hub model it is the revision.
+    """
+    digest = hashlib.sha256()
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    stable = {key: value for key, value in config.items() if key not in volatile}
+    digest.update(json.dumps(stable, sort_keys=True, default=str).encode())
+    if is_local(target.model):
+        for path in sorted(Path(target.model).expanduser().glob("*.safetensors*")):
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            if path.suffix == ".safetensors":
+                digest.update(_weights_sample(path))
+            else:
+                digest.update(path.read_bytes())
+    else:
+        digest.update(f"{target.model}@{target.revision or config.get('_commit_hash') or 'main'}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _weights_sample(path: Path) -> bytes:
+    """Return the header of a safetensors file with the first and last megabyte of its data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        sample = file.read(min(length, 64 * 1024**2)) + file.read(1024**2)
+        file.seek(max(file.tell(), path.stat().st_size - 1024**2))
+        return sample + file.read(1024**2)

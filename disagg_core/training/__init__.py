@@ -1,0 +1,1 @@
+"""The consumer's side: loader, trainer, optimizer, checkpoints."""
