@@ -20,7 +20,7 @@ class DraftlineError(Exception):
 class BadInput(DraftlineError, ValueError):
     """Something that the user gave is wrong. Nothing was started; the message says what is allowed."""
 
-    failure_class = "bad_input"
+    failure_class: FailureClass = "bad_input"
 
 
 class SpecError(BadInput):
@@ -86,19 +86,19 @@ class ProducerFailed(ChannelError):
 class ChannelStalled(ChannelError):
     """The other side made no progress for the idle timeout: which side, since when, and what it did last."""
 
-    failure_class = "stalled"
+    failure_class: FailureClass = "stalled"
 
 
 class ChannelUnavailable(ChannelError, Transient):
     """The channel's server or mount cannot be reached."""
 
-    failure_class = "stalled"
+    failure_class: FailureClass = "stalled"
 
 
 class IdentityMismatch(ChannelError):
     """A reference was captured by another target, tokenizer, vocabulary map or schema than this run's."""
 
-    failure_class = "bad_input"
+    failure_class: FailureClass = "bad_input"
 
 
 # --- feature store -----------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class IdentityMismatch(ChannelError):
 class StoreError(DraftlineError):
     """Base of the feature store's errors."""
 
-    failure_class = "store_lost"
+    failure_class: FailureClass = "store_lost"
 
 
 class StoreFull(StoreError):
@@ -125,7 +125,7 @@ class SampleLost(StoreError):
 class StoreMisuse(StoreError):
     """The store was used after close, in a forked child, or with a reference that is not its own."""
 
-    failure_class = "bug"
+    failure_class: FailureClass = "bug"
 
 
 # --- rollout -----------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class CaptureRejected(DraftlineError):
 class TargetUnavailable(Transient):
     """No target is able to capture at present."""
 
-    failure_class = "target_unavailable"
+    failure_class: FailureClass = "target_unavailable"
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class CheckpointError(DraftlineError):
 class Preempted(DraftlineError):
     """The process was asked to stop and saved its state."""
 
-    failure_class = "preempted"
+    failure_class: FailureClass = "preempted"
 
 
 class AccountingError(DraftlineError):

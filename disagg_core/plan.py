@@ -5,9 +5,7 @@ Made by `make_plan` before anything is started; written to ``run.json``; handed 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 

@@ -98,7 +98,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
     text = config.get_text_config()
     heads = text.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
-    dtype = target.dtype
+    dtype: str = target.dtype
     if dtype == "auto":
         dtype = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if dtype not in _DTYPE_BYTES:
