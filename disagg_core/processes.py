@@ -1,0 +1,105 @@
+"""Process trees that never outlive us: own session, own log file, and a bounded, escalating end.
+
+A child is killed by the kernel when the thread that spawned it ends (``PR_SET_PDEATHSIG``), so spawn from a thread
+that lives as long as the child may: usually the main thread. Children never inherit our standard output: a pipe held
+open by a grandchild would hide our own death from whoever watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from disagg_core.errors import PortTaken
+
+_PR_SET_PDEATHSIG = 1
+
+
+def spawn(
+    command: Sequence[str],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    death_signal: signal.Signals = signal.SIGTERM,
+) -> subprocess.Popen[bytes]:
+    """Start `command` as the leader of its own session; its output is appended to `log`.
+
+    `environment` is added to ours. The kernel sends `death_signal` to the child when we die.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        libc.prctl(_PR_SET_PDEATHSIG, death_signal)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            preexec_fn=before_exec,
+        )
+
+
+def stop_tree(process: subprocess.Popen[bytes], *, grace_s: float, first: signal.Signals = signal.SIGTERM) -> int:
+    """End `process` and everything in its session's process group; return its exit code.
+
+    Sends `first`, waits up to `grace_s` seconds, then kills the whole group.
+    """
+    if process.poll() is None:
+        process.send_signal(first)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def describe_exit(code: int) -> str:
+    """Return ``exit code 1`` or ``killed by SIGKILL``."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """Return the last `lines` lines of `log`; an empty string if there is none."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 64 * 1024))
+        text = file.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def free_port(host: str) -> int:
+    """Return a TCP port that is free on `host` now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(host: str, port: int, purpose: str) -> None:
+    """Raise `PortTaken` if `port` cannot be bound on `host`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortTaken(
+                f"{purpose}: port {port} on {host} is taken ({error.strerror}); stop what listens there "
+                "or choose another port"
+            ) from error
