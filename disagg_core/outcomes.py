@@ -1,0 +1,60 @@
+"""How a role ended, as a file that outlives its process: what the parent decides the attempt by.
+
+A role that was killed leaves no outcome; that absence is itself the signal that it died without a word.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from disagg_core.errors import DraftlineError, FailureClass
+from disagg_core.run_dir import write_atomically
+
+
+class RoleOutcome(BaseModel):
+    """The end of one role process. `result` holds the role's own figures."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["completed", "failed"]
+    failure_class: FailureClass | None = None
+    message: str = ""
+    started: float
+    ended: float
+    result: dict[str, JsonValue] = {}
+
+
+def classify(error: BaseException) -> FailureClass:
+    """Return the failure class of `error`: its own if it is one of ours, else by what it is."""
+    if isinstance(error, DraftlineError):
+        return error.failure_class
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    return "bug"
+
+
+def write_outcome(path: Path, started: float, result: dict[str, JsonValue] | None = None) -> None:
+    """Record that the role which started at `started` (seconds since the epoch) finished its work."""
+    outcome = RoleOutcome(state="completed", started=started, ended=time.time(), result=result or {})
+    write_atomically(path, outcome.model_dump_json(indent=2))
+
+
+def write_failure(path: Path, started: float, error: BaseException) -> None:
+    """Record that the role failed with `error`."""
+    outcome = RoleOutcome(
+        state="failed",
+        failure_class=classify(error),
+        message=f"{type(error).__name__}: {error}",
+        started=started,
+        ended=time.time(),
+    )
+    write_atomically(path, outcome.model_dump_json(indent=2))
+
+
+def read_outcome(path: Path) -> RoleOutcome | None:
+    """Return the outcome in `path`, or None if the role left none."""
+    return RoleOutcome.model_validate_json(path.read_bytes()) if path.is_file() else None
