@@ -115,6 +115,8 @@ class Target(Protocol):
         """Load or start the model and prove that it is the one of `identity` and captures its layers and dtype.
 
         Every server is checked before the first sample; `identity` is what references written by a server carry.
+        Called again on a prepared target it replaces the identity and starts nothing: the vocabulary map, whose hash is
+        part of it, may have to be counted over continuations of this very target first.
 
         Raises:
             TargetError: a server has another model, revision, tokenizer, version or set of layers than expected,
