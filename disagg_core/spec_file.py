@@ -1,0 +1,138 @@
+"""Reading a run document from YAML, with overrides, into a `RunSpec` whose paths are absolute.
+
+Relative paths mean relative to the document, so that it works from any directory and on any worker.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from disagg_core.errors import SpecError
+from disagg_core.run_spec import RunSpec
+from disagg_core.target_facts import is_local
+
+_PATHS = (
+    ("target", "model"),
+    ("target", "config"),
+    ("draft", "init_from"),
+    ("data", "prompts"),
+    ("data", "holdout"),
+    ("data", "chat_template"),
+    ("archive", "url"),
+)
+_MAY_BE_HUB_IDS = {("target", "model"), ("target", "config")}
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read the run document at `path`, apply ``section.key=value`` overrides, and validate it.
+
+    Raises:
+        SpecError: no such file, no YAML mapping, an unknown or ill-typed key, or an override of another form.
+    """
+    document = _read_yaml(path)
+    for override in overrides:
+        _apply_override(document, override)
+    spec = parse_spec(document, source=str(path))
+    return _with_absolute_paths(spec, path.resolve().parent)
+
+
+def parse_spec(document: dict[str, Any], *, source: str = "spec") -> RunSpec:
+    """Validate a run document.
+
+    Raises:
+        SpecError: names every key that is wrong, what stands there, and what is allowed.
+    """
+    try:
+        return RunSpec.model_validate(document)
+    except ValidationError as error:
+        raise SpecError("\n".join([f"{source}: the run document is not valid:", *_explain(error)])) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such run document; examples are in infra/runs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise SpecError(f"{path}: expected sections (run, target, data, ...), found {type(document).__name__}")
+    return document
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or len(names) < 2 or not all(names):
+        raise SpecError(f"--set: expected section.key=value, found {override!r}")
+    node: Any = document
+    for name in names[:-1]:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise SpecError(f"--set {override}: {name} is a value, not a section")
+    try:
+        node[names[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "document"
+        if problem["type"] == "extra_forbidden":
+            allowed = sorted(_fields_at(problem["loc"][:-1]))
+            name = str(problem["loc"][-1])
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            lines.append(f"  {where}: unknown key; {hint}allowed here: {', '.join(allowed)}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {where}: missing")
+        else:
+            lines.append(f"  {where}: {_message(problem)}")
+    return lines
+
+
+def _message(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if "found" in message else f"{message}, found {problem['input']!r}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunSpec
+    for name in location:
+        annotation = model.model_fields[str(name)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+def _with_absolute_paths(spec: RunSpec, base: Path) -> RunSpec:
+    document = spec.model_dump(mode="json")
+    for section, key in _PATHS:
+        document[section][key] = _absolute(
+            document[section][key], base, may_be_hub_id=(section, key) in _MAY_BE_HUB_IDS
+        )
+    return RunSpec.model_validate(document)
+
+
+def _absolute(value: str | None, base: Path, *, may_be_hub_id: bool) -> str | None:
+    if value is None or "://" in value or (may_be_hub_id and not is_local(value)):
+        return value
+    prefix = ""
+    if value.startswith("hf:"):
+        if not is_local(value.removeprefix("hf:")):
+            return value
+        prefix, value = "hf:", value.removeprefix("hf:")
+    return prefix + str((base / Path(value).expanduser()).resolve())
