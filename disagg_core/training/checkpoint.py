@@ -1,0 +1,240 @@
+"""Checkpoints: one atomic unit of weights, optimizer, schedule, random state and data cursor.
+
+::
+
+    checkpoints/step-<k>/
+      draft.safetensors       draft in serving names, fp32 masters, with d2t and t2d, without the target's embedding
+      config.json             the draft's serving config
+      optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq, .step
+      rng.safetensors         states of the random generators
+      trainer.json            `TrainerState`: step, schedule, counts, identity and the data cursor
+      manifest.json           size and SHA-256 of each file above; written last
+
+A checkpoint is written beside its place, synced, and renamed into it, so a directory called ``step-<k>`` is whole
+unless the disk damaged it; readers check the manifest all the same. Weights and cursor are never apart: that is what
+makes "nothing is trained twice with respect to the restored weights" true. ``step-0`` holds the untrained draft and is
+never pruned. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from disagg_core.errors import CheckpointError
+
+FORMAT = 1
+DRAFT_FILE = "draft.safetensors"
+CONFIG_FILE = "config.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng.safetensors"
+STATE_FILE = "trainer.json"
+MANIFEST_FILE = "manifest.json"
+
+_STEP_DIR = re.compile(r"^step-(\d+)$")
+_log = logging.getLogger(__name__)
+
+
+class DataCursor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which prompt ordinals the weights have seen, as closed ranges, and which were given up (never in both)."""
+
+    trained: list[tuple[int, int]] = []
+    quarantined: list[tuple[int, int]] = []
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a checkpoint that is not a tensor.
+
+    `samples` and `tokens` count what was trained since the run began; `identity` names what must be equal for the
+    weights to be continued (run, target, tokenizer, vocabulary map); `total_steps` is the schedule's length, None
+    where it is not known.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    seed: int
+    total_steps: int | None
+    identity: dict[str, str]
+    cursor: DataCursor
+    loss_first: float | None = None
+    loss_last: float | None = None
+
+
+class _FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    size: int
+    sha256: str
+
+
+class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    step: int
+    files: dict[str, _FileEntry]
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """A checkpoint in memory. Tensors are whole (not sharded) and on the CPU."""
+
+    draft: dict[str, Tensor]
+    config: dict[str, Any]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: TrainerState
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Return the directory of step `step`'s checkpoint below `root`."""
+    return root / f"step-{step}"
+
+
+def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Path:
+    """Write `content` to ``<root>/step-<k>`` as a whole, then prune all but the `keep` newest (and step 0).
+
+    Returns the checkpoint's directory. A damaged or older checkpoint of the same step is replaced.
+    """
+    final = checkpoint_path(root, content.state.step)
+    draft = root / f".{final.name}.{os.getpid()}.tmp"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    save_file(dict(content.draft), draft / DRAFT_FILE, metadata={"format": "pt"})
+    save_file(dict(content.optimizer), draft / OPTIMIZER_FILE)
+    save_file(dict(content.rng), draft / RNG_FILE)
+    (draft / CONFIG_FILE).write_text(json.dumps(content.config, indent=2) + "\n")
+    (draft / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(content.state), indent=1))
+    files = {path.name: _entry_of(path) for path in sorted(draft.iterdir())}
+    for name in files:
+        _sync(draft / name)
+    manifest = _Manifest(FORMAT, content.state.step, files)
+    (draft / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    _sync(draft / MANIFEST_FILE)
+    _sync(draft)
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    _sync(root)
+    prune_checkpoints(root, keep=keep)
+    return final
+
+
+def _entry_of(path: Path) -> _FileEntry:
+    with path.open("rb") as file:
+        return _FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune_checkpoints(root: Path, *, keep: int) -> list[Path]:
+    """Remove all checkpoints but step 0 and the `keep` newest, and what writers that died have left.
+
+    Returns what was removed. Only the newest are kept by step number, whether intact or not: `newest_complete` is
+    asked before training starts, so a damaged one is replaced as training passes it.
+    """
+    removed = [path for step, path in _by_step(root)[keep:] if step > 0]
+    removed += [path for path in root.glob(".step-*.tmp") if path.is_dir()]
+    for path in removed:
+        shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def _by_step(root: Path) -> list[tuple[int, Path]]:
+    """Return (step, directory) of everything called step-<k> below `root`, newest first."""
+    if not root.is_dir():
+        return []
+    found = [(match, path) for path in root.iterdir() if (match := _STEP_DIR.match(path.name)) and path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found), reverse=True)
+
+
+def verify_checkpoint(path: Path) -> int:
+    """Check every file of the checkpoint at `path` against its manifest; return the checkpoint's step.
+
+    Raises:
+        CheckpointError: no manifest, another format, or a file whose size or SHA-256 is not the manifest's.
+    """
+    manifest_path = path / MANIFEST_FILE
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: expected {MANIFEST_FILE}, found none: the checkpoint is incomplete")
+    try:
+        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=_Manifest)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{manifest_path}: cannot be read ({error}); use an older checkpoint") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {manifest.format}")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: listed in {MANIFEST_FILE} but not there; use an older checkpoint")
+        if file.stat().st_size != expected.size or (found := _entry_of(file)) != expected:
+            size = file.stat().st_size
+            detail = f"{size} bytes" if size != expected.size else f"SHA-256 {found.sha256}"
+            wanted = f"{expected.size} bytes" if size != expected.size else f"SHA-256 {expected.sha256}"
+            raise CheckpointError(f"{file}: expected {wanted}, found {detail}; use an older checkpoint")
+    return manifest.step
+
+
+def newest_complete(root: Path) -> Path | None:
+    """Return the newest checkpoint below `root` that is whole, or None; those that are not are skipped, and logged."""
+    for _step, path in _by_step(root):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            _log.warning("skipping a damaged checkpoint: %s", error)
+        else:
+            return path
+    return None
+
+
+def read_state(path: Path) -> TrainerState:
+    """Return the `TrainerState` of the checkpoint at `path`, without its tensors.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    try:
+        return msgspec.json.decode((path / STATE_FILE).read_bytes(), type=TrainerState)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path / STATE_FILE}: cannot be read ({error}); use an older checkpoint") from error
+
+
+def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None) -> CheckpointContent:
+    """Verify and read the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or made under another `identity` than the one given.
+    """
+    verify_checkpoint(path)
+    state = read_state(path)
+    if identity is not None and state.identity != dict(identity):
+        differing = sorted(
+            name for name in {*identity, *state.identity} if identity.get(name) != state.identity.get(name)
+        )
+        details = ", ".join(f"{n}: expected {identity.get(n)!r}, found {state.identity.get(n)!r}" for n in differing)
+        raise CheckpointError(
+            f"{path} belongs to another run ({details}); use a new run id, or draft.init_from with an export"
+        )
+    return CheckpointContent(
+        draft=load_file(path / DRAFT_FILE),
+        config=json.loads((path / CONFIG_FILE).read_text()),
+        optimizer=load_file(path / OPTIMIZER_FILE),
+        rng=load_file(path / RNG_FILE),
+        state=state,
+    )

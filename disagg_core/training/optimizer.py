@@ -1,0 +1,116 @@
+"""AdamW on fp32 masters, its learning-rate schedule, and the optimizer's state as named tensors.
+
+The schedule is a function of the step alone, so resuming needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from disagg_core.errors import CheckpointError
+from disagg_core.run_spec import TrainingSection
+
+WARMUP_STEPS_OF_UNKNOWN_LENGTH = 100
+"""Warm-up steps when the number of optimizer steps is not known beforehand."""
+
+NamedParameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak`, then half a cosine to 0 at `total_steps`; constant after warm-up if that is None."""
+
+    peak: float
+    warmup_ratio: float
+    total_steps: int | None
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up; the first of them has rate peak / warmup_steps."""
+        if self.total_steps is None:
+            return WARMUP_STEPS_OF_UNKNOWN_LENGTH if self.warmup_ratio else 0
+        return int(self.warmup_ratio * self.total_steps)
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (0-based)."""
+        warmup = self.warmup_steps
+        if step < warmup:
+            return self.peak * (step + 1) / warmup
+        if self.total_steps is None:
+            return self.peak
+        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
+    """Return AdamW (decoupled weight decay) over `parameters`, which must be fp32."""
+    masters = list(parameters)
+    wrong = {str(p.dtype) for p in masters if p.dtype != torch.float32}
+    assert not wrong, f"optimizer state is kept on fp32 masters, found {wrong}"
+    return torch.optim.AdamW(
+        masters, lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay, fused=True
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm over all parameters and ranks is at most `max_norm`.
+
+    Returns the norm before clipping, a scalar on the parameters' device. A collective when parameters are sharded.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of `tensor` on the CPU, gathered from all ranks if it is sharded (then a collective)."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().to("cpu", copy=True).contiguous()
+
+
+def fill(destination: Tensor, source: Tensor) -> None:
+    """Copy the whole tensor `source` into `destination`, each rank its own shard; no communication."""
+    with torch.no_grad():
+        if isinstance(destination, DTensor):
+            source = distribute_tensor(
+                source.to(destination.device), destination.device_mesh, destination.placements, src_data_rank=None
+            )
+        destination.copy_(source)
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: NamedParameters) -> dict[str, Tensor]:
+    """Return the optimizer's state as whole CPU tensors called <parameter>.<state>; empty before the first step."""
+    return {
+        f"{name}.{kind}": whole(value)
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.AdamW, parameters: NamedParameters, tensors: dict[str, Tensor]) -> None:
+    """Put the state that `optimizer_tensors` returned back.
+
+    Raises:
+        CheckpointError: a state is missing, unknown, or has another shape than its parameter.
+    """
+    expected = {f"{name}.{kind}" for name in parameters for kind in ("exp_avg", "exp_avg_sq", "step")}
+    if tensors and tensors.keys() != expected:
+        raise CheckpointError(
+            f"optimizer state: missing {sorted(expected - tensors.keys())}, unknown {sorted(tensors.keys() - expected)}"
+        )
+    for name, parameter in parameters.items() if tensors else ():
+        state: dict[str, Tensor] = {"step": tensors[f"{name}.step"].to(parameter.device)}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            saved = tensors[f"{name}.{kind}"]
+            if saved.shape != parameter.shape:
+                raise CheckpointError(
+                    f"optimizer state {name}.{kind}: expected shape {list(parameter.shape)}, found {list(saved.shape)}"
+                )
+            state[kind] = torch.zeros_like(parameter)
+            fill(state[kind], saved)
+        optimizer.state[parameter] = state

@@ -1,0 +1,175 @@
+"""A checkpoint is whole or it is not there."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from disagg_core.errors import CheckpointError
+from disagg_core.training.checkpoint import (
+    CheckpointContent,
+    DataCursor,
+    TrainerState,
+    load_checkpoint,
+    newest_complete,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+pytestmark = pytest.mark.unit
+
+IDENTITY = {"run_id": "r", "target": "t", "vocab_map": "v"}
+
+
+def content(step: int) -> CheckpointContent:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(6, 4, generator=generator)
+    return CheckpointContent(
+        draft={"fc.weight": weight, "t2d": torch.tensor([True, False]), "d2t": torch.arange(3)},
+        config={"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 4},
+        optimizer={"fc.weight.exp_avg": weight * 2, "fc.weight.step": torch.tensor(float(step))},
+        rng={"cpu": torch.get_rng_state()},
+        state=TrainerState(
+            step=step,
+            samples=8 * step,
+            tokens=100 * step,
+            seed=3,
+            total_steps=10,
+            identity=IDENTITY,
+            cursor=DataCursor(trained=[(0, 8 * step)], quarantined=[(99, 99)]),
+            loss_first=5.0,
+        ),
+    )
+
+
+def same(left: CheckpointContent, right: CheckpointContent) -> bool:
+    for field in ("draft", "optimizer", "rng"):
+        mine, theirs = getattr(left, field), getattr(right, field)
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
+    return left.config == right.config and left.state == right.state
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
+    path = save_checkpoint(tmp_path, content(4), keep=2)
+
+    assert path == tmp_path / "step-4"
+    assert same(load_checkpoint(path, identity=IDENTITY), content(4))
+    assert read_state(path).cursor.trained == [(0, 32)]
+    assert verify_checkpoint(path) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_manifest_lists_every_file_with_size_and_hash(tmp_path):
+    path = save_checkpoint(tmp_path, content(1), keep=2)
+
+    manifest = json.loads((path / "manifest.json").read_text())
+
+    assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
+    assert all(entry["size"] == (path / name).stat().st_size for name, entry in manifest["files"].items())
+
+
+def test_the_newest_whole_checkpoint_is_found_past_torn_ones(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, content(step), keep=9)
+    (tmp_path / "step-4" / "manifest.json").unlink()
+    damaged = tmp_path / "step-3" / "optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+
+    assert newest_complete(tmp_path) == tmp_path / "step-2"
+
+
+@pytest.mark.parametrize("name", ["draft.safetensors", "optimizer.safetensors", "trainer.json", "rng.safetensors"])
+def test_every_truncated_file_is_named(tmp_path, name):
+    path = save_checkpoint(tmp_path, content(1), keep=2)
+    (path / name).write_bytes((path / name).read_bytes()[:-1])
+
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
+    path = save_checkpoint(tmp_path, content(1), keep=2)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: listed in"):
+        verify_checkpoint(path)
+    (path / "manifest.json").write_text('{"format": 1')
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
+        verify_checkpoint(path)
+    (path / "manifest.json").write_bytes(msgspec.json.encode({"format": 7, "step": 1, "files": {}}))
+    with pytest.raises(CheckpointError, match="expected checkpoint format 1, found 7"):
+        verify_checkpoint(path)
+
+
+def test_nothing_saved_means_nothing_to_resume(tmp_path):
+    assert newest_complete(tmp_path / "none") is None
+
+
+def test_old_checkpoints_go_but_the_untrained_draft_stays(tmp_path):
+    for step in (0, 5, 10, 15):
+        save_checkpoint(tmp_path, content(step), keep=2)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-10", "step-15"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_never_loaded(tmp_path):
+    save_checkpoint(tmp_path, content(2), keep=2)
+    torn = tmp_path / ".step-4.123.tmp"
+    torn.mkdir()
+    (torn / "draft.safetensors").write_bytes(b"half")
+
+    assert newest_complete(tmp_path) == tmp_path / "step-2"
+    assert prune_checkpoints(tmp_path, keep=2) == [torn]
+    assert not torn.exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    save_checkpoint(tmp_path, content(2), keep=2)
+    newer = dataclasses.replace(content(2), config={"hidden_size": 5})
+
+    save_checkpoint(tmp_path, newer, keep=2)
+
+    assert same(load_checkpoint(tmp_path / "step-2"), newer)
+
+
+def test_weights_of_another_run_are_refused_with_what_differs(tmp_path):
+    path = save_checkpoint(tmp_path, content(1), keep=2)
+
+    with pytest.raises(CheckpointError, match="vocab_map: expected 'w', found 'v'"):
+        load_checkpoint(path, identity=IDENTITY | {"vocab_map": "w"})
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """A child saves without end and is killed at different moments; what is newest must always verify."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from test_checkpoint import content\n"
+        "from disagg_core.training.checkpoint import save_checkpoint\n"
+        "step = 0\n"
+        "while True:\n"
+        "    save_checkpoint(Path(sys.argv[1]), content(step), keep=2); print(step, flush=True); step += 1\n"
+    )
+    for saved_before_kill in (1, 3, 6):
+        root = tmp_path / str(saved_before_kill)
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(root), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for _ in range(saved_before_kill):
+            last = int(child.stdout.readline())
+        child.kill()
+        child.wait(30)
+        child.stdout.close()
+        newest = newest_complete(root)
+        assert newest is not None
+        assert read_state(newest).step >= last

@@ -1,0 +1,105 @@
+"""The optimizer follows the written schedule and can be taken apart and put together again."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from disagg_core.errors import CheckpointError
+from disagg_core.run_spec import TrainingSection
+from disagg_core.training.optimizer import (
+    WARMUP_STEPS_OF_UNKNOWN_LENGTH,
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    optimizer_tensors,
+    restore_optimizer,
+)
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_rate_climbs_linearly_and_falls_as_half_a_cosine_to_zero():
+    schedule = Schedule(peak=2.0, warmup_ratio=0.1, total_steps=100)
+
+    assert schedule.at(0) == pytest.approx(0.2)
+    assert schedule.at(9) == pytest.approx(2.0)
+    assert schedule.at(10) == pytest.approx(2.0)
+    assert schedule.at(55) == pytest.approx(1.0)
+    assert schedule.at(99) == pytest.approx(1 + math.cos(math.pi * 89 / 90))
+    assert schedule.at(100) == 0.0
+    assert schedule.at(1000) == 0.0
+
+
+def test_the_schedule_is_what_torch_computes():
+    schedule = Schedule(peak=1e-3, warmup_ratio=0.05, total_steps=60)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=57)
+    expected = []
+    for step in range(60):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        warm.step() if step < 3 else cosine.step()
+
+    assert schedule.warmup_steps == 3
+    assert [schedule.at(step) for step in range(60)] == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_a_known_end_the_rate_stays_constant_after_warm_up():
+    schedule = Schedule(peak=1.0, warmup_ratio=0.015, total_steps=None)
+
+    assert schedule.at(0) == 1.0 / WARMUP_STEPS_OF_UNKNOWN_LENGTH
+    assert schedule.at(WARMUP_STEPS_OF_UNKNOWN_LENGTH) == schedule.at(10**6) == 1.0
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate():
+    assert Schedule(peak=3.0, warmup_ratio=0.0, total_steps=10).at(0) == 3.0
+    assert Schedule(peak=3.0, warmup_ratio=0.0, total_steps=None).at(0) == 3.0
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+
+    norm = clip_gradients(parameters, 0.5)
+
+    assert float(norm) == pytest.approx(2 * math.sqrt(7))
+    assert float(torch.cat([p.grad for p in parameters]).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def trained(steps: int, resume_after: int | None = None) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    names = dict(layer.named_parameters())
+    optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
+    for step in range(steps):
+        if step == resume_after:
+            saved = optimizer_tensors(optimizer, names)
+            optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
+            restore_optimizer(optimizer, names, saved)
+        optimizer.zero_grad()
+        layer(torch.randn(2, 5, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+    return layer
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit():
+    assert torch.equal(trained(6).weight, trained(6, resume_after=3).weight)
+
+
+def test_a_state_that_does_not_fit_is_named():
+    layer = nn.Linear(5, 3)
+    names = dict(layer.named_parameters())
+    optimizer = build_optimizer(layer.parameters(), TrainingSection())
+    layer(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    saved = optimizer_tensors(optimizer, names)
+
+    without = {name: value for name, value in saved.items() if name != "bias.exp_avg"}
+    with pytest.raises(CheckpointError, match=r"missing \['bias.exp_avg'\]"):
+        restore_optimizer(optimizer, names, without)
+    with pytest.raises(CheckpointError, match=r"weight.exp_avg: expected shape \[3, 5\], found \[5, 3\]"):
+        restore_optimizer(optimizer, names, saved | {"weight.exp_avg": torch.zeros(5, 3)})
