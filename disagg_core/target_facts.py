@@ -94,7 +94,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
     Raises:
         TargetError: there is no such model or config, it is no causal language model, or lacks the layers.
     """
-    config = _load_config(target)
+    config = load_target_config(target)
     text = config.get_text_config()
     heads = text.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
@@ -128,7 +128,12 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
     )
 
 
-def _load_config(target: TargetSection) -> Any:
+def load_target_config(target: TargetSection) -> Any:
+    """Return the target's transformers config, wrapper and all.
+
+    Raises:
+        TargetError: there is no such model, or its config cannot be read.
+    """
     from transformers import AutoConfig
 
     source = target.config or target.model

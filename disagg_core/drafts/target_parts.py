@@ -1,0 +1,278 @@
+"""The frozen parts of a target that a draft needs: embedding, LM head and final norm, read without the rest.
+
+Works on any Hugging Face layout of safetensors: one file, shards with an index, tied embeddings, and the text model
+inside a multimodal wrapper. Tensors are found by the last part of their name among those of the right shape, so that
+no list of architectures has to be kept; what stays ambiguous is an error, never a guess. Only headers and the tensors
+themselves are read, and of a hub model only the files that hold them are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from disagg_core.errors import TargetError
+from disagg_core.run_spec import TargetSection
+from disagg_core.target_facts import is_local, load_target_config
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDING = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
+_FINAL_NORM = ("norm.weight", "final_layernorm.weight", "ln_f.weight", "final_layer_norm.weight", "norm_f.weight")
+_PREFIXES = (
+    "",
+    "model.",
+    "language_model.",
+    "model.language_model.",
+    "language_model.model.",
+    "model.language_model.model.",
+    "text_model.",
+    "model.text_model.",
+    "thinker.model.",
+    "thinker.",
+    "transformer.",
+    "gpt_neox.",
+    "model.decoder.",
+    "decoder.",
+)
+"""Where the text model lies in a checkpoint, the more usual first; decides between tensors of the same last name."""
+_NOT_TEXT = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|talker|code\w*|mtp|layers|h|blocks|draft\w*)\.")
+_UNIT_OFFSET = frozenset(
+    [
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "vaultgemma",
+        "recurrent_gemma",
+        "qwen3_next",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+    ]
+)
+"""Model types whose RMSNorm multiplies by one plus the stored weight."""
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The target's last RMSNorm, for hidden states that were taken before it.
+
+    `unit_offset` is Gemma's convention: the stored weight is the deviation from one.
+    """
+
+    weight: Tensor  # [H]
+    eps: float
+    unit_offset: bool
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the normed `hidden` [..., H], computed in fp32, in its own dtype."""
+        states = hidden.float()
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+        scale = self.weight.float() + 1.0 if self.unit_offset else self.weight.float()
+        return (states * scale).to(hidden.dtype)
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """The frozen tensors of a target; ``last_hidden_state @ lm_head.T`` are its logits (see `load_target_parts`)."""
+
+    embedding: Tensor  # [V, H]
+    lm_head: Tensor  # [V, H], the same tensor as `embedding` when tied and unscaled
+    tied: bool
+    final_norm: FinalNorm | None
+
+
+def load_target_parts(
+    target: TargetSection, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> TargetParts:
+    """Read embedding [V, H], LM head [V, H] and final norm [H] of `target` in `dtype`.
+
+    A constant factor on the target's logits (Cohere's `logit_scale`, Granite's `logits_scaling`) is folded into the
+    LM head. `final_norm` is None when the checkpoint has no RMSNorm under a usual name; captured hidden states are
+    normed already and do not need it. A tied embedding follows transformers: with both tensors in the checkpoint and
+    different, they are not tied; with only the LM head there, it is the embedding too.
+
+    Raises:
+        TargetError: no such directory or file, not safetensors, a tensor that is missing, ambiguous, of another
+            shape than the config says, quantised, or a head with a bias, which no draft's loss can express.
+    """
+    config = load_target_config(target)
+    text = config.get_text_config()
+    checkpoint = _Checkpoint.open(target)
+    shape = (text.vocab_size, text.hidden_size)
+    tied = bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+    embedding_name = checkpoint.find(_EMBEDDING, shape)
+    head_name = checkpoint.find(_LM_HEAD, shape)
+    if head_name and checkpoint.has(head_name.removesuffix("weight") + "bias"):
+        raise TargetError(
+            f"{checkpoint.source}: the LM head {head_name} has a bias; drafts of such targets cannot train"
+        )
+    if not (embedding_name and head_name) and not (tied and (embedding_name or head_name)):
+        what, names = ("an embedding", _EMBEDDING) if not embedding_name else ("an LM head", _LM_HEAD)
+        raise TargetError(
+            f"{checkpoint.source}: expected {what} of shape {list(shape)} whose name ends with one of {list(names)}, "
+            f"found {checkpoint.similar(names) or 'none'}; the config says tie_word_embeddings={tied}"
+        )
+    norm_name = checkpoint.find(_FINAL_NORM, (text.hidden_size,))
+    raw = checkpoint.read([name for name in (embedding_name, head_name, norm_name) if name], dtype, device)
+    embedding = raw[embedding_name or str(head_name)]
+    head = raw[head_name] if head_name else embedding
+    shared = tied and (not head_name or not embedding_name or torch.equal(embedding, head))
+    return TargetParts(
+        embedding=embedding,
+        lm_head=_scaled(embedding if shared else head, text),
+        tied=shared,
+        final_norm=_final_norm(raw[norm_name], text) if norm_name else None,
+    )
+
+
+def _scaled(head: Tensor, text: Any) -> Tensor:
+    factor = 1.0
+    if text.model_type.startswith("cohere"):
+        factor = float(text.logit_scale)
+    elif text.model_type == "hyperclovax":
+        factor = float(text.logits_scaling)
+    elif text.model_type.startswith(("granite", "minicpm3")):
+        factor = 1.0 / float(text.logits_scaling)
+    if getattr(text, "final_logit_softcapping", None):
+        logger.warning(
+            "the target caps its logits at %s; the teacher is computed from the uncapped ones (same argmax)",
+            text.final_logit_softcapping,
+        )
+    return head if factor == 1.0 else head * factor
+
+
+def _final_norm(weight: Tensor, text: Any) -> FinalNorm | None:
+    if not hasattr(text, "rms_norm_eps"):
+        return None
+    return FinalNorm(weight, float(text.rms_norm_eps), unit_offset=text.model_type in _UNIT_OFFSET)
+
+
+class _Checkpoint:
+    """The tensors of a model directory or hub repository: names and shapes from headers, data on demand."""
+
+    def __init__(self, source: str, files: Mapping[str, str], resolve: Mapping[str, Path]) -> None:
+        self.source = source
+        self._files = files  # tensor name -> file name
+        self._resolve = resolve
+
+    @classmethod
+    def open(cls, target: TargetSection) -> _Checkpoint:
+        """Find the weight files of `target`; of a hub model fetch the index and, later, only the files needed."""
+        files: Mapping[str, Path]
+        if is_local(target.model):
+            root = Path(target.model).expanduser()
+            files = {path.name: path for path in sorted(root.glob("*.safetensors*")) if path.is_file()}
+        else:
+            files = _HubFiles(target.model, target.revision)
+        if _INDEX in files:
+            return cls(target.model, json.loads(files[_INDEX].read_text())["weight_map"], files)
+        names = ["model.safetensors"] if "model.safetensors" in files else [f for f in files if f.startswith("model-")]
+        if not names:
+            raise TargetError(
+                f"{target.model}: expected model.safetensors or {_INDEX}, found "
+                f"{sorted(files) or 'no safetensors file'}; convert the weights to safetensors "
+                "(save_pretrained of transformers does)"
+            )
+        weights = {}
+        for file in names:
+            with safe_open(files[file], framework="pt") as opened:
+                weights.update(dict.fromkeys(opened.keys(), file))
+        return cls(target.model, weights, files)
+
+    def has(self, name: str) -> bool:
+        """Tell whether the checkpoint holds a tensor of this name."""
+        return name in self._files
+
+    def similar(self, endings: Sequence[str]) -> list[str]:
+        """Return the names of all tensors with one of `endings`, whatever their shape or place."""
+        return sorted(name for name in self._files if name.endswith(tuple(endings)))[:8]
+
+    def find(self, endings: Sequence[str], shape: tuple[int, ...]) -> str | None:
+        """Return the text model's tensor with one of `endings` and this `shape`, or None.
+
+        Raises:
+            TargetError: several fit and none lies in a usual place.
+        """
+        fitting = [name for name in self._candidates(endings) if self._shape(name) == shape]
+        for prefix in _PREFIXES:
+            for ending in endings:
+                if prefix + ending in fitting:
+                    return prefix + ending
+        if len(fitting) > 1:
+            raise TargetError(f"{self.source}: expected one tensor of shape {list(shape)}, found {fitting}")
+        return fitting[0] if fitting else None
+
+    def _candidates(self, endings: Sequence[str]) -> Iterator[str]:
+        for name in self._files:
+            if any(name == ending or name.endswith("." + ending) for ending in endings) and not _NOT_TEXT.search(name):
+                yield name
+
+    def _path(self, name: str) -> Path:
+        file = self._files[name]
+        if file not in self._resolve:
+            raise TargetError(f"{self.source}: the index places {name} in {file}, which is missing")
+        return self._resolve[file]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._path(name), framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+    def read(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+        """Return the tensors of `names`, converted; only their bytes are read."""
+        tensors = {}
+        for name in names:
+            with safe_open(self._path(name), framework="pt") as opened:
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in _FLOATS:
+                    raise TargetError(f"{self.source}: expected {name} in one of {sorted(_FLOATS)}, found {kind}")
+                tensors[name] = opened.get_tensor(name).to(device=device, dtype=dtype)
+        return tensors
+
+
+class _HubFiles(Mapping[str, Path]):
+    """Files of a hub repository by name, fetched into the Hugging Face cache when first asked for."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self._repo = repo
+        self._revision = revision
+        self._found: dict[str, Path | None] = {}
+
+    def _fetch(self, name: str) -> Path | None:
+        from transformers.utils import cached_file
+
+        if name not in self._found:
+            try:
+                found = cached_file(
+                    self._repo, name, revision=self._revision, _raise_exceptions_for_missing_entries=False
+                )
+            except OSError as error:
+                raise TargetError(f"{self._repo}: cannot fetch {name}: {str(error).splitlines()[0]}") from error
+            self._found[name] = Path(found) if found else None
+        return self._found[name]
+
+    def __getitem__(self, name: str) -> Path:
+        path = self._fetch(name)
+        if path is None:
+            raise KeyError(name)
+        return path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(name for name, path in self._found.items() if path)
+
+    def __len__(self) -> int:
+        return sum(1 for path in self._found.values() if path)
