@@ -122,6 +122,16 @@ class SampleLost(StoreError):
     """The bytes of one sample are gone or damaged beyond retry: it has to be captured again."""
 
 
+class StoreRejected(StoreError):
+    """Mooncake refused a call with a code that only a bug explains; the call, the key and the code are named."""
+
+    failure_class: FailureClass = "bug"
+
+
+class StoreTooLarge(BadInput):
+    """The store's capacity does not fit the machine; what was asked for and what is there are named."""
+
+
 class StoreMisuse(StoreError):
     """The store was used after close, in a forked child, or with a reference that is not its own."""
 
@@ -129,6 +139,10 @@ class StoreMisuse(StoreError):
 
 
 # --- rollout -----------------------------------------------------------------------------------------------------
+
+
+class PromptRejected(DraftlineError):
+    """One prompt cannot be trained on (too long, nothing to train on, refused by the template): it is counted."""
 
 
 class CaptureRejected(DraftlineError):

@@ -1,0 +1,149 @@
+"""The circuit breaker of each server: a server that fails again and again gets no work until it has proved itself.
+
+Pure state machine, clock injected. ``closed``: works. ``open``: failed `threshold` times in a row; no work for
+`probation_s`, doubled with each relapse up to sixteen times that. ``probation``: one request at a time; the first
+success closes the circuit, a failure opens it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+CircuitState = Literal["closed", "open", "probation"]
+
+_LONGEST_PROBATION = 16
+_EVENTS_KEPT = 50
+
+
+@dataclass
+class _Circuit:
+    state: CircuitState = "closed"
+    failures_in_row: int = 0
+    relapses: int = 0
+    open_until: float = 0.0
+    in_flight: int = 0
+    successes: int = 0
+    failures: int = 0
+    last_reason: str = ""
+    events: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CircuitReport:
+    """What became of one server: its present state, counts, and what happened when, in words."""
+
+    name: str
+    state: CircuitState
+    in_flight: int
+    successes: int
+    failures: int
+    last_reason: str
+    events: tuple[str, ...]
+
+
+class CircuitBreakers:
+    """Chooses a server for each request. Not safe across threads: the caller holds a lock."""
+
+    def __init__(
+        self,
+        servers: Iterable[str],
+        *,
+        concurrency: int,
+        threshold: int = 3,
+        probation_s: float = 5.0,
+        clock: Callable[[], float],
+    ) -> None:
+        self._circuits = {name: _Circuit() for name in servers}
+        if not self._circuits:
+            raise ValueError("expected at least one server, found none")
+        self._concurrency = concurrency
+        self._threshold = threshold
+        self._probation_s = probation_s
+        self._clock = clock
+
+    def acquire(self, avoid: Collection[str] = ()) -> str | None:
+        """Return the least busy usable server and count the request on it; None if none has a free place.
+
+        A server in `avoid` is chosen only when no other usable server exists at all, busy ones included: a prompt
+        that failed on one server waits for another rather than go back.
+        """
+        usable = [name for name in self._circuits if self._usable(name)]
+        preferred = [name for name in usable if name not in avoid] or usable
+        free = [name for name in preferred if self._circuits[name].in_flight < self._places(name)]
+        if not free:
+            return None
+        chosen = min(free, key=lambda name: self._circuits[name].in_flight)
+        self._circuits[chosen].in_flight += 1
+        return chosen
+
+    @property
+    def any_usable(self) -> bool:
+        """Whether a server is closed or on probation; False means that the target is unavailable at present."""
+        return any(self._usable(name) for name in self._circuits)
+
+    def succeeded(self, name: str) -> None:
+        """End a request that the server answered, also with a complaint about the prompt."""
+        circuit = self._circuits[name]
+        circuit.in_flight -= 1
+        circuit.successes += 1
+        circuit.failures_in_row = 0
+        if circuit.state != "closed":
+            circuit.state = "closed"
+            circuit.relapses = 0
+            self._note(circuit, "works again")
+
+    def failed(self, name: str, reason: str) -> None:
+        """End a request that the server did not answer: refused, broken off, or timed out."""
+        circuit = self._circuits[name]
+        circuit.in_flight -= 1
+        circuit.failures += 1
+        circuit.failures_in_row += 1
+        circuit.last_reason = reason
+        if circuit.state == "probation" or (circuit.state == "closed" and circuit.failures_in_row >= self._threshold):
+            self._open(circuit, reason)
+
+    def trip(self, name: str, reason: str) -> None:
+        """Open the circuit of a server that is known to be gone, without waiting for requests to fail."""
+        circuit = self._circuits[name]
+        circuit.last_reason = reason
+        if circuit.state != "open":
+            self._open(circuit, reason)
+
+    def reports(self) -> list[CircuitReport]:
+        """Return what became of every server."""
+        for name in self._circuits:
+            self._usable(name)
+        return [
+            CircuitReport(
+                name=name,
+                state=circuit.state,
+                in_flight=circuit.in_flight,
+                successes=circuit.successes,
+                failures=circuit.failures,
+                last_reason=circuit.last_reason,
+                events=tuple(circuit.events),
+            )
+            for name, circuit in self._circuits.items()
+        ]
+
+    def _usable(self, name: str) -> bool:
+        circuit = self._circuits[name]
+        if circuit.state == "open" and self._clock() >= circuit.open_until:
+            circuit.state = "probation"
+        return circuit.state != "open"
+
+    def _places(self, name: str) -> int:
+        return self._concurrency if self._circuits[name].state == "closed" else 1
+
+    def _open(self, circuit: _Circuit, reason: str) -> None:
+        pause = self._probation_s * min(2**circuit.relapses, _LONGEST_PROBATION)
+        circuit.state = "open"
+        circuit.relapses += 1
+        circuit.open_until = self._clock() + pause
+        self._note(circuit, f"taken out for {pause:g} s: {reason}")
+
+    def _note(self, circuit: _Circuit, event: str) -> None:
+        circuit.events.append(event)
+        del circuit.events[:-_EVENTS_KEPT]

@@ -1,0 +1,172 @@
+"""From a record to token ids and a loss mask: tokenisation, masks, truncation, and the reasons to reject a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.rollout.chat import ChatTemplate, template_text
+from disagg_core.rollout.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
+from disagg_core.rollout.prompts_records import (
+    Conversation,
+    PlainText,
+    PromptResponse,
+    Record,
+    Tokenized,
+    answer_start,
+    context_length,
+)
+from disagg_core.run_spec import DataSection
+
+MIN_TOKENS = 3
+"""Shortest sample: position t reads token t + 1 and predicts token t + 2."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and loss mask of one prompt, of the same length."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+class PromptEncoder:
+    """Turns records into token ids and masks by the rules of a run's `data` section. Safe from several threads."""
+
+    def __init__(self, data: DataSection, tokenizer: Any) -> None:
+        self._data = data
+        self._tokenizer = tokenizer
+        self._end_tokens = end_tokens_of(tokenizer)
+        self._vocab_size = len(tokenizer)
+        source = template_text(tokenizer, data.chat_template)
+        self.chat = ChatTemplate(tokenizer, source) if source else None
+        self._rules = MaskRules(
+            last_only=data.loss_on == "last_assistant",
+            thinking=data.train_on_thinking,
+            tool_calls=data.train_on_tool_calls,
+        )
+
+    def encode(self, record: Record) -> Encoded:
+        """Return what a capture of `record` starts from.
+
+        With `data.generate` that is the prompt which the target continues (mask 0 everywhere); otherwise the whole
+        sample with its mask.
+
+        Raises:
+            PromptRejected: too long, or nothing in it to train on.
+            PromptError: conversations, and the tokenizer has no chat template.
+        """
+        if self._data.generate is not None:
+            return self._room_to_continue(self.encode_prompt(record))
+        encoded = self._whole(record)
+        if len(encoded.input_ids) > self._data.max_tokens:
+            encoded = self._truncated(encoded)
+        if len(encoded.input_ids) < MIN_TOKENS:
+            raise PromptRejected(f"expected at least {MIN_TOKENS} tokens, found {len(encoded.input_ids)}")
+        if not any(encoded.loss_mask[MIN_TOKENS - 1 :]):
+            raise PromptRejected("no position to train on: the loss mask is zero after truncation to data.max_tokens")
+        return encoded
+
+    def encode_prompt(self, record: Record) -> list[int]:
+        """Return the tokens of what the target is asked in `record`, ending where it has to go on.
+
+        Running text without an answer is its own prompt.
+
+        Raises:
+            PromptRejected: the template refuses it.
+            PromptError: as for `encode`.
+        """
+        match record:
+            case Conversation(messages, tools):
+                asked = messages[: context_length(messages)]
+                if not asked:
+                    raise PromptRejected("there is no message before the assistant's to continue from")
+                return self._ids(self._template().render(asked, tools, generation_prompt=True))
+            case PromptResponse(prompt):
+                if self.chat is None:
+                    return self._plain_ids(prompt)
+                return self._ids(self.chat.render([_user(prompt)], None, generation_prompt=True))
+            case PlainText(text):
+                return self._plain_ids(text)
+            case Tokenized(input_ids, loss_mask):
+                self._check_ids(input_ids)
+                return input_ids[: answer_start(loss_mask)]
+
+    def _room_to_continue(self, prompt: list[int]) -> Encoded:
+        if len(prompt) >= self._data.max_tokens:
+            raise PromptRejected(
+                f"the prompt has {len(prompt)} tokens, which leaves nothing of data.max_tokens "
+                f"({self._data.max_tokens}) for a continuation"
+            )
+        if not prompt:
+            raise PromptRejected("the prompt has no tokens")
+        return Encoded(prompt, [0] * len(prompt))
+
+    def _truncated(self, encoded: Encoded) -> Encoded:
+        limit = self._data.max_tokens
+        if self._data.truncation == "reject":
+            raise PromptRejected(f"expected at most {limit} tokens (data.max_tokens), found {len(encoded.input_ids)}")
+        return Encoded(encoded.input_ids[:limit], encoded.loss_mask[:limit])
+
+    def _whole(self, record: Record) -> Encoded:
+        match record:
+            case Conversation():
+                return self._conversation(self._template(), record)
+            case PromptResponse(prompt, None):
+                raise PromptRejected(f"no response to train on after the prompt {prompt[:40]!r}; set data.generate")
+            case PromptResponse(prompt, str(response)):
+                if self.chat is None:
+                    return self._pair(prompt, response)
+                answer = {"role": "assistant", "content": response}
+                return self._conversation(self.chat, Conversation([_user(prompt), answer]))
+            case PlainText(text):
+                ids = self._plain_ids(text)
+                return Encoded(ids, [1] * len(ids))
+            case Tokenized(input_ids, loss_mask):
+                self._check_ids(input_ids)
+                return Encoded(input_ids, loss_mask)
+        raise AssertionError(f"no such record: {record!r}")
+
+    def _conversation(self, chat: ChatTemplate, record: Conversation) -> Encoded:
+        if not self._tokenizer.is_fast:
+            raise PromptError(
+                "the loss mask of a conversation needs a fast tokenizer (character offsets of tokens), found "
+                f"{type(self._tokenizer).__name__}; give pretokenised input_ids and loss_mask instead"
+            )
+        text, spans = conversation_spans(chat, record, self._rules, self._end_tokens)
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return Encoded(encoding["input_ids"], mask_of_spans(encoding["offset_mapping"], spans))
+
+    def _pair(self, prompt: str, response: str) -> Encoded:
+        """Return prompt and response as running text, for tokenizers without a chat template."""
+        asked = self._plain_ids(prompt)
+        answered = self._ids(response)
+        if self._tokenizer.eos_token_id is not None:
+            answered = [*answered, self._tokenizer.eos_token_id]
+        return Encoded(asked + answered, [0] * len(asked) + [1] * len(answered))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def _check_ids(self, ids: list[int]) -> None:
+        highest = max(ids)
+        if highest >= self._vocab_size:
+            raise PromptRejected(f"token id {highest} is not of the tokenizer, which has {self._vocab_size} tokens")
+
+    def _template(self) -> ChatTemplate:
+        if self.chat is None:
+            raise PromptError(
+                "the prompts are conversations and the tokenizer has no chat template; "
+                "name a Jinja file in data.chat_template"
+            )
+        return self.chat
+
+
+def _user(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": prompt}

@@ -1,0 +1,318 @@
+"""The capture side inside an SGLang server: collects a prompt's states, writes samples, holds replies until written.
+
+Lives in the scheduler process of tensor-parallel rank 0. The scheduler's thread hands rows over (`Recorder.collect`)
+and goes on with the next batch; one writer thread copies them off the device and puts them into the store. A reply is
+held back until its own sample is settled (`Recorder.hold`, `Recorder.released`), so a reply means: written, or not
+there at all. Nothing here raises into the scheduler, whose event loop an exception would kill: what goes wrong becomes
+a `RefusedReply`. Knows SGLang's objects by the few attributes of `CapturableRequest` only and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.errors import DraftlineError, Transient
+from disagg_core.rollout.sglang_wire import (
+    CaptureOrder,
+    ProbeOrder,
+    ProbeReply,
+    RefusedReply,
+    Reply,
+    ServerFacts,
+    StoreAddress,
+    StoredReply,
+    encode_reply,
+    mask_of,
+)
+from disagg_core.store.packing import pack_bytes
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING_BYTES = 2 * 1024**3
+"""States waiting for the writer, at most; beyond that a sample is refused and the producer tries again later."""
+
+_OPEN_STORES = 2
+_BATCH = 16
+
+
+class CapturableRequest(Protocol):
+    """What is read of, and set on, SGLang's `Req`."""
+
+    rid: str
+    origin_input_ids: Any
+    customized_info: dict[str, list[Any]] | None
+
+
+class WritableStore(Protocol):
+    """The two things that the writer does with a feature store, as `MooncakeFeatureStore` does them."""
+
+    def put(
+        self,
+        sample_id: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        identity: RunIdentity,
+        source_task_id: str,
+        num_tokens: int,
+    ) -> SampleRef:
+        """Store one sample and return its reference."""
+        ...
+
+    def abort(self, ref: SampleRef) -> None:
+        """Remove a sample that nobody will read."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect."""
+        ...
+
+
+@dataclass(eq=False)
+class Recording:
+    """One request's capture, from its first chunk to its reply."""
+
+    order: CaptureOrder | ProbeOrder
+    aux: list[Tensor] = field(default_factory=list)  # each [rows, 3 * hidden]
+    last: list[Tensor] = field(default_factory=list)  # each [rows, hidden]
+    input_ids: list[int] = field(default_factory=list)
+    handed_over: bool = False
+    abandoned: bool = False
+    reply: Reply | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the collected states."""
+        return sum(part.nbytes for part in (*self.aux, *self.last))
+
+
+class Recorder:
+    """Collects, writes, and tells when a reply may go out. `collect`, `hold` and `released` belong to one thread."""
+
+    def __init__(
+        self,
+        open_store: Callable[[StoreAddress], WritableStore],
+        *,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._max_pending_bytes = max_pending_bytes
+        self._pending_bytes = 0
+        self._queue: deque[Recording] = deque()
+        self._changed = threading.Condition()
+        self._held: list[tuple[Recording, Any, Any]] = []
+        self._writer = _Writer(open_store, clock)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def holding(self) -> int:
+        """Replies held back at present."""
+        return len(self._held)
+
+    def collect(self, recording: Recording, *, aux: Tensor, last: Tensor) -> None:
+        """Add the rows of one chunk: `aux` [rows, 3 * hidden] and `last` [rows, hidden], on any device."""
+        recording.aux.append(aux)
+        recording.last.append(last)
+
+    def restart(self, recording: Recording) -> None:
+        """Forget the chunks of a request that SGLang took back and will run again from its first token."""
+        if not recording.handed_over:
+            recording.aux.clear()
+            recording.last.clear()
+
+    def refuse(self, recording: Recording, reason: str, *, retryable: bool) -> None:
+        """Settle `recording` without a sample."""
+        recording.aux.clear()
+        recording.last.clear()
+        recording.handed_over = True
+        recording.reply = RefusedReply(reason=reason, retryable=retryable)
+        logger.warning("capture refused: %s", reason)
+
+    def finish(self, recording: Recording, input_ids: list[int], facts: Callable[[], ServerFacts]) -> None:
+        """Check the collected rows against the prompt's `input_ids` and hand the sample to the writer.
+
+        A prefix-cache hit or a truncated prompt shows as a number of rows that is not the number of tokens: such a
+        sample is refused, never stored.
+        """
+        order = recording.order
+        rows = sum(len(part) for part in recording.last)
+        width, hidden = recording.aux[0].shape[1], recording.last[0].shape[1]
+        ordered = order.num_tokens if isinstance(order, CaptureOrder) else len(input_ids)
+        if rows != len(input_ids) or ordered != len(input_ids):
+            reason = f"expected {ordered} rows of states for {len(input_ids)} prompt tokens, found {rows}"
+            self.refuse(recording, f"{reason}; is --disable-radix-cache set?", retryable=False)
+            return
+        if width != 3 * hidden:
+            self.refuse(
+                recording, f"expected three layers of {hidden}, found {width} values per token", retryable=False
+            )
+            return
+        recording.input_ids = input_ids
+        recording.handed_over = True
+        if isinstance(order, ProbeOrder):
+            recording.reply = _probe_reply(recording, facts())
+            return
+        if (mismatch := _mismatch(order, recording.aux[0].dtype, facts())) is not None:
+            self.refuse(recording, mismatch, retryable=False)
+            return
+        self._hand_over(recording)
+
+    def _hand_over(self, recording: Recording) -> None:
+        with self._changed:
+            if self._pending_bytes and self._pending_bytes + recording.nbytes > self._max_pending_bytes:
+                full = f"the server's writer is behind: {self._pending_bytes} bytes of states wait for the store"
+                self.refuse(recording, full, retryable=True)
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="draftline-writer", daemon=True)
+                self._thread.start()
+            self._pending_bytes += recording.nbytes
+            self._queue.append(recording)
+            self._changed.notify_all()
+
+    def hold(self, recording: Recording, request: CapturableRequest, streamer: Any) -> bool:
+        """Tell whether the reply of `request` has to wait, and keep it if so; otherwise put the reply on it."""
+        if recording.reply is None and recording.handed_over:
+            if all(held is not recording for held, _, _ in self._held):
+                self._held.append((recording, request, streamer))
+            return True
+        _attach(recording, request)
+        return False
+
+    def released(self) -> list[tuple[Any, Any]]:
+        """Return request and streamer of every held reply that may go out now; they are no longer held."""
+        ready = [entry for entry in self._held if entry[0].reply is not None]
+        if not ready:
+            return []
+        self._held = [entry for entry in self._held if entry[0].reply is None]
+        return [(request, streamer) for _, request, streamer in ready]
+
+    def abandon(self, recording: Recording) -> None:
+        """Remove the sample of a request that was aborted: nobody waits for its reply."""
+        with self._changed:
+            recording.abandoned = True
+            if isinstance(recording.reply, StoredReply):
+                self._queue.append(recording)
+                self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the writer has settled something, or after `timeout_s` seconds."""
+        with self._changed:
+            if all(recording.reply is None for recording, _, _ in self._held):
+                self._changed.wait(timeout_s)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    self._changed.wait()
+                batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+            for recording in batch:
+                nbytes = recording.nbytes
+                reply = self._writer.settle(recording)
+                with self._changed:
+                    self._pending_bytes -= nbytes
+                    recording.reply = reply
+                    if recording.abandoned and isinstance(reply, StoredReply):
+                        self._queue.append(recording)
+                    self._changed.notify_all()
+
+
+class _Writer:
+    """Turns recordings into stored samples; the only user of the stores, all in one thread."""
+
+    def __init__(self, open_store: Callable[[StoreAddress], WritableStore], clock: Callable[[], float]) -> None:
+        self._open_store = open_store
+        self._clock = clock
+        self._stores: dict[StoreAddress, WritableStore] = {}
+
+    def settle(self, recording: Recording) -> Reply:
+        """Write the sample, or remove one that was abandoned after it was written; never raises."""
+        order = recording.order
+        assert isinstance(order, CaptureOrder)
+        try:
+            if isinstance(recording.reply, StoredReply):
+                self._store(order.store).abort(recording.reply.ref)
+                return RefusedReply(reason="the request was aborted", retryable=True)
+            return self._write(order, recording)
+        except (DraftlineError, OSError, RuntimeError, ValueError) as error:
+            logger.exception("sample %s was not written", order.sample_id)
+            retryable = isinstance(error, Transient) or not isinstance(error, ValueError)
+            return RefusedReply(reason=f"{type(error).__name__}: {error}", retryable=retryable)
+        finally:
+            recording.aux.clear()
+            recording.last.clear()
+
+    def _write(self, order: CaptureOrder, recording: Recording) -> Reply:
+        if self._clock() > order.deadline:
+            return RefusedReply(reason="the request's time was over before its sample was written", retryable=True)
+        store = self._store(order.store)
+        started = time.perf_counter()
+        tensors = {
+            "input_ids": torch.tensor(recording.input_ids, dtype=torch.int32),
+            "loss_mask": torch.tensor(mask_of(order.loss_spans, order.num_tokens), dtype=torch.uint8),
+            "aux_hidden_states": _gather(recording.aux),
+            "last_hidden_state": _gather(recording.last),
+        }
+        copied = time.perf_counter()
+        ref = store.put(
+            order.sample_id,
+            tensors,
+            identity=order.identity,
+            source_task_id=order.source_task_id,
+            num_tokens=order.num_tokens,
+        )
+        if self._clock() > order.deadline:
+            store.abort(ref)
+            return RefusedReply(reason="the sample was written after the request's time was over", retryable=True)
+        return StoredReply(ref=ref, copy_s=copied - started, put_s=time.perf_counter() - copied)
+
+    def _store(self, address: StoreAddress) -> WritableStore:
+        store = self._stores.pop(address, None)
+        if store is None:
+            while len(self._stores) >= _OPEN_STORES:
+                oldest = next(iter(self._stores))
+                self._stores.pop(oldest).close()
+            store = self._open_store(address)
+        self._stores[address] = store  # the newest is last
+        return store
+
+
+def _gather(parts: list[Tensor]) -> Tensor:
+    """Return the rows of all chunks on the CPU, contiguous and owned; waits for the copy from the device."""
+    whole = parts[0] if len(parts) == 1 else torch.cat([part.to("cpu") for part in parts])
+    return whole.to("cpu").contiguous()
+
+
+def _attach(recording: Recording, request: CapturableRequest) -> None:
+    if recording.reply is not None:
+        from disagg_core.rollout.sglang_wire import WIRE_KEY
+
+        request.customized_info = {**(request.customized_info or {}), WIRE_KEY: [encode_reply(recording.reply)]}
+
+
+def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> str | None:
+    """Return what of the order's identity this server does not fulfil, if anything."""
+    if list(order.identity.aux_layers) != facts.aux_layers:
+        return f"expected states of layers {list(order.identity.aux_layers)}, this server captures {facts.aux_layers}"
+    found = str(dtype).removeprefix("torch.")
+    if order.identity.dtype != found:
+        return f"expected states in {order.identity.dtype}, this server's are {found}"
+    return None
+
+
+def _probe_reply(recording: Recording, facts: ServerFacts) -> ProbeReply:
+    tensors = {"aux_hidden_states": _gather(recording.aux), "last_hidden_state": _gather(recording.last)}
+    specs, data = pack_bytes(tensors)
+    recording.aux.clear()
+    recording.last.clear()
+    return ProbeReply(facts=facts, tensors=specs, data=data)
