@@ -1,0 +1,1 @@
+"""The Prefect flows, the local platform they run on, and the command line: read top to bottom, they are the product."""

@@ -1,0 +1,116 @@
+"""Work pools, deployments and the zombie automation of a single machine, registered in code.
+
+``infra/prefect.yaml`` says the same for a platform, where ``prefect deploy --all`` registers it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import timedelta
+from typing import Any
+
+from prefect import get_client
+from prefect.automations import Automation, EventTrigger, Posture
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import TERMINAL_STATES, ConcurrencyLimitConfig, StateType
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events.actions import ChangeFlowRunState
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.flows import Flow
+from prefect.states import Cancelling
+from prefect.workers.process import ProcessWorker
+
+from disagg_core.run_spec import PoolsSection
+from disagg_core.settings import CHECKOUT, Settings
+from disagg_core.spec_file import load_spec
+from flows.online_disagg_training import online_disagg_training
+from flows.rollout_producer import rollout_producer
+from flows.train_consumer import train_consumer
+
+ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def register(settings: Settings) -> None:
+    """Create or update pools, deployments and the automation on the server in PREFECT_API_URL."""
+    asyncio.run(_register(PoolsSection()))
+
+
+async def _register(pools: PoolsSection) -> None:
+    async with get_client() as client:
+        for pool in (pools.orchestrator, pools.rollout, pools.train):
+            with contextlib.suppress(ObjectAlreadyExists):
+                await client.create_work_pool(
+                    WorkPoolCreate(
+                        name=pool, type="process", base_job_template=ProcessWorker.get_default_base_job_template()
+                    )
+                )
+        await _ensure_zombie_automation(client)
+    await _deploy(
+        online_disagg_training,
+        "local",
+        pools.orchestrator,
+        tags=["draftline"],
+        parameters=_demo_parameters(),
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy="ENQUEUE"),
+    )
+    await _deploy(rollout_producer, pools.rollout, pools.rollout, tags=["draftline", "role:producer", "gpu"])
+    await _deploy(train_consumer, pools.train, pools.train, tags=["draftline", "role:consumer", "gpu"])
+
+
+async def _deploy(flow: Flow[..., Any], name: str, pool: str, **options: Any) -> None:
+    deployment = RunnerDeployment.from_flow(
+        flow,
+        name=name,
+        work_pool_name=pool,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        **options,
+    )
+    await deployment.aapply()
+
+
+def _demo_parameters() -> dict[str, Any]:
+    """Return the demo's spec as default parameters where this is a checkout, so that a run needs no arguments."""
+    demo = CHECKOUT / "infra" / "runs" / "demo.yaml"
+    return {"spec": load_spec(demo).model_dump(mode="json")} if demo.is_file() else {}
+
+
+async def _ensure_zombie_automation(client: PrefectClient) -> None:
+    """Crash runs whose process is gone without a word: three heartbeats (30 s each) are missing."""
+    if await client.read_automations_by_name(ZOMBIE_AUTOMATION):
+        return
+    await Automation(
+        name=ZOMBIE_AUTOMATION,
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in _ENDS)},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=90),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat for 90 s: its process is gone")],
+    ).acreate()
+
+
+def cancel_active_runs(timeout_s: float) -> int:
+    """Cancel all unfinished flow runs, wait up to `timeout_s` for their end, and return how many there were."""
+    return asyncio.run(_cancel_active_runs(timeout_s))
+
+
+async def _cancel_active_runs(timeout_s: float) -> int:
+    active = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))))
+    async with get_client() as client:
+        runs = await client.read_flow_runs(flow_run_filter=active)
+        for run in runs:
+            if run.parent_task_run_id is None:
+                await client.set_flow_run_state(run.id, Cancelling(message="draftline down"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await client.read_flow_runs(flow_run_filter=active, limit=1):
+                    await asyncio.sleep(0.5)
+    return len(runs)

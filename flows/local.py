@@ -1,0 +1,235 @@
+"""The platform on one machine: a Prefect server, three work pools, their workers and the deployments.
+
+`up` is idempotent: it starts what is missing and leaves what runs. What it started is remembered in
+``<home>/platform.json``, so that any later command finds it, and `down` ends exactly that. The server's database lies
+in ``<home>/prefect``: the history of the runs survives.
+
+Nothing here imports Prefect at module level: its settings are read at import, from `environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import httpx
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from disagg_core.errors import DraftlineError
+from disagg_core.processes import check_port, free_port, tail
+from disagg_core.run_dir import write_atomically
+from disagg_core.settings import Settings
+
+START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 40.0
+
+
+class PlatformError(DraftlineError):
+    """A process of the local platform did not start or ended; its log is named."""
+
+
+class Member(BaseModel):
+    """One process of the platform; `created` guards against a process id that was given to somebody else."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    created: float
+
+    def process(self) -> psutil.Process | None:
+        """Return the live process, or None if it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+class LocalPlatform(BaseModel):
+    """What runs on this machine: address of the server and the processes that make up the platform."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str
+    port: int
+    members: dict[str, Member]
+
+    @property
+    def api_url(self) -> str:
+        """URL of the Prefect API."""
+        return f"http://{self.host}:{self.port}/api"
+
+    @property
+    def ui_url(self) -> str:
+        """URL of the Prefect UI."""
+        return f"http://{self.host}:{self.port}"
+
+    def run_url(self, flow_run_id: object) -> str:
+        """URL of a flow run's page."""
+        return f"{self.ui_url}/runs/flow-run/{flow_run_id}"
+
+    def alive(self, name: str) -> bool:
+        """Tell whether the member `name` is running."""
+        member = self.members.get(name)
+        return member is not None and member.process() is not None
+
+
+def state_file(settings: Settings) -> Path:
+    """Return the file that remembers the platform's processes."""
+    return settings.home / "platform.json"
+
+
+def find_platform(settings: Settings) -> LocalPlatform | None:
+    """Return the platform if its server is running, else None."""
+    path = state_file(settings)
+    if not path.is_file():
+        return None
+    platform = LocalPlatform.model_validate_json(path.read_bytes())
+    return platform if platform.alive("server") else None
+
+
+def environment(settings: Settings, port: int) -> dict[str, str]:
+    """Return the environment in which Prefect is imported, here and in every process of the platform."""
+    home = settings.home / "prefect"
+    return {
+        "DRAFTLINE_HOME": str(settings.home),
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_API_URL": f"http://{settings.host}:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    }
+
+
+def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
+    """Start what is missing of the platform and return it; `say` is told what happens.
+
+    Raises:
+        PlatformError: a process ended or was not ready in time; the message names its log.
+        PortTaken: the port in DRAFTLINE_PREFECT_PORT is used by somebody else.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    platform = find_platform(settings)
+    if platform is None:
+        port = settings.prefect_port or free_port(settings.host)
+        check_port(settings.host, port, "Prefect server")
+        say("starting the Prefect server")
+        platform = LocalPlatform(host=settings.host, port=port, members={})
+        platform = _start(
+            settings,
+            platform,
+            "server",
+            [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)],
+        )
+    os.environ.update(environment(settings, platform.port))
+    _wait_ready(settings, platform)
+    if not platform.alive("workers"):
+        say("registering work pools and deployments")
+        from flows.deployments import register
+
+        register(settings)
+        say("starting the workers")
+        platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.workers"])
+    return platform
+
+
+def down(settings: Settings, say: Callable[[str], None]) -> bool:
+    """Cancel the runs, stop workers and server, and return whether anything was running."""
+    path = state_file(settings)
+    if not path.is_file():
+        return False
+    platform = LocalPlatform.model_validate_json(path.read_bytes())
+    if platform.alive("server") and platform.alive("workers"):
+        os.environ.update(environment(settings, platform.port))
+        from flows.deployments import cancel_active_runs
+
+        cancelled = cancel_active_runs(_STOP_TIMEOUT_S)
+        if cancelled:
+            say(f"cancelled {cancelled} flow runs")
+    stopped = False
+    for name in ("workers", "server"):
+        member = platform.members.get(name)
+        process = member.process() if member else None
+        if process is not None:
+            say(f"stopping the {name}")
+            _stop(process)
+            stopped = True
+    path.unlink()
+    return stopped
+
+
+def _log(settings: Settings, name: str) -> Path:
+    return settings.home / "logs" / f"{name}.log"
+
+
+def _start(settings: Settings, platform: LocalPlatform, name: str, command: list[str]) -> LocalPlatform:
+    """Start a member as a process of its own session and remember it before anything else happens."""
+    log = _log(settings, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=settings.home,
+            env={**os.environ, **environment(settings, platform.port)},
+            start_new_session=True,
+        )
+    member = Member(pid=process.pid, created=psutil.Process(process.pid).create_time())
+    platform = platform.model_copy(update={"members": {**platform.members, name: member}})
+    write_atomically(state_file(settings), platform.model_dump_json(indent=2))
+    return platform
+
+
+def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not platform.alive("server"):
+            raise PlatformError(
+                f"the Prefect server ended while starting; see {_log(settings, 'server')}:\n"
+                f"{tail(_log(settings, 'server'), 5)}"
+            )
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{platform.api_url}/ready", timeout=5).status_code == httpx.codes.OK:
+                return
+        time.sleep(0.1)
+    raise PlatformError(
+        f"the Prefect server was not ready after {START_TIMEOUT_S:.0f} s; see {_log(settings, 'server')}"
+    )
+
+
+def _stop(process: psutil.Process) -> None:
+    """End a member and its descendants: SIGINT first (both stop cleanly on it), SIGKILL for what is left."""
+    descendants = process.children(recursive=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGINT)
+        process.wait(_STOP_TIMEOUT_S / 2)
+    for left in [process, *descendants]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs([process, *descendants], timeout=5)
+
+
+def describe(settings: Settings) -> Mapping[str, str]:
+    """Return one line for each member of the platform, for ``draftline status``."""
+    path = state_file(settings)
+    if not path.is_file():
+        return {}
+    platform = LocalPlatform.model_validate(json.loads(path.read_bytes()))
+    return {name: "running" if platform.alive(name) else "ended" for name in platform.members}

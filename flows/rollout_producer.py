@@ -1,0 +1,26 @@
+"""The producer: the frozen target captures hidden states of prompts into the feature store. Pool ``gpu-rollout``."""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow
+
+from disagg_core.plan import RoleAssignment
+from tasks.role_process import run_role_process, write_assignment
+
+
+@flow(
+    name="rollout-producer",
+    flow_run_name="{assignment.plan.run_id} producer, attempt {assignment.attempt}",
+    validate_parameters=True,
+)
+def rollout_producer(assignment: RoleAssignment) -> None:
+    """Run the rollout producer of one attempt until the stream has its end."""
+    document = write_assignment(assignment, "producer")
+    run_role_process(
+        "producer",
+        [sys.executable, "-m", "disagg_core.rollout.role", str(document)],
+        assignment,
+        assignment.dir.logs / "producer.log",
+    )

@@ -1,0 +1,45 @@
+"""The consumer: trains the draft from the stream of captured samples. Pool ``gpu-train``, one run for each node."""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow
+
+from disagg_core.plan import RoleAssignment
+from tasks.rendezvous import meet
+from tasks.role_process import run_role_process, write_assignment
+
+
+@flow(
+    name="train-consumer",
+    flow_run_name="{assignment.plan.run_id} consumer, attempt {assignment.attempt}, node {node_rank}",
+    validate_parameters=True,
+)
+def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
+    """Run one node of the training consumer of one attempt: a ``torchrun`` tree, or one plain process."""
+    role = "consumer" if node_rank == 0 else f"consumer-node{node_rank}"
+    document = write_assignment(assignment, role)
+    run_role_process(
+        role,
+        [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.training.role", str(document)],
+        assignment,
+        assignment.dir.logs / f"{role}.log",
+        leaves_outcome=node_rank == 0,
+    )
+
+
+def launcher(assignment: RoleAssignment, node_rank: int) -> list[str]:
+    """Return the arguments that put the role under ``torchrun``; none for a single process, which needs no agent."""
+    training = assignment.plan.spec.training
+    if training.processes * training.nodes == 1:
+        return []
+    where = ["--standalone"] if training.nodes == 1 else meet(assignment, node_rank, training.nodes)
+    return [
+        "-m",
+        "torch.distributed.run",
+        *where,
+        f"--nproc-per-node={training.processes}",
+        f"--log-dir={assignment.dir.logs}",
+        "--redirects=3",
+    ]

@@ -1,0 +1,114 @@
+"""After the end of the stream: is every sample accounted for, and is the store empty?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from pydantic import BaseModel, ConfigDict
+
+from disagg_core.accounting import Accounting
+from disagg_core.errors import RoleFailed
+from disagg_core.outcomes import RoleOutcome
+from disagg_core.plan import RunPlan, StoreEndpoints
+from disagg_core.report import TrainingFigures
+from tasks.mooncake import sweep
+from tasks.roles import Role, RoleRun
+
+
+class Completion(BaseModel):
+    """The checked end of a run's training."""
+
+    model_config = ConfigDict(frozen=True)
+
+    accounting: Accounting
+    training: TrainingFigures
+    checkpoint: Path
+    first_checkpoint: Path
+    store_counters: dict[str, float]
+    rejected_reasons: dict[str, int]
+
+
+@task(name="verify-completion", cache_policy=NO_CACHE)
+async def verify_completion(
+    plan: RunPlan, attempt: int, endpoints: StoreEndpoints, runs: dict[Role, RoleRun]
+) -> Completion:
+    """Compare the end-of-stream totals with what was trained, and sweep the store.
+
+    Raises:
+        AccountingError: the numbers do not add up, or samples were left in the store.
+    """
+    left = await sweep(plan, endpoints, f"{plan.run_id}/")
+    completion = complete(plan, attempt, _result(runs["producer"]), _result(runs["consumer"]), keys_left=left)
+    get_run_logger().info("accounting: %s", completion.accounting)
+    completion.accounting.check()
+    return completion
+
+
+def complete(
+    plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int
+) -> Completion:
+    """Put the figures of both roles together."""
+    made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
+    earlier = made.skipped
+    stopped_early = trained.reason == "max_steps"
+    published = earlier + made.refs
+    unused = published - trained.samples - trained.quarantined if stopped_early else 0
+    return Completion(
+        accounting=Accounting(
+            prompts=earlier + made.prompts,
+            rejected=made.rejected,
+            published=published,
+            trained=trained.samples,
+            quarantined=trained.quarantined,
+            unused=unused,
+            store_keys_left=max(keys_left - unused, 0),
+        ),
+        training=TrainingFigures(
+            steps=trained.steps,
+            samples_per_second=trained.samples_per_second,
+            loss_first=trained.loss_first,
+            loss_last=trained.loss_last,
+        ),
+        checkpoint=plan.dir.checkpoints / trained.checkpoint,
+        first_checkpoint=plan.dir.checkpoints / "step-0",
+        store_counters={**made.store_counters, **trained.store_counters},
+        rejected_reasons=_rejected_reasons(plan.dir.attempt(attempt).state / "rejected.jsonl"),
+    )
+
+
+class _Produced(BaseModel):
+    prompts: int
+    refs: int
+    rejected: int
+    skipped: int = 0
+    store_counters: dict[str, float] = {}
+
+
+class _Trained(BaseModel):
+    steps: int
+    samples: int
+    quarantined: int
+    reason: str
+    checkpoint: str
+    samples_per_second: float
+    loss_first: float | None
+    loss_last: float | None
+    store_counters: dict[str, float] = {}
+
+
+def _result(run: RoleRun) -> RoleOutcome:
+    if run.outcome is None:
+        raise RoleFailed(f"the {run.role} completed but left no outcome; see its log")
+    return run.outcome
+
+
+def _rejected_reasons(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        return {}
+    records = (msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line)
+    return dict(Counter(str(record["reason"]) for record in records))

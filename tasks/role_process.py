@@ -1,0 +1,123 @@
+"""Running one role of a run as a process tree of its own, with its progress shown in the Prefect UI.
+
+The flow run stays a light watcher: the role's GPU tree logs to its own files, dies with the flow run, and is given
+time to save its state when the run is cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from disagg_core.errors import RoleFailed
+from disagg_core.observability.progress import ProgressValue, read_progress
+from disagg_core.outcomes import RoleOutcome, read_outcome
+from disagg_core.plan import RoleAssignment
+from disagg_core.processes import describe_exit, spawn, stop_tree, tail
+from disagg_core.run_dir import write_atomically
+
+STOP_GRACE_S = 25.0
+"""Time for a role to save its state after SIGTERM; Prefect kills the flow run itself 30 s after a cancellation."""
+
+_ARTIFACT_INTERVAL_S = 5.0
+
+
+def write_assignment(assignment: RoleAssignment, role: str) -> Path:
+    """Write what the role process is told, and clear the outcome of an earlier process; return the file."""
+    state = assignment.dir.state
+    (state / f"{role}-outcome.json").unlink(missing_ok=True)
+    document = state / f"{role}-assignment.json"
+    write_atomically(document, assignment.model_dump_json(indent=2))
+    return document
+
+
+def run_role_process(
+    role: str, command: list[str], assignment: RoleAssignment, log: Path, *, leaves_outcome: bool = True
+) -> RoleOutcome | None:
+    """Run `command` to its end while showing the role's progress; return the outcome it leaves, if it leaves one.
+
+    Raises:
+        RoleFailed: the process failed or died; class and reason are those it left, else what its exit says.
+    """
+    logger = get_run_logger()
+    logger.info("starting the %s, its output goes to %s", role, log)
+    process = spawn(command, log)
+    progress = _ProgressArtifact(role, assignment)
+    try:
+        code = _wait(process, progress)
+    finally:
+        with _uninterrupted():
+            stop_tree(process, grace_s=STOP_GRACE_S)
+            progress.publish()
+    outcome = read_outcome(assignment.dir.state / f"{role}-outcome.json")
+    if outcome is None and code == 0 and not leaves_outcome:
+        return None
+    if outcome is None:
+        raise RoleFailed(
+            f"the {role} died without a word ({describe_exit(code)}); the end of {log}:\n{tail(log)}",
+            "preempted" if code < 0 else "bug",
+        )
+    if outcome.state == "failed" or code != 0:
+        raise RoleFailed(
+            f"the {role} failed: {outcome.message or describe_exit(code)}; its log is {log}",
+            outcome.failure_class or "bug",
+        )
+    logger.info("the %s finished: %s", role, outcome.result)
+    return outcome
+
+
+def _wait(process: subprocess.Popen[bytes], progress: _ProgressArtifact) -> int:
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(1.0)
+        progress.publish_if_due()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore SIGTERM and SIGINT inside: a second signal must not cut the teardown short."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class _ProgressArtifact:
+    """The role's progress file, copied into a Prefect progress artifact at most every five seconds."""
+
+    def __init__(self, role: str, assignment: RoleAssignment) -> None:
+        self._source = assignment.dir.state / f"{role}.json"
+        self._total = assignment.plan.total_prompts if role == "producer" else assignment.plan.total_steps
+        self._done_field = "prompts" if role == "producer" else "step"
+        self._artifact = create_progress_artifact(
+            progress=0.0, key=f"{role}-{assignment.plan.run_id}".replace(".", "-").replace("_", "-"), description=role
+        )
+        self._published_at = time.monotonic()
+
+    def publish_if_due(self) -> None:
+        if time.monotonic() - self._published_at >= _ARTIFACT_INTERVAL_S:
+            self.publish()
+
+    def publish(self) -> None:
+        state = read_progress(self._source)
+        done = state.get(self._done_field)
+        share = 100.0 * float(done) / self._total if self._total and isinstance(done, (int, float)) else 0.0
+        update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
+        self._published_at = time.monotonic()
+
+
+def _describe(state: dict[str, ProgressValue]) -> str:
+    shown = {name: value for name, value in state.items() if name != "time"}
+    return " | ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        for name, value in shown.items()
+    )
