@@ -1,0 +1,67 @@
+"""Matrix products of the draft: fp32 on CPU through oneDNN, everything else as torch does it.
+
+Torch sends fp32 products on CPU to MKL, which runs at half speed on processors that are not Intel's; oneDNN has the
+same precision and uses AVX-512 on all of them (measured: 100 against 220 GFLOP/s on one core of an EPYC 9005).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn_fits(*operands: Tensor) -> bool:
+    return (
+        _ONEDNN
+        and not torch.compiler.is_compiling()
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in operands)
+    )
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` for ``[m, k]`` and ``[k, n]`` of one dtype; not recorded by autograd on the oneDNN path."""
+    if _onednn_fits(a, b):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return result
+    return torch.mm(a, b)
+
+
+class _LinearRows(torch.autograd.Function):
+    """``x @ weight.T`` for rows; keeps only its two inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` for ``x`` ``[..., in]`` and ``weight`` ``[out, in]``; differentiable."""
+    if not _onednn_fits(x, weight):
+        return F.linear(x, weight)
+    flat: Tensor = _LinearRows.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without bias whose product goes through `linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``[..., out]`` for ``[..., in]``."""
+        return linear(input, self.weight)

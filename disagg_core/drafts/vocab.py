@@ -1,0 +1,105 @@
+"""The vocabulary map between a target and a draft: which target tokens the draft can propose.
+
+`t2d` marks the target's tokens that are in the draft vocabulary, `d2t` holds for each draft token the **offset** to
+its target id. Draft ids ascend with target ids. The version is a hash of the map's content, so that equal maps have
+equal versions; the hash of the inputs it was counted from is stored beside it, to tell when it can be reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disagg_core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class VocabMap:
+    """One vocabulary map; make it with `from_counts`, `identity` or `load`."""
+
+    t2d: Tensor  # [V] bool
+    d2t: Tensor  # [K] int64, target id minus draft id
+    version: str
+    inputs_version: str = ""
+
+    @property
+    def target_ids(self) -> Tensor:
+        """The target's ids of the draft tokens, ``[K]`` int64, ascending."""
+        return self.d2t + torch.arange(self.d2t.numel())
+
+    @classmethod
+    def from_counts(cls, counts: Tensor, draft_vocab_size: int, inputs_version: str = "") -> VocabMap:
+        """Return the map of the `draft_vocab_size` most frequent tokens.
+
+        Equal counts are decided by the smaller id, which also fills up with the smallest unused ids when fewer tokens
+        were seen.
+
+        Args:
+            counts: ``[V]`` occurrences of each target token where the loss mask is 1.
+            draft_vocab_size: K.
+            inputs_version: hash of what was counted.
+
+        Raises:
+            BadInput: K is not between 1 and V.
+        """
+        if not 1 <= draft_vocab_size <= counts.numel():
+            raise BadInput(
+                f"draft.vocab_size: expected 1 to {counts.numel()} (the target's vocabulary), found {draft_vocab_size}"
+            )
+        order = torch.sort(counts.cpu(), descending=True, stable=True).indices
+        return cls._of_ids(order[:draft_vocab_size].sort().values, counts.numel(), inputs_version)
+
+    @classmethod
+    def identity(cls, vocab_size: int) -> VocabMap:
+        """Return the map of a draft that has the target's whole vocabulary."""
+        return cls._of_ids(torch.arange(vocab_size), vocab_size, "")
+
+    @classmethod
+    def _of_ids(cls, ids: Tensor, vocab_size: int, inputs_version: str) -> VocabMap:
+        t2d = torch.zeros(vocab_size, dtype=torch.bool)
+        t2d[ids] = True
+        d2t = ids - torch.arange(ids.numel())
+        return cls(t2d, d2t, _content_hash(t2d, d2t), inputs_version)
+
+    def save(self, path: Path) -> None:
+        """Write the map as a safetensors file, by atomic rename."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"version": self.version, "inputs_version": self.inputs_version}
+        save_file({"t2d": self.t2d, "d2t": self.d2t}, draft, metadata=metadata)
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> VocabMap:
+        """Read what `save` wrote.
+
+        Raises:
+            BadInput: there is no such file, or its content is not what its version says.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                t2d, d2t = file.get_tensor("t2d"), file.get_tensor("d2t")
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"vocabulary map: cannot read {path}: {error}; delete it to derive it again") from error
+        found = _content_hash(t2d, d2t)
+        if metadata.get("version") != found:
+            raise BadInput(
+                f"vocabulary map: {path}: expected version {metadata.get('version')}, found content {found}; "
+                "delete it to derive it again"
+            )
+        return cls(t2d, d2t, found, metadata.get("inputs_version", ""))
+
+
+def _content_hash(t2d: Tensor, d2t: Tensor) -> str:
+    digest = hashlib.sha256(f"{t2d.numel()}:{d2t.numel()}:".encode())
+    digest.update(t2d.to(torch.uint8).numpy().tobytes())
+    digest.update(d2t.to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
