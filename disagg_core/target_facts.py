@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from disagg_core.errors import TargetError
 from disagg_core.run_spec import TargetSection
 
+_VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -158,19 +159,35 @@ def target_version(target: TargetSection, config: dict[str, Any]) -> str:
     safetensors file; for a hub model it is the revision.
     """
     digest = hashlib.sha256()
-    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    stable = {key: value for key, value in config.items() if key not in volatile}
+    stable = {key: value for key, value in config.items() if key not in _VOLATILE}
     digest.update(json.dumps(stable, sort_keys=True, default=str).encode())
     if is_local(target.model):
-        for path in sorted(Path(target.model).expanduser().glob("*.safetensors*")):
-            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-            if path.suffix == ".safetensors":
-                digest.update(_weights_sample(path))
-            else:
-                digest.update(path.read_bytes())
+        _add_weights(digest, Path(target.model).expanduser())
     else:
         digest.update(f"{target.model}@{target.revision or config.get('_commit_hash') or 'main'}".encode())
     return digest.hexdigest()[:16]
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """Return what tells two models apart without transformers: by the files of a directory, by name of a hub model.
+
+    Unlike `target_version` it is the same under every version of transformers, so two environments can compare it.
+    """
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        return f"{model}@{revision or 'main'}"
+    config = json.loads((directory / "config.json").read_text())
+    digest = hashlib.sha256()
+    stable = {key: value for key, value in config.items() if key not in _VOLATILE}
+    digest.update(json.dumps(stable, sort_keys=True).encode())
+    _add_weights(digest, directory)
+    return digest.hexdigest()[:16]
+
+
+def _add_weights(digest: hashlib._Hash, directory: Path) -> None:
+    for path in sorted(directory.glob("*.safetensors*")):
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        digest.update(_weights_sample(path) if path.suffix == ".safetensors" else path.read_bytes())
 
 
 def _weights_sample(path: Path) -> bytes:

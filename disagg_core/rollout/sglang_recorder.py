@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.errors import DraftlineError, Transient
 from disagg_core.rollout.sglang_wire import (
+    WIRE_KEY,
     CaptureOrder,
     ProbeOrder,
     ProbeReply,
@@ -34,7 +34,7 @@ from disagg_core.rollout.sglang_wire import (
     encode_reply,
     mask_of,
 )
-from disagg_core.store.packing import pack_bytes
+from disagg_core.store.packing import pack_into, plan_layout
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class WritableStore(Protocol):
 class Recording:
     """One request's capture, from its first chunk to its reply."""
 
-    order: CaptureOrder | ProbeOrder
+    order: CaptureOrder | ProbeOrder | None = None  # None: unreadable, and refused for it
     aux: list[Tensor] = field(default_factory=list)  # each [rows, 3 * hidden]
     last: list[Tensor] = field(default_factory=list)  # each [rows, hidden]
     input_ids: list[int] = field(default_factory=list)
@@ -144,6 +144,7 @@ class Recorder:
         sample is refused, never stored.
         """
         order = recording.order
+        assert order is not None
         rows = sum(len(part) for part in recording.last)
         width, hidden = recording.aux[0].shape[1], recording.last[0].shape[1]
         ordered = order.num_tokens if isinstance(order, CaptureOrder) else len(input_ids)
@@ -244,10 +245,9 @@ class _Writer:
                 self._store(order.store).abort(recording.reply.ref)
                 return RefusedReply(reason="the request was aborted", retryable=True)
             return self._write(order, recording)
-        except (DraftlineError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is: the reply must go out, the thread go on
             logger.exception("sample %s was not written", order.sample_id)
-            retryable = isinstance(error, Transient) or not isinstance(error, ValueError)
-            return RefusedReply(reason=f"{type(error).__name__}: {error}", retryable=retryable)
+            return RefusedReply(reason=f"{type(error).__name__}: {error}", retryable=True)
         finally:
             recording.aux.clear()
             recording.last.clear()
@@ -295,8 +295,6 @@ def _gather(parts: list[Tensor]) -> Tensor:
 
 def _attach(recording: Recording, request: CapturableRequest) -> None:
     if recording.reply is not None:
-        from disagg_core.rollout.sglang_wire import WIRE_KEY
-
         request.customized_info = {**(request.customized_info or {}), WIRE_KEY: [encode_reply(recording.reply)]}
 
 
@@ -312,7 +310,9 @@ def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> st
 
 def _probe_reply(recording: Recording, facts: ServerFacts) -> ProbeReply:
     tensors = {"aux_hidden_states": _gather(recording.aux), "last_hidden_state": _gather(recording.last)}
-    specs, data = pack_bytes(tensors)
     recording.aux.clear()
     recording.last.clear()
-    return ProbeReply(facts=facts, tensors=specs, data=data)
+    layout = plan_layout(tensors)
+    buffer = torch.empty(layout.size_bytes, dtype=torch.uint8)
+    pack_into(buffer, tensors, layout)
+    return ProbeReply(facts=facts, tensors=layout.specs, data=buffer.numpy().tobytes())

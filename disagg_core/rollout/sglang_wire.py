@@ -71,12 +71,16 @@ class RefusedReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ServerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a server's capture process says about the model it runs. `tensors` are the sizes of the probe's states."""
+    """What a server's capture process says about the model it runs.
+
+    `fingerprint` is `disagg_core.target_facts.model_fingerprint` of its files; `aux_layers` is None where the server
+    chose the layers itself; `settings` are the switches that decide whether a capture can be trusted.
+    """
 
     sglang_version: str
     model_path: str
     revision: str | None
-    target_version: str
+    fingerprint: str
     model_type: str
     num_layers: int
     hidden_size: int

@@ -1,0 +1,155 @@
+"""SGLang servers that we start ourselves: the command line, the process, its end, and starting it again.
+
+A server runs in the SGLang environment (another Python than ours), in its own process group with its own log file,
+and is killed by the kernel when we die. SGLang's own children die with their parent in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from disagg_core.errors import MissingLibrary
+from disagg_core.processes import describe_exit, free_port, spawn, stop_tree, tail
+from disagg_core.rollout.sglang_wire import SGLANG_VERSION
+from disagg_core.run_spec import TargetSection
+from disagg_core.settings import CHECKOUT, Settings
+from disagg_core.target_facts import TargetFacts
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 10.0
+_CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-server-warmup"),
+)
+
+
+@dataclass(frozen=True)
+class ServerLaunch:
+    """Everything that decides how a server is started, but for its place among several (port, GPUs, log)."""
+
+    python: Path
+    section: TargetSection
+    facts: TargetFacts
+    longest: int
+    cpu: bool
+    host: str
+    seed: int = 0
+
+    def command(self, *, port: int, base_gpu: int) -> list[str]:
+        """Return the command line of one server; the run's `target.server_args` come last and so win."""
+        facts, section = self.facts, self.section
+        command = [str(self.python), "-m", "sglang.launch_server"]
+        command += ["--model-path", str(Path(facts.model).expanduser()) if _is_directory(facts.model) else facts.model]
+        command += ["--host", self.host, "--port", str(port), "--dtype", facts.dtype]
+        command += ["--tp", str(section.tensor_parallel), "--random-seed", str(self.seed)]
+        command += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
+        command += ["--return-aux-hidden-state-layer-ids", *(str(layer) for layer in facts.aux_layers)]
+        command += ["--disable-radix-cache", "--chunked-prefill-size", "-1", "--sleep-on-idle"]
+        if section.revision is not None:
+            command += ["--revision", section.revision]
+        if section.trust_remote_code:
+            command += ["--trust-remote-code"]
+        if self._needs_room:
+            command += ["--context-length", str(self.longest + _CONTEXT_ROOM)]
+        if self.cpu:
+            tokens = max(4096, 2 * (self.longest + _CONTEXT_ROOM))
+            command += [*_CPU_FLAGS, "--max-total-tokens", str(tokens)]
+        else:
+            # The outputs of a captured prefill graph are overwritten by the next batch while we still read them.
+            command += ["--disable-prefill-cuda-graph", "--base-gpu-id", str(base_gpu)]
+        return [*command, *section.server_args]
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a server's process besides ours."""
+        from disagg_core.rollout.sglang_plugin import REQUIRED_VARIABLE
+
+        variables = {REQUIRED_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "DRAFTLINE_HOST": self.host}
+        if self._needs_room:
+            variables["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+        if self.cpu:
+            variables["SGLANG_USE_CPU_ENGINE"] = "1"
+            cores = sorted(os.sched_getaffinity(0))
+            ranks = range(self.section.tensor_parallel)
+            if len(ranks) > 1:
+                variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in ranks)
+        return variables
+
+    @property
+    def _needs_room(self) -> bool:
+        """SGLang wants a prompt shorter than the context by two: one token is generated and thrown away."""
+        return self.longest + _CONTEXT_ROOM > self.facts.max_position_embeddings
+
+
+_CONTEXT_ROOM = 2
+
+
+class ManagedServer:
+    """One server process at a time, under one name and URL; started again on demand. Not safe across threads."""
+
+    def __init__(self, launch: ServerLaunch, *, index: int, log_dir: Path) -> None:
+        self._launch = launch
+        self._index = index
+        self.name = f"sglang-{index}"
+        self.log = log_dir / f"{self.name}.log"
+        self.port = free_port(launch.host)
+        self.url = f"http://{launch.host}:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the running server, None before the first start."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the server; it is not ready yet. Call from a thread that lives as long as the server may."""
+        command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.section.tensor_parallel)
+        logger.info("starting %s: %s", self.name, " ".join(command))
+        self._process = spawn(command, self.log, environment=self._launch.environment(), death_signal=signal.SIGKILL)
+
+    def exit_reason(self) -> str | None:
+        """Return how the server ended, with the end of its log; None while it runs."""
+        if self._process is None:
+            return "never started"
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"{describe_exit(code)}; the end of {self.log}:\n{tail(self.log)}"
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End the server and all of its processes; `at_once` for one that hangs."""
+        if self._process is not None:
+            first = signal.SIGKILL if at_once else signal.SIGTERM
+            stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
+            self._process = None
+
+
+def find_sglang_python(settings: Settings, checkout: Path = CHECKOUT) -> Path:
+    """Return the Python of the SGLang environment.
+
+    Raises:
+        MissingLibrary: there is none, or it has no sglang of the right version; the message says how to build it.
+    """
+    python = settings.sglang_python or checkout / ".venv-sglang" / "bin" / "python"
+    advice = "build it with `bash infra/sglang/setup.sh --cuda` (--cpu for tests), or set DRAFTLINE_SGLANG_PYTHON"
+    if not python.is_file():
+        raise MissingLibrary(f"the SGLang environment: expected a Python at {python}, found none; {advice}")
+    found = _sglang_version(python)
+    if found != SGLANG_VERSION:
+        raise MissingLibrary(f"{python}: expected sglang {SGLANG_VERSION}, found {found or 'none'}; {advice}")
+    return python
+
+
+def _sglang_version(python: Path) -> str:
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return answer.stdout.strip()
+
+
+def _is_directory(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
