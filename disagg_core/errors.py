@@ -162,6 +162,10 @@ class CheckpointError(DraftlineError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class TrainingDiverged(DraftlineError):
+    """The loss or the gradient is not finite; nothing of that step is saved."""
+
+
 class Preempted(DraftlineError):
     """The process was asked to stop and saved its state."""
 
