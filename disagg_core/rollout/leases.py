@@ -12,8 +12,8 @@ Pure: no thread, no clock of its own, no I/O. A lease carries a number; an answe
 given back is stale and changes nothing, so a worker that comes back from the dead cannot answer for a prompt that
 somebody else holds by now.
 
-A prompt that failed together with its server is a *suspect*: it may be what killed the server. At most one suspect is
-out at a time, so that a poisonous prompt uses up its own attempts and not those of its neighbours.
+A prompt that has failed is a *suspect*: it may be what killed its server. At most one suspect is out at a time, so that
+a poisonous prompt uses up its own attempts and not those of its neighbours.
 """
 
 from __future__ import annotations

@@ -1,0 +1,362 @@
+"""The prompts of a run: checked before anything starts, leased to workers while it runs, held out for evaluation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from disagg_core.contracts import PromptTask
+from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.ordinals import OrdinalSet
+from disagg_core.rollout.leases import Lease, LeaseBook
+from disagg_core.rollout.loss_mask import UnmaskableTemplate
+from disagg_core.rollout.prompts_encode import PromptEncoder
+from disagg_core.rollout.prompts_pool import (
+    EncodedPrompts,
+    FileOrder,
+    GivenTasks,
+    Placed,
+    PromptPool,
+    RejectedPrompt,
+    StreamOrder,
+    held_out_records,
+    open_order,
+    parse_placed,
+)
+from disagg_core.rollout.prompts_records import PlainText, Record, prompt_key
+from disagg_core.run_spec import RunSpec
+from disagg_core.target_facts import TargetFacts
+
+_PROBED = 32
+_STREAM_CHECKED = 256
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of an attempt's ``rejected.jsonl``: a prompt that no sample was published for, and why.
+
+    `kind` is ``rejected`` for a prompt that cannot be used and ``quarantined`` for one that used up its attempts.
+    """
+
+    ordinal: int
+    source: str
+    kind: Literal["rejected", "quarantined"]
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What one call of a target gets: `tasks`, of which those in `leases` (by ordinal) are wanted.
+
+    The others were trained already; they are there so that the batch is the same as in an uninterrupted run.
+    """
+
+    tasks: list[PromptTask]
+    leases: dict[int, Lease]
+
+    @property
+    def avoid(self) -> dict[int, frozenset[str]]:
+        """Servers on which a task has failed before, by ordinal."""
+        return {ordinal: lease.avoid for ordinal, lease in self.leases.items() if lease.avoid}
+
+
+class PromptSource:
+    """Leases prompts to workers and keeps account of every one. Safe from several threads.
+
+    Unseen prompts are leased in groups: all that are wanted of ordinals ``[k * group, (k + 1) * group)``, together with
+    those of the group that are covered by `skip`. A group's batch is thereby the same whether the run was interrupted
+    or not. Prompts that came back are leased one by one.
+    """
+
+    def __init__(
+        self,
+        pool: PromptPool,
+        *,
+        group: int = 1,
+        skip: OrdinalSet | None = None,
+        already_rejected: Iterable[int] = (),
+        max_attempts: int = 3,
+        lease_s: float = 3600.0,
+        on_reject: Callable[[Rejection], None] = lambda rejection: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if group < 1:
+            raise ValueError(f"expected groups of at least 1 prompt, found {group}")
+        covered = OrdinalSet(pool.missing.ranges())
+        for ordinal in skip or ():
+            covered.add(ordinal)
+        self._pool = pool
+        self._group = group
+        self._book = LeaseBook(end=pool.end, skip=covered, max_attempts=max_attempts, lease_s=lease_s, clock=clock)
+        self._book.skip_rejected(already_rejected)
+        self._tasks: dict[int, PromptTask] = {}
+        self._on_reject = on_reject
+        self._lock = threading.Lock()
+        self.taken = len(self._book.rejected)
+        """Prompts of this attempt that were leased or rejected, those of an earlier producer process not counted."""
+
+    @classmethod
+    def from_spec(cls, spec: RunSpec, tokenizer: Any, **options: Any) -> PromptSource:
+        """Return the source of a run document; `options` as for the class.
+
+        Raises:
+            PromptError: the prompts are missing or empty.
+        """
+        options.setdefault("max_attempts", spec.rollout.max_prompt_attempts)
+        return cls(EncodedPrompts(spec, tokenizer), **options)
+
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[PromptTask], **options: Any) -> PromptSource:
+        """Return a source over tasks at hand; `options` as for the class."""
+        return cls(GivenTasks(tasks), **options)
+
+    # --- leasing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> int:
+        """The most prompts that one lease holds."""
+        return self._group
+
+    def lease(self, worker: str) -> PromptBatch | None:
+        """Lease the next prompts to `worker`; None if there are none to lease at present (see `drained`).
+
+        Prompts that cannot be used are rejected on the way.
+        """
+        with self._lock:
+            waiting = self._book.take_waiting(worker)
+            if waiting is not None:
+                return PromptBatch([self._tasks[waiting.ordinal]], {waiting.ordinal: waiting})
+            while (first := self._book.next_unseen) is not None:
+                batch = self._lease_group(first // self._group, worker)
+                if batch.leases:
+                    return batch
+            return None
+
+    def _lease_group(self, number: int, worker: str) -> PromptBatch:
+        start, stop = number * self._group, (number + 1) * self._group
+        tasks: dict[int, PromptTask | RejectedPrompt] = {}
+        for ordinal in range(start, stop):
+            task = self._pool.task(ordinal)
+            if task is None and ordinal in self._pool.missing:
+                continue
+            if task is None:
+                self._book.set_end(ordinal if self._pool.end is None else self._pool.end)
+                break
+            tasks[ordinal] = task
+        leases: dict[int, Lease] = {}
+        for lease in self._book.take_unseen(worker, stop):
+            self.taken += 1
+            task = tasks[lease.ordinal]
+            if isinstance(task, RejectedPrompt):
+                self._book.reject(lease)
+                self._tell(lease.ordinal, task.source, "rejected", task.reason, 0)
+            else:
+                self._tasks[lease.ordinal] = task
+                leases[lease.ordinal] = lease
+        return PromptBatch([task for task in tasks.values() if isinstance(task, PromptTask)], leases)
+
+    def _tell(
+        self, ordinal: int, source: str, kind: Literal["rejected", "quarantined"], reason: str, attempts: int
+    ) -> None:
+        self._on_reject(Rejection(ordinal=ordinal, source=source, kind=kind, reason=reason, attempts=attempts))
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def holds(self, lease: Lease) -> bool:
+        """Tell whether `lease` is in force."""
+        with self._lock:
+            return self._book.holds(lease)
+
+    def complete(self, lease: Lease) -> bool:
+        """The prompt's sample is published or about to be; False if the lease is stale and the sample must go."""
+        with self._lock:
+            completed = self._book.complete(lease)
+            if completed:
+                del self._tasks[lease.ordinal]
+            return completed
+
+    def fail(self, lease: Lease, reason: str, server: str) -> bool:
+        """Count a failed attempt; True if the prompt is quarantined now."""
+        with self._lock:
+            quarantined = self._book.fail(lease, reason, server)
+            if quarantined:
+                task = self._tasks.pop(lease.ordinal)
+                self._tell(lease.ordinal, task.source, "quarantined", reason, lease.failures + 1)
+            return quarantined
+
+    def reject(self, lease: Lease, reason: str) -> bool:
+        """Take an unusable prompt out; False if the lease is stale."""
+        with self._lock:
+            rejected = self._book.reject(lease)
+            if rejected:
+                task = self._tasks.pop(lease.ordinal)
+                self._tell(lease.ordinal, task.source, "rejected", reason, lease.failures + 1)
+            return rejected
+
+    def give_back(self, lease: Lease) -> bool:
+        """Return a prompt that was not attempted; False if the lease is stale."""
+        with self._lock:
+            return self._book.give_back(lease)
+
+    def expire(self) -> list[int]:
+        """Fail the leases that are overdue; return the ordinals that were quarantined by it."""
+        with self._lock:
+            expired = self._book.expire()
+            for lease, quarantined in expired:
+                if quarantined:
+                    task = self._tasks.pop(lease.ordinal)
+                    reason = f"no answer from {lease.worker} before its lease ended"
+                    self._tell(lease.ordinal, task.source, "quarantined", reason, lease.failures + 1)
+            return [lease.ordinal for lease, quarantined in expired if quarantined]
+
+    # --- counts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is pending and nothing is leased."""
+        with self._lock:
+            return self._book.drained
+
+    @property
+    def outstanding(self) -> int:
+        """Prompts that were taken and have no answer yet."""
+        with self._lock:
+            return self._book.leased + self._book.waiting
+
+    @property
+    def rejected(self) -> int:
+        """Prompts rejected or quarantined in this attempt."""
+        with self._lock:
+            return len(self._book.rejected)
+
+    @property
+    def end(self) -> int | None:
+        """Ordinals over all epochs, if known."""
+        return self._pool.end
+
+    def close(self) -> None:
+        """Close the files of the prompts."""
+        self._pool.close()
+
+
+# --- before the run --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What is known about a run's prompts before it starts; counts are None for streams that do not say.
+
+    `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs.
+    """
+
+    rows: int | None
+    held_out: int
+    count: int | None
+    total: int | None
+
+
+def validate_prompts(spec: RunSpec, tokenizer: Any | None = None, facts: TargetFacts | None = None) -> PromptFacts:
+    """Check every line of a prompts file (of a streamed dataset: its first rows) and return the counts.
+
+    With a tokenizer the first prompts of the order are encoded as well, so that a missing or unmaskable chat template
+    shows before a GPU is held. With `facts`, `data.max_tokens` is checked against the target's context.
+
+    Raises:
+        PromptError: missing, empty, a broken line (file, line, what), nothing usable among the first prompts, a
+            held-out prompt that is also trained on, or samples longer than the target's context.
+    """
+    if facts is not None and spec.data.max_tokens > facts.max_position_embeddings:
+        raise PromptError(
+            f"data.max_tokens: expected at most {facts.max_position_embeddings}, the longest context of "
+            f"{facts.model}, found {spec.data.max_tokens}"
+        )
+    order = open_order(spec)
+    try:
+        held_out = held_out_records(spec, order)
+        given = {prompt_key(record): where for where, record in held_out} if spec.data.holdout is not None else {}
+        _check_records(spec, order, given)
+        if tokenizer is not None:
+            _probe(spec, order, PromptEncoder(spec.data, tokenizer))
+        rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows
+        count = order.per_epoch
+    finally:
+        order.close()
+    if count == 0:
+        raise PromptError(f"{spec.data.prompts}: no prompt is left to train on, {len(held_out)} are held out")
+    total = None if count is None else count * spec.data.epochs
+    return PromptFacts(rows=rows, held_out=len(held_out), count=count, total=total)
+
+
+def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: dict[bytes, str]) -> None:
+    """Parse the records, all of a file's, and compare them with the given held-out prompts."""
+    if isinstance(order, FileOrder):
+        file = order.file
+        records: Iterable[Placed] = (Placed(file.read(index), file.where(index)) for index in range(len(file)))
+    else:
+        name = order.stream.name.name
+        records = (Placed(raw, f"{name}:{number}") for number, raw in enumerate(order.stream.first(_STREAM_CHECKED), 1))
+    for placed in records:
+        record = parse_placed(placed, spec.data.format)
+        if held_out and (twin := held_out.get(prompt_key(record))):
+            raise PromptError(
+                f"{placed.source} asks the same as the held-out prompt at {twin}: an accept length measured on what "
+                "was trained on says nothing; take the prompt out of one of the files"
+            )
+
+
+def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder) -> None:
+    """Encode the first prompts of the order; some must be usable, and every one maskable."""
+    reasons: list[str] = []
+    usable = 0
+    for position in range(_PROBED):
+        placed = order.place(0, position)
+        if placed is None:
+            break
+        try:
+            encoder.encode(parse_placed(placed, spec.data.format))
+        except UnmaskableTemplate as error:
+            raise PromptError(f"{placed.source}: {error}") from error
+        except PromptRejected as error:
+            reasons.append(f"{placed.source}: {error}")
+        else:
+            usable += 1
+    if reasons and not usable:
+        raise PromptError(f"none of the first {len(reasons)} prompts can be trained on; {reasons[0]}")
+
+
+def heldout_prompts(spec: RunSpec, tokenizer: Any, n: int) -> list[list[int]]:
+    """Return the token ids of the first `n` held-out prompts, each ending where the target has to go on.
+
+    Of running text without `data.generate` the first half is the prompt. Prompts that cannot be encoded, or leave no
+    room in `data.max_tokens`, are left out.
+
+    Raises:
+        PromptError: the prompts or the holdout file are missing or broken.
+    """
+    order = open_order(spec)
+    try:
+        records = held_out_records(spec, order)
+    finally:
+        order.close()
+    encoder = PromptEncoder(spec.data, tokenizer)
+    prompts: list[list[int]] = []
+    for _, record in records:
+        if len(prompts) == n:
+            break
+        ids = _prompt_ids(encoder, record, halve=spec.data.generate is None)
+        if ids is not None and 0 < len(ids) < spec.data.max_tokens:
+            prompts.append(ids)
+    return prompts
+
+
+def _prompt_ids(encoder: PromptEncoder, record: Record, *, halve: bool) -> list[int] | None:
+    try:
+        ids = encoder.encode_prompt(record)
+    except PromptRejected:
+        return None
+    return ids[: max(1, len(ids) // 2)] if halve and isinstance(record, PlainText) else ids

@@ -1,0 +1,195 @@
+"""Where prompt records lie: a JSONL file with an index of its lines, or a Hugging Face dataset read as a stream.
+
+Neither is held in memory. A file is indexed once (eight bytes a line) and read by position. A stream is read forward
+only, through the seeded shuffle buffer of `datasets`; going on in the middle means reading up to there again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from disagg_core.errors import PromptError
+from disagg_core.target_facts import is_local
+
+HF_PREFIX = "hf:"
+_CHUNK_BYTES = 16 * 1024**2
+_SHUFFLE_BUFFER = 10_000
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonlFile:
+    """A JSONL file, read by line. Blank lines do not count. Safe from several threads.
+
+    Raises:
+        PromptError: the file is missing, unreadable or has no record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise PromptError(f"data.prompts: no such file: {path}; give a JSONL file with one prompt a line")
+        self._size = path.stat().st_size
+        self._starts, self._numbers = _index(path)
+        if not len(self._starts):
+            raise PromptError(f"{path}: expected at least one prompt, found an empty file")
+        self._file = path.open("rb")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def line(self, index: int) -> bytes:
+        """Return the bytes of the record at `index` (0-based, blank lines not counted)."""
+        start = int(self._starts[index])
+        stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._size
+        raw = os.pread(self._file.fileno(), stop - start, start)
+        return raw.split(b"\n", 1)[0].removeprefix(_BOM)
+
+    def where(self, index: int) -> str:
+        """Return ``file:line`` of the record at `index`, as an editor counts."""
+        number = index + 1 if self._numbers is None else int(self._numbers[index])
+        return f"{self.path.name}:{number}"
+
+    def read(self, index: int) -> Any:
+        """Return the record at `index`, decoded.
+
+        Raises:
+            PromptError: the line is no JSON; file, line and what is wrong are named.
+        """
+        try:
+            return msgspec.json.decode(self.line(index))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PromptError(f"{self.path}, line {self.where(index).rpartition(':')[2]}: no JSON: {error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return where each record starts and, if there are blank lines, the line number of each."""
+    ends: list[npt.NDArray[np.int64]] = []
+    offset = 0
+    last = b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + offset)
+            offset += len(chunk)
+            last = chunk[-1:]
+        if last not in (b"", b"\n"):
+            ends.append(np.array([offset], dtype=np.int64))
+        stops = np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1] + 1]) if len(stops) else stops
+        full = stops > starts
+        for line in np.flatnonzero(full & (stops - starts < 16)):  # only short lines can be white space
+            file.seek(int(starts[line]))
+            full[line] = bool(file.read(int(stops[line] - starts[line])).removeprefix(_BOM).strip())
+    if full.all():
+        return starts, None
+    numbers = np.flatnonzero(full)
+    return starts[numbers], numbers + 1
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """A dataset as named in a run document: ``hf:<name or directory>[:split]``."""
+
+    name: str
+    split: str
+
+    @classmethod
+    def parse(cls, prompts: str) -> DatasetName:
+        """Return the parts of `prompts`, which starts with ``hf:``; the split is ``train`` unless given."""
+        name, _, split = prompts.removeprefix(HF_PREFIX).partition(":")
+        if not name:
+            raise PromptError(f"data.prompts: expected hf:<name or directory>[:split], found {prompts!r}")
+        return cls(name, split or "train")
+
+
+class DatasetStream:
+    """The records of a Hugging Face dataset (hub name, or local directory), streamed in a seeded order.
+
+    Raises:
+        PromptError: there is no such dataset or split.
+    """
+
+    def __init__(self, name: DatasetName) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._dataset = self._load()
+        self._order: tuple[int, int, int, bool] | None = None
+        self._iterator: Iterator[Any] = iter(())
+        self._position = 0
+        self.ended_at: int | None = None
+        """How many rows an epoch has, once a read has come to its end."""
+
+    def _load(self) -> Any:
+        import datasets
+
+        source, split = self.name.name, self.name.split
+        if is_local(source) or Path(source).is_dir():
+            source = str(Path(source).expanduser())
+            if not Path(source).is_dir():
+                raise PromptError(f"data.prompts: no such dataset directory: {source}")
+        try:
+            return datasets.load_dataset(source, split=split, streaming=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PromptError(
+                f"data.prompts: cannot read dataset {self.name.name!r}, split {split!r}: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the split, if the dataset says so; otherwise it shows only when the stream has ended."""
+        info = self._dataset.info.splits
+        entry = info.get(self.name.split) if info else None
+        return entry.num_examples if entry and entry.num_examples else None
+
+    def first(self, count: int) -> list[Any]:
+        """Return the first `count` rows in the dataset's own order."""
+        return list(islice(iter(self._dataset), count))
+
+    def read(self, epoch: int, position: int, *, seed: int, skip: int, shuffle: bool) -> Any | None:
+        """Return the row at `position` of an epoch's order over all rows but the first `skip`; None at the end.
+
+        Positions that ascend cost one row each; going back starts the stream again.
+        """
+        with self._lock:
+            order = (epoch, seed, skip, shuffle)
+            if self._order != order or position < self._position:
+                self._restart(order)
+            try:
+                while self._position < position:
+                    next(self._iterator)
+                    self._position += 1
+                row = next(self._iterator)
+            except StopIteration:
+                self.ended_at = self._position
+                self._order = None
+                return None
+            self._position += 1
+            return row
+
+    def _restart(self, order: tuple[int, int, int, bool]) -> None:
+        epoch, seed, skip, shuffle = order
+        rows = self._dataset.skip(skip)
+        if shuffle:
+            rows = rows.shuffle(seed=(seed + epoch) % 2**32, buffer_size=_SHUFFLE_BUFFER)
+        self._iterator = iter(rows)
+        self._position = 0
+        self._order = order
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        self._iterator = iter(())
+        self._order = None

@@ -1,0 +1,272 @@
+"""All prompts of a run by ordinal: which record stands where in the seeded order, encoded when asked for.
+
+An ordinal counts over all epochs. With n prompts an epoch, ordinal o is place ``o % n`` of epoch ``o // n``; each epoch
+has its own permutation of the same prompts. Held-out prompts are the last of a permutation fixed by the run's seed
+(without shuffle: the last of the file), so that they are the same in every epoch and attempt; `data.limit` keeps the
+first of the same permutation. A record that asks the same as a held-out prompt is rejected, wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from disagg_core.contracts import PromptTask
+from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.ordinals import OrdinalSet
+from disagg_core.rollout.prompts_encode import PromptEncoder
+from disagg_core.rollout.prompts_files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
+from disagg_core.rollout.prompts_order import SeededPermutation, seed_of
+from disagg_core.rollout.prompts_records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
+from disagg_core.run_spec import DataSection, RunSpec
+
+_BASE_ORDER, _EPOCH_ORDER = 1, 2
+_HELD_OUT_SHARE = 4
+
+
+@dataclass(frozen=True)
+class RejectedPrompt:
+    """A prompt that cannot be trained on: where it stands and why."""
+
+    source: str
+    reason: str
+
+
+class PromptPool(Protocol):
+    """Prompts by ordinal. `task` may be called from several threads."""
+
+    @property
+    def end(self) -> int | None:
+        """How many ordinals there are over all epochs; None until a stream of unknown length has ended once."""
+        ...
+
+    @property
+    def missing(self) -> OrdinalSet:
+        """Ordinals below `end` that stand for no prompt."""
+        ...
+
+    def task(self, ordinal: int) -> PromptTask | RejectedPrompt | None:
+        """Return the prompt at `ordinal`, the reason why it cannot be used, or None beyond the end."""
+        ...
+
+    def close(self) -> None:
+        """Close files."""
+        ...
+
+
+class GivenTasks:
+    """A pool of tasks that are at hand already, for embedding and tests. Their ordinals must differ."""
+
+    def __init__(self, tasks: Sequence[PromptTask]) -> None:
+        self._tasks = {task.ordinal: task for task in tasks}
+        if len(self._tasks) != len(tasks):
+            raise ValueError(f"expected {len(tasks)} different ordinals, found {len(self._tasks)}")
+
+    @property
+    def end(self) -> int:
+        """One more than the highest ordinal."""
+        return max(self._tasks, default=-1) + 1
+
+    @property
+    def missing(self) -> OrdinalSet:
+        """Ordinals that none of the tasks has."""
+        holes = OrdinalSet()
+        for ordinal in range(self.end):
+            if ordinal not in self._tasks:
+                holes.add(ordinal)
+        return holes
+
+    def task(self, ordinal: int) -> PromptTask | None:
+        """Return the task at `ordinal`."""
+        return self._tasks.get(ordinal)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One raw record and where it was found (``file:line``)."""
+
+    raw: Any
+    source: str
+
+
+def held_out_count(spec: RunSpec, rows: int) -> int:
+    """Return how many of `rows` prompts are kept out of training for evaluation: at most a quarter of them."""
+    return 0 if spec.data.holdout is not None else min(spec.evaluation.prompts, rows // _HELD_OUT_SHARE)
+
+
+class FileOrder:
+    """The seeded order over the lines of a JSONL file."""
+
+    def __init__(self, spec: RunSpec, file: JsonlFile) -> None:
+        self.file = file
+        self._shuffle = spec.data.shuffle
+        self._seed = spec.run.seed
+        self._base = SeededPermutation(len(file), seed_of(self._seed, _BASE_ORDER))
+        self.held_out = held_out_count(spec, len(file))
+        usable = len(file) - self.held_out
+        self.per_epoch: int = min(usable, spec.data.limit or usable)
+        self._epoch: tuple[int, SeededPermutation] | None = None
+
+    def place(self, epoch: int, position: int) -> Placed | None:
+        """Return the record at `position` of `epoch`; None beyond its end."""
+        if position >= self.per_epoch:
+            return None
+        if self._shuffle:
+            current = self._epoch
+            if current is None or current[0] != epoch:
+                current = (epoch, SeededPermutation(self.per_epoch, seed_of(self._seed, _EPOCH_ORDER, epoch)))
+                self._epoch = current
+            position = current[1][position]
+        return self._at(position)
+
+    def _at(self, position: int) -> Placed:
+        line = self._base[position] if self._shuffle else position
+        return Placed(self.file.read(line), self.file.where(line))
+
+    def held_out_records(self) -> list[Placed]:
+        """Return the records that are kept out of training."""
+        size = len(self.file)
+        return [self._at(position) for position in range(size - self.held_out, size)]
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class StreamOrder:
+    """The seeded order of a streamed dataset; the first rows are held out, the others go through a shuffle buffer."""
+
+    def __init__(self, spec: RunSpec, stream: DatasetStream) -> None:
+        self.stream = stream
+        self._shuffle = spec.data.shuffle
+        self._seed = seed_of(spec.run.seed, _EPOCH_ORDER)
+        self._limit = spec.data.limit
+        self._first = self.stream.first(spec.evaluation.prompts * _HELD_OUT_SHARE)
+        self.held_out = held_out_count(spec, len(self._first))
+        rows = stream.rows
+        self.per_epoch: int | None = None
+        if rows is not None:
+            self.per_epoch = min(rows - self.held_out, self._limit or rows)
+
+    def place(self, epoch: int, position: int) -> Placed | None:
+        """Return the record at `position` of `epoch`; None beyond its end, which is known from then on.
+
+        With `data.limit` every epoch has the same rows: the first ones of epoch 0's order.
+        """
+        if self._limit is not None:
+            epoch = 0
+        if self.per_epoch is not None and position >= self.per_epoch:
+            return None
+        if self._limit is not None and position >= self._limit:
+            self.per_epoch = self._limit
+            return None
+        row = self.stream.read(epoch, position, seed=self._seed, skip=self.held_out, shuffle=self._shuffle)
+        if row is None:
+            self.per_epoch = self.stream.ended_at
+            return None
+        return Placed(row, f"{self.stream.name.name}:{epoch}:{position}")
+
+    def held_out_records(self) -> list[Placed]:
+        """Return the records that are kept out of training."""
+        rows = self._first[: self.held_out]
+        return [Placed(row, f"{self.stream.name.name}:{number}") for number, row in enumerate(rows)]
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        self.stream.close()
+
+
+def open_order(spec: RunSpec) -> FileOrder | StreamOrder:
+    """Open the prompts of `spec` in their seeded order.
+
+    Raises:
+        PromptError: they are missing or empty.
+    """
+    if spec.data.prompts.startswith(HF_PREFIX):
+        return StreamOrder(spec, DatasetStream(DatasetName.parse(spec.data.prompts)))
+    return FileOrder(spec, JsonlFile(Path(spec.data.prompts).expanduser()))
+
+
+def parse_placed(placed: Placed, format_: FormatOrAuto) -> Record:
+    """Return the record of `placed` in its plain shape.
+
+    Raises:
+        PromptError: it cannot be used; file, line and what is wrong are named.
+    """
+    try:
+        return parse_record(placed.raw, format_)
+    except RecordError as error:
+        name, _, line = placed.source.rpartition(":")
+        raise PromptError(f"{name}, line {line}: {error}") from error
+
+
+def held_out_records(spec: RunSpec, order: FileOrder | StreamOrder) -> list[tuple[str, Record]]:
+    """Return the held-out prompts of a run, from `data.holdout` or kept out of the prompts, and where they stand.
+
+    Raises:
+        PromptError: the holdout file is missing or has a broken line.
+    """
+    if spec.data.holdout is None:
+        placed = order.held_out_records()
+    else:
+        file = JsonlFile(Path(spec.data.holdout).expanduser())
+        placed = [Placed(file.read(index), file.where(index)) for index in range(len(file))]
+        file.close()
+    return [(item.source, parse_placed(item, spec.data.format)) for item in placed]
+
+
+class EncodedPrompts:
+    """The pool of a run document: records by the seeded order, encoded with the target's tokenizer."""
+
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        self.order = open_order(spec)
+        self.encoder = PromptEncoder(spec.data, tokenizer)
+        self._data: DataSection = spec.data
+        self._held_out = {prompt_key(record) for _, record in held_out_records(spec, self.order)}
+
+    @property
+    def end(self) -> int | None:
+        """Prompts of an epoch times epochs, once known."""
+        per_epoch = self.order.per_epoch
+        return None if per_epoch is None else per_epoch * self._data.epochs
+
+    @property
+    def missing(self) -> OrdinalSet:
+        """None: every ordinal has a record."""
+        return OrdinalSet()
+
+    def task(self, ordinal: int) -> PromptTask | RejectedPrompt | None:
+        """Return the prompt at `ordinal`, the reason why it cannot be used, or None beyond the end."""
+        placed = self._place(ordinal)
+        if placed is None:
+            return None
+        try:
+            record = parse_placed(placed, self._data.format)
+            if self._held_out and prompt_key(record) in self._held_out:
+                return RejectedPrompt(placed.source, "asks the same as a held-out prompt")
+            encoded = self.encoder.encode(record)
+        except (PromptError, PromptRejected) as error:
+            return RejectedPrompt(placed.source, str(error))
+        return PromptTask(
+            ordinal=ordinal, source=placed.source, input_ids=encoded.input_ids, loss_mask=encoded.loss_mask
+        )
+
+    def _place(self, ordinal: int) -> Placed | None:
+        if self.order.per_epoch is None:
+            placed = self.order.place(0, ordinal)
+            if placed is not None or not self.order.per_epoch:
+                return placed
+        per_epoch = self.order.per_epoch
+        assert per_epoch is not None
+        if not per_epoch or ordinal >= per_epoch * self._data.epochs:
+            return None
+        return self.order.place(*divmod(ordinal, per_epoch))
+
+    def close(self) -> None:
+        """Close the file or stream."""
+        self.order.close()
