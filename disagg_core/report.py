@@ -53,6 +53,13 @@ class ArchiveFigures(_Part):
     manifest: str
 
 
+class Failure(_Part):
+    """Why a run failed."""
+
+    failure_class: FailureClass
+    message: str
+
+
 class AttemptFigures(_Part):
     """How one attempt ended."""
 
@@ -68,8 +75,9 @@ class RunReport(_Part):
     run_id: str
     name: str
     state: Literal["completed", "failed"]
-    accounting: Accounting
-    training: TrainingFigures
+    failure: Failure | None = None
+    accounting: Accounting | None
+    training: TrainingFigures | None
     evaluation: EvaluationFigures | None
     roles: dict[Literal["producer", "consumer"], RoleFigures]
     archive: ArchiveFigures | None
@@ -93,11 +101,23 @@ class RunReport(_Part):
 
     def to_markdown(self) -> str:
         """Return the report as a person reads it."""
-        parts = (self._accounting(), self._training(), self._evaluation(), self._attempts(), self._places())
+        parts = (
+            self._failure(),
+            self._accounting(),
+            self._training(),
+            self._evaluation(),
+            self._attempts(),
+            self._places(),
+        )
         return "\n".join([f"# Run {self.run_id}: {self.state}", "", *(line for part in parts for line in part)])
+
+    def _failure(self) -> list[str]:
+        return [f"**{self.failure.failure_class}**: {self.failure.message}", ""] if self.failure else []
 
     def _accounting(self) -> list[str]:
         a = self.accounting
+        if a is None:
+            return []
         rows = ["## Every sample accounted for", "", "| prompts | rejected | published | trained | quarantined |"]
         rows[-1] += " unused | left in the store |"
         rows += ["|---:|---:|---:|---:|---:|---:|---:|"]
@@ -119,6 +139,8 @@ class RunReport(_Part):
 
     def _training(self) -> list[str]:
         t = self.training
+        if t is None:
+            return []
         loss = "-" if t.loss_first is None or t.loss_last is None else f"{t.loss_first:.3f} to {t.loss_last:.3f}"
         return [
             "## Training",

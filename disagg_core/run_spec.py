@@ -166,7 +166,7 @@ class RolloutSection(Section):
     max_prompt_attempts: int = Field(3, ge=1, description="A prompt that fails this often is quarantined.")
     ordered: bool = Field(True, description="Publish in prompt order, or as captures complete.")
     high_watermark_refs: int = Field(256, ge=1, description="Pause capture at so many samples in flight.")
-    low_watermark_refs: int | None = Field(None, ge=0, description="Go on below this many; by default half of high.")
+    low_watermark_refs: int | None = Field(None, ge=1, description="Go on below this many; by default half of high.")
     high_watermark_bytes: Bytes | None = Field(None, description="Pause at so many bytes; default 80% of the store.")
     low_watermark_bytes: Bytes | None = Field(None, description="Go on below this many; by default half of high.")
 

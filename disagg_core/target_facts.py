@@ -50,6 +50,14 @@ class TargetFacts(BaseModel):
         return 4 + 1 + 4 * self.hidden_size * _DTYPE_BYTES[self.dtype]
 
 
+    def describe(self) -> str:
+        """Return one line about the target, for people."""
+        return (
+            f"{self.model} ({self.model_type}, {self.num_layers} layers, hidden {self.hidden_size}, "
+            f"vocabulary {self.vocab_size}, {self.dtype})"
+        )
+
+
 def is_local(model: str) -> bool:
     """Tell whether `model` names a directory rather than a Hugging Face id."""
     return model.startswith(("./", "../", "/", "~"))

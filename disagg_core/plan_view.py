@@ -1,0 +1,86 @@
+"""The plan of a run as a person reads it: processes, pools, GPUs, bytes per sample, memory of the store."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from disagg_core.plan import RunPlan
+
+_GIB = 1024**3
+_MIB = 1024**2
+
+
+def render(plan: RunPlan) -> Group:
+    """Return what `draftline plan` prints. All of it was checked against each other by `make_plan`."""
+    head = Text(f"{plan.spec.run.name}: {plan.spec.draft.method} draft for {plan.target.describe()}")
+    return Group(head, Text(), _processes(plan), Text(), _numbers(plan))
+
+
+def _processes(plan: RunPlan) -> Table:
+    spec = plan.spec
+    pools = spec.orchestration.pools
+    table = Table("process", "pool", "count", "GPUs each", title="What would run", title_justify="left")
+    table.add_row("parent flow: attempts, completion, evaluation, archive", pools.orchestrator, "1", "0")
+    if spec.store.mode == "managed":
+        table.add_row("mooncake_master", f"{pools.orchestrator} (parent)", "1", "0")
+        table.add_row(
+            f"store owner, {_size(plan.store_capacity)} of memory", f"{pools.orchestrator} (parent)", "1", "0"
+        )
+    else:
+        table.add_row(f"Mooncake at {spec.store.master_address}", "external", "-", "-")
+    table.add_row(f"rollout producer, {spec.rollout.workers} workers", pools.rollout, "1", _producer_gpus(plan))
+    if spec.target.backend == "sglang":
+        if spec.target.server_urls:
+            table.add_row("SGLang servers: " + ", ".join(spec.target.server_urls), "external", "-", "-")
+        else:
+            gpus = "0" if spec.target.device == "cpu" else str(spec.target.tensor_parallel)
+            table.add_row("SGLang server", f"{pools.rollout} (producer)", str(spec.target.servers), gpus)
+    training = spec.training
+    each = "0" if training.device == "cpu" else "1"
+    table.add_row(
+        f"training ranks: {training.nodes} node(s) of {training.processes}", pools.train, str(spec.world_size), each
+    )
+    return table
+
+
+def _producer_gpus(plan: RunPlan) -> str:
+    target = plan.spec.target
+    return "0" if target.backend == "sglang" or target.device == "cpu" else "1 (or device_map)"
+
+
+def _numbers(plan: RunPlan) -> Table:
+    spec = plan.spec
+    training = spec.training
+    table = Table(show_header=False, title="What it needs, checked against each other", title_justify="left")
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("captured layers (0-based outputs)", ", ".join(str(layer) for layer in plan.target.aux_layers))
+    table.add_row("draft vocabulary", f"{plan.draft_vocab_size} of {plan.target.vocab_size}")
+    table.add_row("prompts", "not known before the run" if plan.total_prompts is None else str(plan.total_prompts))
+    table.add_row(
+        "optimizer steps", "as many as the prompts give" if plan.total_steps is None else str(plan.total_steps)
+    )
+    table.add_row("bytes per token", f"{plan.target.bytes_per_token}")
+    table.add_row("bytes per sample", f"up to {_size(plan.max_sample_bytes)} ({spec.data.max_tokens} tokens)")
+    table.add_row(
+        "optimizer window",
+        f"{spec.quantum} samples = {spec.world_size} ranks x {training.batch_size} x {training.accumulation_steps}, "
+        f"up to {_size(spec.quantum * plan.max_sample_bytes)}",
+    )
+    by_bytes = plan.high_watermark_bytes // plan.max_sample_bytes
+    table.add_row(
+        "samples in flight",
+        f"up to {plan.high_watermark_refs} ({by_bytes} of full length), on again at {plan.low_watermark_refs}",
+    )
+    table.add_row(
+        "memory in the store",
+        f"up to {_size(plan.high_watermark_bytes)} in flight, of {_size(plan.store_capacity)}",
+    )
+    table.add_row("reference channel", spec.channel.url or "files in the run's directory")
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"

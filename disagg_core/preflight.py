@@ -1,0 +1,114 @@
+"""Everything that is checked before a process is started or a GPU is held, and the plan that comes of it.
+
+Three depths: `sketch_plan` needs the target's config and the prompts file; `check_run` also the tokenizer and every
+line of the prompts; `prepare_run` also writes what the roles need into the run's directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from disagg_core.errors import BadInput, TargetError
+from disagg_core.plan import RunPlan, make_plan
+from disagg_core.rollout.chat import template_text, tokenizer_version
+from disagg_core.rollout.prompts import heldout_prompts, validate_prompts
+from disagg_core.run_dir import RunDir, write_atomically
+from disagg_core.run_spec import RunSpec
+from disagg_core.settings import Settings
+from disagg_core.store import check_capacity, require_mooncake
+from disagg_core.target_facts import is_local, read_target_facts
+
+
+def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
+    """Return the id of the run that the parent flow run `flow_run_id` is."""
+    return f"{spec.run.name}-{str(flow_run_id).rsplit('-', 1)[-1]}"
+
+
+def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
+    """Return the plan of `spec` as far as it can be known without weights and tokenizer.
+
+    Raises:
+        BadInput: the target's config, the prompts or the numbers of the spec are wrong.
+    """
+    facts = read_target_facts(spec.target)
+    prompts = validate_prompts(spec, None, facts)
+    run_id = f"{spec.run.name}-plan"
+    return make_plan(
+        spec, facts, run_id=run_id, root=RunDir.of(settings.runs_dir, run_id).root, total_prompts=prompts.total
+    )
+
+
+def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> RunPlan:
+    """Check that the run can be started on this machine and return its plan; writes nothing.
+
+    Raises:
+        BadInput: something in the spec, its files, the target or the machine's libraries is wrong.
+    """
+    require_mooncake()
+    facts = read_target_facts(spec.target)
+    _check_weights(spec)
+    if spec.store.mode == "managed":
+        check_capacity(spec.store.capacity)
+    tokenizer = load_tokenizer(spec)
+    prompts = validate_prompts(spec, tokenizer, facts)
+    run_id = run_id or f"{spec.run.name}-check"
+    return make_plan(
+        spec,
+        facts,
+        run_id=run_id,
+        root=RunDir.of(settings.runs_dir, run_id).root,
+        total_prompts=prompts.total,
+        tokenizer_version=tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template)),
+    )
+
+
+def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
+    """Check the run, write run.json and the evaluation prompts into its directory, and return its plan.
+
+    Raises:
+        BadInput: as `check_run`; or the directory holds a run of another spec.
+    """
+    plan = check_run(spec, settings, run_id)
+    if plan.dir.document.is_file():
+        known = RunPlan.model_validate_json(plan.dir.document.read_bytes())
+        if known.spec != spec:
+            raise BadInput(f"run {run_id} exists with another spec in {plan.root}; choose another run.name")
+    write_atomically(plan.dir.document, plan.model_dump_json(indent=2))
+    if spec.evaluation.prompts:
+        held_out = heldout_prompts(spec, load_tokenizer(spec), spec.evaluation.prompts)
+        lines = b"".join(msgspec.json.encode({"input_ids": ids}) + b"\n" for ids in held_out)
+        write_atomically(plan.dir.evaluation / "prompts.jsonl", lines)
+    return plan
+
+
+def load_tokenizer(spec: RunSpec) -> Any:
+    """Load the target's tokenizer.
+
+    Raises:
+        TargetError: the target has none.
+    """
+    from transformers import AutoTokenizer
+
+    source = spec.target.model
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(Path(source).expanduser()) if is_local(source) else source,
+            revision=spec.target.revision,
+            trust_remote_code=spec.target.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"target.model: cannot load a tokenizer from {source!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_weights(spec: RunSpec) -> None:
+    """Refuse a local target without weights, unless a server has them."""
+    model = spec.target.model
+    if not is_local(model) or spec.target.server_urls:
+        return
+    if not any(Path(model).expanduser().glob("*.safetensors")):
+        raise TargetError(f"target.model: {model} holds no *.safetensors weights; save the model in safetensors format")

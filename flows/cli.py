@@ -1,0 +1,118 @@
+"""The ``draftline`` command: the local platform, runs on it, and tools for people who look after them.
+
+Exit codes: 0 done, 1 a run or a check failed, 2 something in the input is wrong (nothing was started), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from disagg_core.channel_cli import app as channel_app
+from disagg_core.doctor_cli import doctor
+from disagg_core.errors import BadInput, DraftlineError
+from disagg_core.rollout_cli import regenerate
+from disagg_core.settings import get_settings
+from disagg_core.spec_file import load_spec
+from disagg_core.store_cli import app as store_app
+
+app = typer.Typer(
+    name="draftline",
+    help="Online, disaggregated training of speculative-decoding draft models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(channel_app, name="channel", help="Look into a reference channel.")
+app.add_typer(store_app, name="store", help="Look into a feature store.")
+app.command(name="doctor")(doctor)
+app.command(name="regenerate")(regenerate)
+
+SpecFile = Annotated[Path, typer.Argument(help="Run document (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the document.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _say(message: str) -> None:
+    _console.print(message)
+
+
+@app.command()
+def up() -> None:
+    """Start the local platform: Prefect server, work pools, workers, deployments. Idempotent."""
+    from flows import local
+
+    platform = local.up(get_settings(), _say)
+    _say(f"Prefect UI: {platform.ui_url}")
+    _say(f"for the prefect command: export PREFECT_API_URL={platform.api_url}")
+
+
+@app.command()
+def down() -> None:
+    """Cancel what runs and stop the local platform. The history of the runs is kept."""
+    from flows import local
+
+    _say("stopped" if local.down(get_settings(), _say) else "nothing was running")
+
+
+@app.command()
+def status() -> None:
+    """Show the local platform and its latest runs."""
+    from flows import local, status_view
+
+    status_view.show(get_settings(), local.find_platform(get_settings()), Console(soft_wrap=True))
+
+
+@app.command()
+def plan(spec: SpecFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show what a run would start and need, checked against each other. Starts nothing, needs no weights."""
+    from disagg_core.plan_view import render
+    from disagg_core.preflight import sketch_plan
+
+    Console(soft_wrap=True).print(render(sketch_plan(load_spec(spec, overrides or ()), get_settings())))
+
+
+@app.command()
+def run(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the platform running at the end.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run one training from its document to its report; brings up what is missing and takes it down again."""
+    from flows.run_command import run_training
+
+    raise typer.Exit(run_training(load_spec(spec, overrides or ()), get_settings(), _console, keep_up=keep_up))
+
+
+def main() -> None:
+    """Run the command line; turn our errors into one message and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except BadInput as error:
+        if debug:
+            raise
+        _console.print(f"[bold red]error:[/] {_plain(error)}")
+        sys.exit(2)
+    except DraftlineError as error:
+        if debug:
+            raise
+        _console.print(f"[bold red]failed[/] ({error.failure_class}): {_plain(error)}")
+        sys.exit(1)
+
+
+def _plain(error: DraftlineError) -> str:
+    return str(error).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

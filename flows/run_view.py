@@ -1,0 +1,157 @@
+"""What a person sees of a run in the terminal: progress of both roles while it lasts, a summary at its end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from disagg_core.observability.progress import ProgressValue
+from disagg_core.plan import RunPlan
+from disagg_core.report import RunReport
+
+_LINE_INTERVAL_S = 10.0
+
+RoleState = dict[str, ProgressValue]
+
+
+class RunView(Protocol):
+    """Shows a run: entered once, shown often, left at its end."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, state: str, plan: RunPlan | None, producer: RoleState, consumer: RoleState) -> None:
+        """Show the flow run's state and the latest progress of its roles."""
+
+
+class Bars:
+    """Progress bars, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._rollout: TaskID = self._progress.add_task("rollout", total=None, detail="")
+        self._training: TaskID = self._progress.add_task("training", total=None, detail="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, state: str, plan: RunPlan | None, producer: RoleState, consumer: RoleState) -> None:
+        """Move both bars."""
+        self._progress.update(
+            self._rollout,
+            total=plan.total_prompts if plan else None,
+            completed=_number(producer, "prompts"),
+            detail=_rollout_detail(state, producer),
+        )
+        self._progress.update(
+            self._training,
+            total=plan.total_steps if plan else None,
+            completed=_number(consumer, "step"),
+            detail=_training_detail(consumer),
+        )
+
+
+class Lines:
+    """A line when the state changes and every ten seconds, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+        self._last_state = ""
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def show(self, state: str, plan: RunPlan | None, producer: RoleState, consumer: RoleState) -> None:
+        """Print a line if one is due."""
+        now = time.monotonic()
+        if state == self._last_state and now - self._last_line < _LINE_INTERVAL_S:
+            return
+        self._last_state, self._last_line = state, now
+        prompts = f"{_number(producer, 'prompts'):.0f}/{plan.total_prompts or '?'}" if plan else "-"
+        steps = f"{_number(consumer, 'step'):.0f}/{plan.total_steps or '?'}" if plan else "-"
+        self._console.print(
+            f"{now - self._began:5.0f} s  {state:<10} rollout {prompts} {_rollout_detail('', producer)}  "
+            f"training {steps} {_training_detail(consumer)}"
+        )
+
+
+def _number(state: RoleState, name: str) -> float:
+    value = state.get(name)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _rollout_detail(flow_state: str, state: RoleState) -> str:
+    if not state:
+        return flow_state
+    return f"{state.get('phase', '')}, {_number(state, 'samples_per_s'):.1f}/s, in flight {_number(state, 'in_flight'):.0f}"
+
+
+def _training_detail(state: RoleState) -> str:
+    if not state:
+        return ""
+    loss = state.get("loss")
+    shown = f", loss {loss:.3f}" if isinstance(loss, float) else ""
+    return f"{state.get('phase', '')}{shown}, {_number(state, 'samples_per_s'):.1f}/s"
+
+
+def summary(report: RunReport, ui: str) -> Table:
+    """Return the summary of a finished run."""
+    table = Table(title=f"run {report.run_id}: {report.state}", show_header=False, title_justify="left", min_width=70)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    a, t, e = report.accounting, report.training, report.evaluation
+    if a:
+        table.add_row("prompts", f"{a.prompts} = {a.published} published + {a.rejected} rejected")
+        unused = f" + {a.unused} unused" if a.unused else ""
+        table.add_row("samples", f"{a.published} = {a.trained} trained + {a.quarantined} quarantined{unused}")
+        table.add_row("left in the store", str(a.store_keys_left))
+    if t:
+        table.add_row("training", f"{t.steps} steps, {t.samples_per_second:.1f} samples/s")
+        if t.loss_first is not None and t.loss_last is not None:
+            table.add_row("loss", f"{t.loss_first:.3f} first, {t.loss_last:.3f} last")
+    if e:
+        table.add_row(
+            f"accept length, k={e.draft_tokens}",
+            f"{e.accept_length_before:.2f} before, [bold]{e.accept_length_after:.2f}[/] after training, "
+            f"on {e.prompts} held-out prompts",
+        )
+        table.add_row("lossless", "yes" if e.lossless else "[bold red]no[/]")
+    if report.failure:
+        table.add_row(f"failed ({report.failure.failure_class})", report.failure.message.replace("[", r"\["))
+    table.add_row("checkpoints", f"{report.run_dir}/checkpoints")
+    if report.export:
+        table.add_row("export", report.export)
+    if report.archive:
+        table.add_row("archive", report.archive.url)
+    table.add_row("report", f"{report.run_dir}/report.md (.json, .png)")
+    table.add_row("UI", ui)
+    table.add_row("time", f"{report.seconds:.0f} s, both roles together {report.roles_overlap_seconds:.0f} s")
+    return table

@@ -1,0 +1,76 @@
+"""Submitting a training run to the Prefect server in PREFECT_API_URL, and following it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from uuid import UUID
+
+import httpx
+from prefect import get_client
+from prefect.deployments import arun_deployment
+from prefect.states import Cancelling
+
+from disagg_core.run_spec import RunSpec
+
+DEPLOYMENT = "online-disagg-training/local"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a flow run as Prefect knows it."""
+
+    name: str
+    message: str
+    final: bool
+    completed: bool
+
+
+UNREACHABLE = RunState("server away", "", final=False, completed=False)
+
+
+def submit(spec: RunSpec) -> UUID:
+    """Create a run of the parent flow and return its id."""
+    return asyncio.run(_submit(spec))
+
+
+async def _submit(spec: RunSpec) -> UUID:
+    run = await arun_deployment(
+        DEPLOYMENT,
+        parameters={"spec": spec.model_dump(mode="json")},
+        timeout=0,
+        as_subflow=False,
+        tags=["draftline"],
+    )
+    return run.id
+
+
+def read_state(flow_run_id: UUID) -> RunState:
+    """Return the run's state; `UNREACHABLE` while the server does not answer."""
+    try:
+        return asyncio.run(_read_state(flow_run_id))
+    except httpx.TransportError:
+        return UNREACHABLE
+
+
+async def _read_state(flow_run_id: UUID) -> RunState:
+    async with get_client() as client:
+        state = (await client.read_flow_run(flow_run_id)).state
+    if state is None:
+        return RunState("Pending", "", final=False, completed=False)
+    return RunState(state.name, state.message or "", final=state.is_final(), completed=state.is_completed())
+
+
+def cancel(flow_run_id: UUID, timeout_s: float = 60.0) -> None:
+    """Cancel a run and wait up to `timeout_s` until it has ended."""
+    asyncio.run(_cancel(flow_run_id, timeout_s))
+
+
+async def _cancel(flow_run_id: UUID, timeout_s: float) -> None:
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_run_id, Cancelling(message="interrupted"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not (await _read_state(flow_run_id)).final:
+                    await asyncio.sleep(0.5)

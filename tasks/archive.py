@@ -1,0 +1,40 @@
+"""Exporting the trained draft and archiving what the run leaves: checkpoint, metrics, spec, logs; manifest last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from disagg_core.archive import Archive, archive_files
+from disagg_core.drafts.export import export_draft
+from disagg_core.plan import RunPlan
+from disagg_core.settings import get_settings
+from tasks.completion import Completion
+
+
+@task(name="archive-run", cache_policy=NO_CACHE)
+def archive_run(plan: RunPlan, completion: Completion) -> Archive:
+    """Export the draft in serving format and copy the run's results to the archive."""
+    export_draft(completion.checkpoint, plan.dir.export, "sglang")
+    kept = sorted(plan.dir.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    sources: dict[str, Path] = {
+        "run.json": plan.dir.document,
+        "vocab_map.safetensors": plan.dir.vocab_map,
+        "export": plan.dir.export,
+        "metrics": plan.dir.metrics,
+        "evaluation": plan.dir.evaluation,
+        "attempts": plan.dir.root / "attempts",
+        **{f"checkpoints/{path.name}": path for path in kept[-plan.spec.archive.keep :]},
+    }
+    archive = archive_files(sources, archive_url(plan))
+    get_run_logger().info("archived %d files, %d bytes, to %s", archive.files, archive.bytes, archive.url)
+    return archive
+
+
+def archive_url(plan: RunPlan) -> str:
+    """Return where this run's archive goes."""
+    base = plan.spec.archive.url or str(get_settings().home / "archive")
+    return f"{base.rstrip('/')}/{plan.run_id}"

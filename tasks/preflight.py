@@ -1,0 +1,28 @@
+"""Checking everything that can be checked before a GPU is held, and fixing the plan of the run."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from disagg_core.plan import RunPlan
+from disagg_core.preflight import prepare_run
+from disagg_core.run_spec import RunSpec
+from disagg_core.settings import get_settings
+
+
+@task(name="preflight", cache_policy=NO_CACHE)
+def preflight(spec: RunSpec) -> RunPlan:
+    """Resolve the run document into a plan and write it into the run's directory.
+
+    Raises:
+        BadInput: something in the spec, the prompts, the target or the store cannot work; nothing was started.
+    """
+    run_id = f"{spec.run.name}-{str(flow_run.id).split('-')[-1]}"
+    plan = prepare_run(spec, run_id, get_settings())
+    get_run_logger().info(
+        "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root
+    )
+    return plan

@@ -1,0 +1,116 @@
+"""What people see of a run: the report, its plot, the artifacts in the Prefect UI, and events for automations."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Literal
+
+from prefect import task
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+
+from disagg_core.archive import Archive
+from disagg_core.attempts import AttemptOutcome
+from disagg_core.observability.plots import plot_run
+from disagg_core.plan import RunPlan
+from disagg_core.report import ArchiveFigures, AttemptFigures, EvaluationFigures, RoleFigures, RunReport
+from disagg_core.run_dir import write_atomically
+from tasks.completion import Completion
+from tasks.roles import Role, RoleRun
+
+Event = Literal["started", "attempt-failed", "completed", "archived", "failed"]
+
+
+def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> None:
+    """Emit ``draftline.run.<event>`` for automations."""
+    emit_event(
+        event=f"draftline.run.{event}",
+        resource={"prefect.resource.id": f"draftline.run.{plan.run_id}", "prefect.resource.name": plan.run_id},
+        payload=dict(payload),
+    )
+
+
+@task(name="publish-report", cache_policy=NO_CACHE)
+def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
+    """Write report.json, report.md and report.png, and show the same in the UI."""
+    picture = plan.dir.root / "report.png"
+    evaluation = report.evaluation
+    plot_run(
+        plan.dir.metrics / "train.jsonl",
+        picture,
+        title=f"{plan.run_id}: EAGLE-3 draft for {Path(plan.spec.target.model).name}",
+        accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
+    )
+    write_atomically(plan.dir.root / "report.md", report.to_markdown())
+    write_atomically(plan.dir.report, report.model_dump_json(indent=2))
+    key = artifact_key(plan.run_id)
+    create_markdown_artifact(report.to_markdown(), key=f"report-{key}", description=f"Report of run {plan.run_id}")
+    create_table_artifact(
+        [report.accounting.model_dump()], key=f"accounting-{key}", description="Every sample accounted for"
+    )
+    data = base64.b64encode(picture.read_bytes()).decode()
+    create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
+    if report.archive:
+        create_link_artifact(
+            report.archive.manifest, link_text="archive manifest", key=f"archive-{key}", description=report.archive.url
+        )
+    return report
+
+
+def artifact_key(run_id: str) -> str:
+    """Return `run_id` in the letters that an artifact's key may have."""
+    return run_id.replace(".", "-").replace("_", "-")
+
+
+def assemble_report(
+    plan: RunPlan,
+    attempts: list[AttemptOutcome],
+    roles: dict[Role, RoleRun],
+    completion: Completion,
+    evaluation: EvaluationFigures | None,
+    archive: Archive,
+    flow_run_id: str,
+    seconds: float,
+) -> RunReport:
+    """Put together what the parts of the run found."""
+    return RunReport(
+        run_id=plan.run_id,
+        name=plan.spec.run.name,
+        state="completed",
+        accounting=completion.accounting,
+        training=completion.training,
+        evaluation=evaluation,
+        roles={
+            role: RoleFigures(
+                flow_run_id=str(run.flow_run_id),
+                work_pool=run.work_pool,
+                started=run.started,
+                ended=run.ended,
+                restarts=run.restarts,
+            )
+            for role, run in roles.items()
+        },
+        archive=ArchiveFigures(url=archive.url, manifest=archive.manifest),
+        attempts=[
+            AttemptFigures(
+                attempt=outcome.attempt,
+                failure_class=outcome.failure_class,
+                reason=outcome.reason,
+                incomplete=outcome.incomplete,
+            )
+            for outcome in attempts
+        ],
+        store_counters=completion.store_counters,
+        rejected_reasons=completion.rejected_reasons,
+        run_dir=str(plan.root),
+        export=str(plan.dir.export),
+        flow_run_id=flow_run_id,
+        seconds=seconds,
+    )
