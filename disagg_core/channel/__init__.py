@@ -1,1 +1,17 @@
 """The reference channel: a tensor-free, ordered stream of sample references between two processes."""
+
+from disagg_core.channel.channel import StreamingRefChannel
+from disagg_core.channel.contract import ChannelBackend, Cursor
+from disagg_core.channel.flow_control import FlowControl, Watermarks
+from disagg_core.channel.liveness import PeerStatus
+from disagg_core.channel.queue import StreamingRefQueue
+
+__all__ = [
+    "ChannelBackend",
+    "Cursor",
+    "FlowControl",
+    "PeerStatus",
+    "StreamingRefChannel",
+    "StreamingRefQueue",
+    "Watermarks",
+]

@@ -1,0 +1,226 @@
+"""The file backend: a directory on a mount that both sides share.
+
+::
+
+    refs.jsonl          the log, appended to by the claimed writer
+    cursor.json         the reader's cursor, replaced atomically
+    writer-<n>.json     claims and heartbeats, see `file_claims`
+    reader-<n>.json
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
+from disagg_core.channel.file_claims import FileClaims
+from disagg_core.channel.file_log import WAY_OUT, LogReader, is_intact
+from disagg_core.channel.file_watch import DirectoryWatch, is_local_mount
+from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.records import RefRecord, decode_document, frame
+from disagg_core.errors import ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
+
+_SCAN = 1024
+
+
+class FileBackend:
+    """A `ChannelBackend` on files."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        run_id: str,
+        attempt: int,
+        files: FileSystem | None = None,
+        local: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.where = f"file:{directory}"
+        self._directory = directory
+        self._log = directory / "refs.jsonl"
+        self._cursor = directory / "cursor.json"
+        self._run_id = run_id
+        self._attempt = attempt
+        self._files = files or FileSystem()
+        self._local = is_local_mount(directory) if local is None else local
+        self._clock = clock
+        self._claims = FileClaims(directory, self._files)
+        self._reader = self._open_log(Position())
+        self._scanner = self._open_log(Position())
+        self._tally = Tally()
+        self._writing: int | None = None
+        self._scanning = threading.RLock()  # the writer and whoever asks for totals share the scanner
+
+    # --- claims ---
+
+    def read_claim(self, side: Side) -> ClaimStatus | None:
+        """See `ClaimStore`."""
+        with self._reported():
+            return self._claims.read_claim(side)
+
+    def swap_claim(self, side: Side, status: ClaimStatus) -> bool:
+        """See `ClaimStore`."""
+        with self._reported():
+            return self._claims.swap_claim(side, status)
+
+    def beat(self, side: Side, status: ClaimStatus) -> bool:
+        """See `ClaimStore`."""
+        with self._reported():
+            return self._claims.beat(side, status)
+
+    # --- log ---
+
+    def recover(self) -> Tally:
+        """Repair a torn tail and return what the log holds. See `ChannelBackend`."""
+        with self._scanning, self._reported():
+            if self._writing is None:
+                self._writing = self._files.open_append(self._log)
+                self._files.sync_directory(self._directory)
+            self._scanner.close()
+            tally = self.tally()
+            size = os.fstat(self._writing).st_size
+            if size > tally.last.offset:
+                self._cut_torn_tail(tally.last.offset, size)
+            return tally
+
+    def _cut_torn_tail(self, end: int, size: int) -> None:
+        assert self._writing is not None
+        tail = os.pread(self._writing, size - end, end).split(b"\n")
+        if any(is_intact(line) for line in tail):
+            raise ChannelDamaged(
+                f"{self._log} is damaged at offset {end}: expected record {self._tally.last.seq + 1}, found a hole "
+                f"with an intact record behind it; {WAY_OUT}"
+            )
+        self._files.truncate(self._writing, end)
+        self._files.sync(self._writing)
+
+    def append(self, batch: Sequence[Framed], *, epoch: int) -> Position:
+        """Write the batch with one write and one fsync. See `ChannelBackend`."""
+        assert self._writing is not None, "recover() comes first"
+        with self._scanning, self._reported():
+            if self._claims.newest("writer") > epoch:
+                raise ChannelBusy(f"the writer's claim {epoch} of {self.where} was taken over; stop here")
+            size = os.fstat(self._writing).st_size
+            if size != self._tally.last.offset:
+                raise ChannelUnavailable(
+                    f"{self._log} was changed by another process: expected {self._tally.last.offset} bytes, "
+                    f"found {size}"
+                )
+            data = b"".join([item.line for item in batch])
+            self._files.write(self._writing, data)
+            self._files.sync(self._writing)
+            self._scanner.position = Position(batch[-1].record.seq, size + len(data), epoch)
+            self._tally = self._tally.plus([item.record for item in batch], self._scanner.position)
+        return self._tally.last
+
+    def tally(self) -> Tally:
+        """Scan what is new and return the totals. See `ChannelBackend`."""
+        with self._scanning, self._reported():
+            while self._tally.end is None and (entries := self._scanner.read(_SCAN)):
+                self._tally = self._tally.plus([entry.record for entry in entries], self._scanner.position)
+            return self._tally._replace(last=self._scanner.position)
+
+    def sample_ids(self) -> Iterator[str]:
+        """Read the log from its beginning. See `ChannelBackend`."""
+        with self._open_log(Position()) as log:
+            while entries := log.read(_SCAN):
+                yield from (entry.record.ref.sample_id for entry in entries if isinstance(entry.record, RefRecord))
+
+    def read(self, position: Position, max_records: int) -> list[Entry]:
+        """See `ChannelBackend`."""
+        with self._reported():
+            if self._reader.position != position:
+                self._reader.close()
+                self._reader = self._open_log(position)
+            return self._reader.read(max_records)
+
+    def _open_log(self, position: Position) -> LogReader:
+        return LogReader(
+            self._log,
+            run_id=self._run_id,
+            attempt=self._attempt,
+            position=position,
+            reopen=not self._local,
+            clock=self._clock,
+        )
+
+    # --- cursor ---
+
+    def load_cursor(self) -> Cursor | None:
+        """See `ChannelBackend`."""
+        with self._reported():
+            try:
+                data = self._cursor.read_bytes()
+            except FileNotFoundError:
+                return None
+        cursor = decode_document(data, Cursor, str(self._cursor))
+        if (cursor.run_id, cursor.attempt) != (self._run_id, self._attempt):
+            raise ForeignChannel(
+                f"{self._cursor} belongs to attempt {cursor.attempt} of run {cursor.run_id!r}, expected attempt "
+                f"{self._attempt} of run {self._run_id!r}; give each attempt a directory of its own"
+            )
+        return cursor
+
+    def store_cursor(self, cursor: Cursor) -> None:
+        """See `ChannelBackend`."""
+        with self._reported():
+            if self._claims.newest("reader") > cursor.epoch:
+                raise ChannelBusy(f"the reader's claim {cursor.epoch} of {self.where} was taken over; stop here")
+            draft = self._directory / f".cursor-{cursor.epoch:06d}.tmp"
+            self._files.write_file(draft, frame(cursor), durable=True)
+            self._files.replace(draft, self._cursor)
+            self._files.sync_directory(self._directory)
+
+    # --- waiting ---
+
+    def wait_for_records(self, position: Position, timeout_s: float) -> None:
+        """See `ChannelBackend`. A torn tail does not wake anybody until it grows or is cut."""
+        seen = self._reader.seen_size if self._reader.position == position else position.offset
+        self._wait(lambda: self._size() != seen, timeout_s)
+
+    def wait_for_reader(self, seen: Cursor | None, timeout_s: float) -> None:
+        """See `ChannelBackend`."""
+        self._wait(lambda: self.load_cursor() != seen, timeout_s)
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        with self._reported(), DirectoryWatch(self._directory, local=self._local) as watch:
+            watch.wait_until(ready, timeout_s)
+
+    def _size(self) -> int:
+        try:
+            return self._log.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        """See `ChannelBackend`."""
+        self._reader.close()
+        self._scanner.close()
+        if self._writing is not None:
+            os.close(self._writing)
+            self._writing = None
+
+    def _reported(self) -> _Reported:
+        return _Reported(self.where)
+
+
+class _Reported:
+    """Turns an operating system's error into `ChannelUnavailable`, which callers retry."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, ChannelUnavailable):
+            raise ChannelUnavailable(
+                f"{self._where} cannot be used: {error.strerror or error} ({error.filename or 'the log'}); check the "
+                "mount, its space and its permissions"
+            ) from error

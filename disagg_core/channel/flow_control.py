@@ -1,0 +1,111 @@
+"""Flow control: the pure state machine that decides whether the producer may publish.
+
+Publishing pauses when what is in flight (published, not acknowledged) reaches a high watermark, in references or in
+bytes, and goes on when both are at or below their low watermarks. Why no setting accepted here can deadlock: the
+consumer moves as soon as a whole optimizer window is in flight, and the producer is paused only while more than a low
+watermark is. With both low watermarks at least a window, a paused producer always leaves the consumer a whole window.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from disagg_core.errors import BadInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watermarks:
+    """Limits on what is in flight. A low watermark left out is half of the high one, but at least a window.
+
+    `window` is the optimizer window in references (``world_size * batch_size * accumulation_steps``) and
+    `max_sample_bytes` the largest sample; together they say how many bytes a window may need. Byte limits are off
+    when `high_bytes` is None.
+    """
+
+    window: int
+    high_refs: int
+    low_refs: int | None = None
+    high_bytes: int | None = None
+    low_bytes: int | None = None
+    max_sample_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise BadInput(f"expected an optimizer window of at least 1 reference, found {self.window}")
+        _check("references", self.window, self.high_refs, self.low_refs)
+        if self.high_bytes is not None:
+            _check("bytes", self.window * self.max_sample_bytes, self.high_bytes, self.low_bytes)
+        elif self.low_bytes is not None:
+            raise BadInput(f"a low watermark of {self.low_bytes} bytes has no effect without a high watermark in bytes")
+
+    @property
+    def resume_refs(self) -> int:
+        """References in flight at which publishing goes on."""
+        return self.low_refs if self.low_refs is not None else max(self.window, self.high_refs // 2)
+
+    @property
+    def resume_bytes(self) -> int:
+        """Bytes in flight at which publishing goes on; only meaningful with byte limits."""
+        if self.low_bytes is not None:
+            return self.low_bytes
+        return max(self.window * self.max_sample_bytes, (self.high_bytes or 0) // 2)
+
+
+def _check(unit: str, window: int, high: int, low: int | None) -> None:
+    if high < window:
+        raise BadInput(
+            f"the high watermark of {high} {unit} is smaller than one optimizer window of {window} {unit}: producer "
+            f"and consumer would wait for each other for ever; set it to at least {window}, or make the window "
+            "(world size x batch size x accumulation steps) smaller"
+        )
+    if low is None:
+        return
+    if low < window:
+        raise BadInput(
+            f"the low watermark of {low} {unit} is smaller than one optimizer window of {window} {unit}: a paused "
+            f"producer could leave the consumer less than a window; set it to at least {window}"
+        )
+    if low > high:
+        raise BadInput(f"the low watermark of {low} {unit} is above the high watermark of {high} {unit}")
+
+
+@dataclass
+class FlowControl:
+    """Whether the producer may publish, given what is in flight. Holds no other state than the hysteresis."""
+
+    marks: Watermarks
+    clock: Callable[[], float] = time.monotonic
+    paused: bool = False
+    pauses: int = 0
+    _paused_since: float = 0.0
+    _paused_before: float = field(default=0.0)
+
+    def may_publish(self, in_flight_refs: int, in_flight_bytes: int = 0) -> bool:
+        """Return whether another batch may be published while so much is in flight.
+
+        Negative figures mean that the caller lost count, which would switch backpressure off: `ValueError`.
+        """
+        if in_flight_refs < 0 or in_flight_bytes < 0:
+            raise ValueError(f"in flight cannot be negative: {in_flight_refs} references, {in_flight_bytes} bytes")
+        marks = self.marks
+        full = in_flight_refs >= marks.high_refs or (
+            marks.high_bytes is not None and in_flight_bytes >= marks.high_bytes
+        )
+        drained = in_flight_refs <= marks.resume_refs and (
+            marks.high_bytes is None or in_flight_bytes <= marks.resume_bytes
+        )
+        if self.paused and drained and not full:
+            self.paused = False
+            self._paused_before += self.clock() - self._paused_since
+        elif not self.paused and full:
+            self.paused = True
+            self.pauses += 1
+            self._paused_since = self.clock()
+        return not self.paused
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds that publishing was paused so far: the producer waited for the consumer."""
+        return self._paused_before + (self.clock() - self._paused_since if self.paused else 0.0)
