@@ -1,0 +1,298 @@
+"""Attention of the training-time test: a causal block of step-0 keys and each position's own later keys.
+
+The scores of test step k at position t are those of the step-0 keys up to t and of the position's own keys of steps
+1 .. k, under one softmax. The block is causal and the same in shape for every step; the own terms are k more scores per
+row. Neither kernel here writes a ``T x (T + k)`` matrix:
+
+- `chunked` (any device and dtype) walks over query rows, a slice of scores at a time, and computes the slice again in
+  the backward pass from the saved logsumexp. Rows that no step needs are not there at all.
+- `flash` (one sample after the other has the same number of key rows) runs the device's flash kernel on the block and
+  merges the own terms by their logsumexp. Its backward pass is the flash kernel's own, given the **merged** output and
+  logsumexp: the gradient of a softmax needs nothing else (https://arxiv.org/abs/2205.14135, algorithm 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from disagg_core.drafts.eagle3.batch import StepPlan
+
+AttentionKernel = Literal["chunked", "flash"]
+
+_SCORE_BYTES = {"cpu": 2 * 1024**2, "cuda": 256 * 1024**2}
+"""Bytes of one slice of scores: on CPU about what a core's cache holds."""
+_EMPTY = -1e30
+"""Stands for the largest score of a row that may attend to nothing."""
+
+
+def own_column_attention(
+    plan: StepPlan,
+    kernel: AttentionKernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_keys: Sequence[Tensor],
+    own_values: Sequence[Tensor],
+) -> Tensor:
+    """Return the attention's result ``[rows, heads, head_dim]``; differentiable.
+
+    Args:
+        plan: rows and their bounds.
+        kernel: ``flash`` needs a dense plan without padding among the keys that live rows see.
+        query: ``[rows, heads, head_dim]``, rotated.
+        key: ``[key rows, kv_heads, head_dim]`` of step 0, rotated.
+        value: ``[key rows, kv_heads, head_dim]`` of step 0.
+        own_keys: of steps 1 .. k, each ``[rows, kv_heads, head_dim]``, rotated.
+        own_values: likewise, not rotated.
+    """
+    function = _Flash if kernel == "flash" else _Chunked
+    result: Tensor = function.apply(plan, query, key, value, *own_keys, *own_values)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Query rows `rows` of one sample, which see the key rows `keys` (the last ones partly)."""
+
+    rows: slice
+    keys: slice
+    open_keys: int  # so many of the keys are seen by every row of the slice
+
+
+def _slices(plan: StepPlan, heads: int, device: str) -> Iterator[_Slice]:
+    """Cut the query rows so that a slice's scores keep to the budget."""
+    row, first_key = 0, 0
+    for bounds, keys in zip(plan.row_bounds, plan.key_counts, strict=True):
+        at = 0
+        while at < len(bounds):
+            per_row = 4 * heads * min(keys, bounds[at] + 128)
+            end = min(len(bounds), at + max(16, _SCORE_BYTES[device] // per_row))
+            yield _Slice(
+                slice(row + at, row + end), slice(first_key, first_key + bounds[end - 1] + 1), open_keys=bounds[at]
+            )
+            at = end
+        row += len(bounds)
+        first_key += keys
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """Turn ``[n, heads, d]`` into ``[kv_heads, n * group, d]``."""
+    n, heads, dim = x.shape
+    return x.view(n, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+
+
+def _ungrouped(x: Tensor, rows: int) -> Tensor:
+    """Turn ``[kv_heads, n * group, d]`` back into ``[n, heads, d]``."""
+    kv_heads, _, dim = x.shape
+    return x.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, -1, dim)
+
+
+def _scores(plan: StepPlan, piece: _Slice, query: Tensor, key: Tensor) -> Tensor:
+    """Return masked scores ``[kv_heads, n, group, keys]`` of grouped `query` (scaled) against `key`."""
+    rows = piece.rows.stop - piece.rows.start
+    scores = torch.bmm(query, key[piece.keys].permute(1, 2, 0)).view(query.shape[0], rows, -1, key[piece.keys].shape[0])
+    positions = plan.row_positions[piece.rows]
+    late = torch.arange(piece.open_keys, scores.shape[-1], device=query.device) > positions[:, None]
+    scores[..., piece.open_keys :].masked_fill_(late[:, None, :], -math.inf)
+    if plan.key_padding is not None:
+        scores.masked_fill_(plan.key_padding[piece.keys], -math.inf)
+    return scores
+
+
+def _own_scores(query: Tensor, own_key: Tensor, scale: float) -> Tensor:
+    """Return ``[n, heads]`` scores of each row's query ``[n, heads, d]`` against its own key ``[n, kv_heads, d]``."""
+    n, heads, dim = query.shape
+    grouped = query.view(n, own_key.shape[1], -1, dim)
+    return (grouped * own_key.unsqueeze(2)).sum(-1).view(n, heads) * scale
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """Repeat ``[n, kv_heads, d]`` for the query heads of each group: ``[n, heads, d]``."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _gathered(x: Tensor, kv_heads: int) -> Tensor:
+    """Sum ``[n, heads, d]`` over the query heads of each group: ``[n, kv_heads, d]``."""
+    return x.view(x.shape[0], kv_heads, -1, x.shape[2]).sum(2)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: StepPlan, query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
+        kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[2])
+        work = torch.float64 if query.dtype == torch.float64 else torch.float32
+        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        output = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:2], dtype=work)
+        for piece in _slices(plan, query.shape[1], query.device.type):
+            part = query[piece.rows]
+            rows, heads = part.shape[:2]
+            scores = _scores(plan, piece, _grouped(part * scale, kv_heads), key).to(work)
+            own_scores = [_own_scores(part, k[piece.rows], scale).to(work) for k in own_keys]
+            top = _ungrouped(scores.amax(-1).view(kv_heads, -1, 1), rows).squeeze(-1)
+            for score in own_scores:
+                top = torch.maximum(top, score)
+            top = top.clamp(min=_EMPTY)
+            weights = scores.sub_(_grouped(top.unsqueeze(-1), kv_heads).view(kv_heads, rows, -1, 1)).exp_()
+            total = _ungrouped(weights.sum(-1).view(kv_heads, -1, 1), rows).squeeze(-1)
+            mixed = torch.bmm(
+                weights.view(kv_heads, -1, weights.shape[-1]).to(value.dtype), value[piece.keys].transpose(0, 1)
+            )
+            result = _ungrouped(mixed, rows)
+            for score, own_value in zip(own_scores, own_values, strict=True):
+                weight = (score - top).exp()
+                total = total + weight
+                result = result + weight.unsqueeze(-1).to(value.dtype) * _spread(own_value[piece.rows], heads)
+            total = total.clamp(min=torch.finfo(work).tiny)
+            output[piece.rows] = result / total.unsqueeze(-1).to(value.dtype)
+            logsumexp[piece.rows] = top + total.log()
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(query, key, value, output, logsumexp, *own)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, scale = ctx.plan, ctx.scale
+        query, key, value, output, logsumexp, *own = ctx.saved_tensors
+        (grad_output,) = grads
+        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        kv_heads, work = key.shape[1], logsumexp.dtype
+        inner = (grad_output * output).sum(-1).to(work)  # [rows, heads]
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for piece in _slices(plan, query.shape[1], query.device.type):
+            part, keys = query[piece.rows], key[piece.keys]
+            rows = part.shape[0]
+            grouped, grad = _grouped(part, kv_heads), _grouped(grad_output[piece.rows], kv_heads)
+            scores = _scores(plan, piece, grouped * scale, key).view(kv_heads, -1, keys.shape[0]).to(work)
+            weights = scores.sub_(_grouped(logsumexp[piece.rows].unsqueeze(-1), kv_heads)).exp_()
+            cast = weights.to(query.dtype)
+            grad_value[piece.keys] += torch.bmm(cast.transpose(1, 2), grad).transpose(0, 1)
+            slope = torch.bmm(grad, value[piece.keys].permute(1, 2, 0)).to(work)
+            slope.sub_(_grouped(inner[piece.rows].unsqueeze(-1), kv_heads)).mul_(weights).mul_(scale)
+            slope = slope.to(query.dtype)
+            grad_query[piece.rows] = _ungrouped(torch.bmm(slope, keys.transpose(0, 1)), rows)
+            grad_key[piece.keys] += torch.bmm(slope.transpose(1, 2), grouped).transpose(0, 1)
+        own_grads = _own_backward(query, grad_output, inner, logsumexp, own_keys, own_values, grad_query, scale)
+        return None, grad_query, grad_key, grad_value, *own_grads
+
+
+def _own_backward(
+    query: Tensor,
+    grad_output: Tensor,
+    inner: Tensor,
+    logsumexp: Tensor,
+    own_keys: Sequence[Tensor],
+    own_values: Sequence[Tensor],
+    grad_query: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of own keys, then own values; add the own terms' part to `grad_query` in place."""
+    heads = query.shape[1]
+    grad_keys, grad_values = [], []
+    for own_key, own_value in zip(own_keys, own_values, strict=True):
+        weight = (_own_scores(query, own_key, scale).to(logsumexp.dtype) - logsumexp).exp()
+        slope = weight * (_own_scores(grad_output, own_value, 1.0).to(weight.dtype) - inner) * scale
+        weight, slope = weight.to(query.dtype).unsqueeze(-1), slope.to(query.dtype).unsqueeze(-1)
+        grad_query += slope * _spread(own_key, heads)
+        grad_keys.append(_gathered(slope * query, own_key.shape[1]))
+        grad_values.append(_gathered(weight * grad_output, own_value.shape[1]))
+    return grad_keys + grad_values
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: StepPlan, query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
+        scale = 1.0 / math.sqrt(query.shape[2])
+        heads = query.shape[1]
+        dense_query = _to_dense(plan, query)
+        block, block_logsumexp, extra = _flash_forward(dense_query, *_dense_keys(plan, key, value, heads), scale)
+        output = block.transpose(1, 2).flatten(0, 1)[plan.row_key]
+        logsumexp = block_logsumexp.transpose(1, 2).flatten(0, 1)[plan.row_key]
+        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        if own:
+            scores = [_own_scores(query, k, scale).to(logsumexp.dtype) for k in own_keys]
+            merged = torch.stack([logsumexp, *scores]).logsumexp(0)
+            output = output * (logsumexp - merged).exp().unsqueeze(-1)
+            for score, own_value in zip(scores, own_values, strict=True):
+                output = output + (score - merged).exp().unsqueeze(-1) * _spread(own_value, heads)
+            logsumexp = merged
+        output = output.to(query.dtype).contiguous()
+        ctx.plan, ctx.scale, ctx.extra = plan, scale, extra
+        ctx.save_for_backward(query, key, value, output, logsumexp, *own)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, scale = ctx.plan, ctx.scale
+        query, key, value, output, logsumexp, *own = ctx.saved_tensors
+        grad_output = grads[0].contiguous()
+        heads, kv_heads = query.shape[1], key.shape[1]
+        dense = [_to_dense(plan, x) for x in (grad_output, query, output)]
+        dense_logsumexp = _to_dense(plan, logsumexp.unsqueeze(-1)).squeeze(-1)
+        keys = _dense_keys(plan, key, value, heads)
+        found = _flash_backward(dense[0], dense[1], *keys, dense[2], dense_logsumexp.contiguous(), ctx.extra, scale)
+        grad_query = found[0].transpose(1, 2).flatten(0, 1)[plan.row_key].contiguous()
+        grad_key, grad_value = (_gathered(x.transpose(1, 2).flatten(0, 1), kv_heads) for x in found[1:])
+        inner = (grad_output * output).sum(-1).to(logsumexp.dtype)
+        half = len(own) // 2
+        own_grads = _own_backward(query, grad_output, inner, logsumexp, own[:half], own[half:], grad_query, scale)
+        return None, grad_query, grad_key, grad_value, *own_grads
+
+
+def _to_dense(plan: StepPlan, x: Tensor) -> Tensor:
+    """Put query rows ``[rows, heads, d]`` on the dense grid, zero elsewhere: ``[batch, heads, keys, d]``."""
+    grid = x.new_zeros(plan.key_flat.numel(), *x.shape[1:]).index_copy(0, plan.row_key, x)
+    return grid.view(len(plan.key_counts), -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _dense_keys(plan: StepPlan, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return key and value rows as ``[batch, heads, keys, d]``; the CUDA kernel takes the fewer heads as they are."""
+    batch = len(plan.key_counts)
+    if key.device.type != "cuda":
+        key, value = _spread(key, heads), _spread(value, heads)
+    return (
+        key.view(batch, -1, *key.shape[1:]).transpose(1, 2),
+        value.view(batch, -1, *value.shape[1:]).transpose(1, 2),
+    )
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Run the device's causal flash kernel; return output, logsumexp and what its backward pass wants besides."""
+    if query.device.type == "cuda":
+        output, logsumexp, *extra, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, True, False, scale=scale
+        )
+        return output, logsumexp, tuple(extra)
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, True, scale=scale
+    )
+    return output, logsumexp, ()
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    extra: tuple[Any, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    if query.device.type == "cuda":
+        cum_q, cum_k, max_q, max_k, seed, offset = extra
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, output, logsumexp, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
+        )
+        return found
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, output, logsumexp, 0.0, True, scale=scale
+    )
+    return grads

@@ -1,0 +1,257 @@
+"""The loss over the vocabulary: teacher, draft logits, figures and gradients, one slice of positions at a time.
+
+The L test steps that predict the same token share its teacher, so a slice is a few teacher rows with all their steps:
+the teacher's logits over V are made once, reduced to logsumexp, argmax and K columns, and used for up to L draft rows.
+Nothing that is K or V wide outlives its slice; what is kept for the backward pass is the gradient of the draft's
+states ``[L, rows, H]`` and of its LM head ``[K, H]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disagg_core.drafts.eagle3.batch import StepPlan
+from disagg_core.drafts.eagle3.linear import product
+from disagg_core.run_spec import LossSection
+
+_SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
+"""Bytes of one slice's draft logits in fp32."""
+_TEACHER_BYTES = {"cpu": 64 * 1024**2, "cuda": 1024**3}
+"""Bytes of one slice's teacher logits in fp32."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen side: where target logits come from. Nothing of it takes gradients."""
+
+    hidden: Tensor  # [batch * tokens, H_t], after the target's final norm
+    lm_head: Tensor  # [V, H_t]
+    draft_ids: Tensor | None  # [K] target ids of the draft tokens, ascending; None: the whole vocabulary
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the live positions of each test step, fp32 (fp64 for fp64 drafts), ``[L]``."""
+
+    cross_entropy: Tensor  # soft cross entropy
+    accepted: Tensor  # sum_v min(p_full, q)
+    correct: Tensor  # argmax of the draft is the target's
+    live: Tensor  # positions counted: loss mask and the target's argmax in the draft vocabulary
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of the total by the sums of each step, ``[L]``; None where they are zero."""
+
+    cross_entropy: Tensor | None
+    accepted: Tensor | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How sums become a loss: formulas in `disagg_core.drafts.eagle3.loss`."""
+
+    section: LossSection
+    normaliser: Tensor  # N, scalar
+    share: Tensor  # weight of this batch's LK terms, scalar: its part of N in `valid` mode, else 1
+
+    def step_losses(self, sums: StepSums) -> Tensor:
+        """Return the loss of each step, ``[L]``."""
+        cross_entropy = sums.cross_entropy / self.normaliser
+        if self.section.type == "soft_cross_entropy":
+            return cross_entropy
+        rate, some = self._rate(sums)
+        if self.section.type == "lk_alpha":
+            return torch.where(some, -rate.log() * self.share, 0)
+        weight = self._weight(rate)
+        return weight * cross_entropy + torch.where(some, (1 - weight) * (1 - rate) * self.share, 0)
+
+    def decays(self, like: Tensor) -> Tensor:
+        """Return the weight of each step in the total, ``[L]``."""
+        return self.section.step_decay ** torch.arange(like.numel(), device=like.device, dtype=like.dtype)
+
+    def slopes(self, sums: StepSums) -> Slopes:
+        """Return the derivatives of the total by the sums."""
+        decays = self.decays(sums.live)
+        if self.section.type == "soft_cross_entropy":
+            return Slopes(decays / self.normaliser, None)
+        rate, some = self._rate(sums)
+        if self.section.type == "lk_alpha":
+            return Slopes(None, torch.where(some, -decays * self.share / (rate * sums.live), 0))
+        weight = self._weight(rate)
+        by_accepted = torch.where(some, -decays * self.share * (1 - weight) / sums.live, 0)
+        return Slopes(decays * weight / self.normaliser, by_accepted)
+
+    def _rate(self, sums: StepSums) -> tuple[Tensor, Tensor]:
+        some = sums.live > 0
+        return torch.where(some, sums.accepted / sums.live, 1), some
+
+    def _weight(self, rate: Tensor) -> Tensor:
+        return self.section.kl_scale * (-self.section.kl_decay * rate).exp()
+
+
+def lm_loss(
+    plan: StepPlan, teacher: Teacher, objective: Objective, lm_head: Tensor, normed: Sequence[Tensor]
+) -> tuple[Tensor, StepSums]:
+    """Return the total loss (scalar, differentiable by `lm_head` and `normed`) and the sums it was made of.
+
+    Args:
+        plan: the batch's rows.
+        teacher: the frozen side.
+        objective: the loss.
+        lm_head: the draft's, ``[K, H]``.
+        normed: states of the L steps after the final norm, each ``[rows, H]``.
+    """
+    total, *sums = _LmLoss.apply(plan, teacher, objective, lm_head, *normed)  # type: ignore[no-untyped-call]
+    return total, StepSums(*sums)
+
+
+class _LmLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, plan: StepPlan, teacher: Teacher, objective: Objective, lm_head: Tensor, *normed: Tensor
+    ) -> tuple[Tensor, ...]:
+        work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
+        empty = StepSums(*torch.zeros(4, plan.ttt_length, dtype=work, device=lm_head.device))
+        gradients = _Gradients.like(lm_head, normed) if any(ctx.needs_input_grad) else None
+        walk = _Walk(plan, teacher, lm_head, normed, work)
+        if objective.section.type == "soft_cross_entropy":
+            sums = walk.run(objective.slopes(empty), gradients)
+        else:
+            sums = walk.run(None, None)
+            if gradients is not None:
+                walk.run(objective.slopes(sums), gradients)
+        if gradients is not None:
+            ctx.save_for_backward(gradients.lm_head.to(lm_head.dtype), *(g.to(lm_head.dtype) for g in gradients.normed))
+        total = (objective.decays(sums.live) * objective.step_losses(sums)).sum()
+        figures = (sums.cross_entropy, sums.accepted, sums.correct, sums.live)
+        ctx.mark_non_differentiable(*figures)
+        return (total, *figures)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
+
+
+@dataclass
+class _Gradients:
+    """Gradients of the total while slices add to them."""
+
+    lm_head: Tensor  # [K, H]
+    normed: list[Tensor]  # L times [rows, H]
+
+    @classmethod
+    def like(cls, lm_head: Tensor, normed: Sequence[Tensor]) -> _Gradients:
+        work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
+        return cls(torch.zeros_like(lm_head, dtype=work), [torch.zeros_like(x) for x in normed])
+
+
+@dataclass(frozen=True)
+class _TeacherSlice:
+    """Teacher of ``n`` rows."""
+
+    probabilities: Tensor  # [n, K] over the draft vocabulary
+    full: Tensor  # [n, K] p_full, over the whole vocabulary; the same tensor when that is the draft's
+    target: Tensor  # [n] draft id of the argmax
+    live: Tensor  # [n] position mask
+
+
+class _Walk:
+    """Goes over the teacher rows in slices."""
+
+    def __init__(
+        self, plan: StepPlan, teacher: Teacher, lm_head: Tensor, normed: Sequence[Tensor], work: torch.dtype
+    ) -> None:
+        self._plan, self._teacher, self._lm_head, self._normed, self._work = plan, teacher, lm_head, normed, work
+        vocabulary = teacher.lm_head.shape[0]
+        self._draft_index: Tensor | None = None
+        if teacher.draft_ids is not None:
+            index = torch.full((vocabulary,), -1, dtype=torch.int64, device=lm_head.device)
+            self._draft_index = index.index_copy(
+                0, teacher.draft_ids, torch.arange(lm_head.shape[0], device=index.device)
+            )
+        device = lm_head.device.type
+        by_draft = _SLICE_BYTES[device] // (4 * plan.ttt_length * lm_head.shape[0])
+        by_teacher = _TEACHER_BYTES[device] // (4 * vocabulary)
+        self._slice_rows = max(16, min(by_draft, by_teacher))
+
+    def run(self, slopes: Slopes | None, gradients: _Gradients | None) -> StepSums:
+        """Return the sums of all slices; with `slopes`, add the gradients of ``slopes . sums``."""
+        steps = self._plan.ttt_length
+        sums = torch.zeros(4, steps, dtype=self._work, device=self._lm_head.device)
+        for start in range(0, self._plan.teacher_flat.numel(), self._slice_rows):
+            at = slice(start, start + self._slice_rows)
+            teacher = self._teach(at)
+            mask = self._plan.teacher_valid[:, at] & teacher.live  # [L, n]
+            rows = self._plan.teacher_row[:, at]
+            inputs = torch.cat([normed[row] for normed, row in zip(self._normed, rows, strict=True)])
+            logits = product(inputs, self._lm_head.t()).view(steps, -1, self._lm_head.shape[0]).to(self._work)
+            figures, slope = _vocabulary(logits, teacher, mask, slopes)
+            sums += figures
+            if gradients is not None and slope is not None:
+                self._add(gradients, slope, inputs, rows)
+        return StepSums(*sums)
+
+    def _add(self, gradients: _Gradients, slope: Tensor, inputs: Tensor, rows: Tensor) -> None:
+        """Add the slice's gradients, given the slope of the total by its logits ``[L, n, K]``."""
+        flat = slope.view(-1, slope.shape[-1]).to(inputs.dtype)
+        gradients.lm_head += product(flat.t(), inputs)
+        for normed, row, grad in zip(
+            gradients.normed, rows, product(flat, self._lm_head).chunk(len(rows)), strict=True
+        ):
+            normed.index_add_(0, row, grad)
+
+    def _teach(self, at: slice) -> _TeacherSlice:
+        plan, teacher = self._plan, self._teacher
+        inside = plan.teacher_inside[at]
+        hidden = teacher.hidden[plan.teacher_flat[at]].to(teacher.lm_head.dtype) * inside.unsqueeze(-1)
+        logits = product(hidden, teacher.lm_head.t()).to(self._work)  # [n, V]
+        top, token = logits.max(dim=-1)
+        token = torch.where(inside, token, 0)
+        if teacher.draft_ids is None or self._draft_index is None:
+            probabilities = logits.sub_(top.unsqueeze(-1)).exp_()
+            probabilities /= probabilities.sum(-1, keepdim=True)
+            return _TeacherSlice(probabilities, probabilities, token, plan.teacher_live[at])
+        chosen = (logits[:, teacher.draft_ids] - top.unsqueeze(-1)).exp_()
+        everything = logits.sub_(top.unsqueeze(-1)).exp_().sum(-1, keepdim=True)
+        target = self._draft_index[token]
+        live = plan.teacher_live[at] & (target >= 0)
+        # Where the draft vocabulary underflows to nothing its argmax is not in it either: the row is dead.
+        within = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(self._work).tiny)
+        return _TeacherSlice(chosen / within, chosen / everything, target, live)
+
+
+def _vocabulary(
+    logits: Tensor, teacher: _TeacherSlice, mask: Tensor, slopes: Slopes | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the slice's sums ``[4, L]`` and, with `slopes`, the gradient by `logits` ``[L, n, K]`` (in its memory).
+
+    Cross entropy by logits: ``q sum(p) - p``. Accepted mass ``sum_v min(p_full, q)`` by logits, with
+    ``below = [q < p_full]``: ``q (below - sum_v below q)``.
+    """
+    weight = mask.to(logits.dtype)
+    top, token = logits.max(dim=-1)
+    logits.sub_(top.unsqueeze(-1))
+    agreement = (logits * teacher.probabilities).sum(-1)
+    q = logits.exp_()
+    total = q.sum(-1)
+    cross_entropy = total.log() - agreement
+    q.div_(total.unsqueeze(-1))
+    accepted = torch.minimum(teacher.full, q).sum(-1)
+    correct = (token == teacher.target).to(logits.dtype)
+    figures = torch.stack([(x * weight).sum(-1) for x in (cross_entropy, accepted, correct, torch.ones_like(correct))])
+    if slopes is None:
+        return figures, None
+    slope: Tensor | None = None
+    if slopes.accepted is not None:
+        below = q.lt(teacher.full)
+        slope = (below - (below * q).sum(-1, keepdim=True)).mul_(q).mul_((slopes.accepted[:, None] * weight)[..., None])
+    if slopes.cross_entropy is not None:
+        pull = q.sub_(teacher.probabilities).mul_((slopes.cross_entropy[:, None] * weight)[..., None])
+        slope = pull if slope is None else slope.add_(pull)
+    return figures, slope
