@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from disagg_core.errors import FailureClass, RoleFailed
@@ -26,6 +27,12 @@ class AttemptOutcome:
         """Whether the run is done: no failure, and no sample left that has to be captured again."""
         return self.failure_class is None and self.incomplete == 0
 
+    def describe(self) -> str:
+        """Return how it ended in one line."""
+        if self.failure_class is not None:
+            return f"{self.failure_class}: {self.reason}"
+        return f"{self.incomplete} samples were lost and have to be captured again" if self.incomplete else "finished"
+
 
 @dataclass
 class AttemptLoop:
@@ -38,6 +45,11 @@ class AttemptLoop:
     first: int = 1
     outcomes: list[AttemptOutcome] = field(default_factory=list)
 
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the attempts to run, each to be recorded before the next, until the run is finished."""
+        while (attempt := self.next()) is not None:
+            yield attempt
+
     def next(self) -> int | None:
         """Return the number of the attempt to run now, or None when the run is finished.
 
@@ -49,15 +61,12 @@ class AttemptLoop:
         last = self.outcomes[-1]
         if last.finished:
             return None
-        reason = last.reason or f"{last.incomplete} samples were lost and have to be captured again"
         failure_class = last.failure_class or "store_lost"
         if failure_class not in RETRIED:
-            raise RoleFailed(f"attempt {last.attempt} failed ({failure_class}): {reason}", failure_class)
+            raise RoleFailed(f"attempt {last.attempt} failed, {last.describe()}", failure_class)
         if len(self.outcomes) >= self.limit:
             raise RoleFailed(
-                f"attempt {last.attempt} of {self.limit} failed ({failure_class}): {reason}; "
-                "run.attempts allows no more",
-                failure_class,
+                f"attempt {last.attempt} failed, {last.describe()}; run.attempts allows {self.limit}", failure_class
             )
         return last.attempt + 1
 

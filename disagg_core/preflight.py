@@ -18,7 +18,8 @@ from disagg_core.rollout.prompts import heldout_prompts, validate_prompts
 from disagg_core.run_dir import RunDir, write_atomically
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import Settings
-from disagg_core.store import check_capacity, require_mooncake
+from disagg_core.store import require_mooncake
+from disagg_core.store.capacity import check_capacity
 from disagg_core.target_facts import is_local, read_target_facts
 
 

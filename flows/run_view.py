@@ -111,7 +111,8 @@ def _number(state: RoleState, name: str) -> float:
 def _rollout_detail(flow_state: str, state: RoleState) -> str:
     if not state:
         return flow_state
-    return f"{state.get('phase', '')}, {_number(state, 'samples_per_s'):.1f}/s, in flight {_number(state, 'in_flight'):.0f}"
+    rate, in_flight = _number(state, "samples_per_s"), _number(state, "in_flight")
+    return f"{state.get('phase', '')}, {rate:.1f}/s, in flight {in_flight:.0f}"
 
 
 def _training_detail(state: RoleState) -> str:

@@ -19,11 +19,7 @@ from tasks.completion import Completion
 
 @task(name="evaluate-draft", cache_policy=NO_CACHE)
 async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFigures | None:
-    """Decode the held-out prompts with the first and the last checkpoint; None when switched off.
-
-    Raises:
-        EvaluationFailed: the output differs from greedy decoding, or the accept length is below the minimum.
-    """
+    """Decode the held-out prompts with the first and the last checkpoint; None when switched off."""
     section = plan.spec.evaluation
     if section.prompts == 0:
         return None
@@ -34,7 +30,7 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
     before, after = (
         msgspec.json.decode((plan.dir.evaluation / f"{name}.json").read_bytes()) for name, _ in checkpoints
     )
-    figures = EvaluationFigures(
+    return EvaluationFigures(
         draft_tokens=section.draft_tokens,
         prompts=after["prompts"],
         accept_length_before=before["accept_length"],
@@ -43,12 +39,13 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
         per_position_after=after["per_position"],
         lossless=before["lossless"] and after["lossless"],
     )
-    check(figures, section.min_accept_length)
-    return figures
 
 
-def check(figures: EvaluationFigures, minimum: float | None) -> None:
-    """Raise `EvaluationFailed` if the draft must not be used."""
+def judge_draft(plan: RunPlan, figures: EvaluationFigures | None) -> None:
+    """Raise `EvaluationFailed` if the draft must not be used: it changes the output, or is below the minimum."""
+    minimum = plan.spec.evaluation.min_accept_length
+    if figures is None:
+        return
     if not figures.lossless:
         raise EvaluationFailed(
             "speculative decoding gave other tokens than plain greedy decoding; the evaluation/ folder has both"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +19,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from disagg_core.archive import Archive
-from disagg_core.attempts import AttemptOutcome
+from disagg_core.attempts import AttemptLoop, AttemptOutcome
+from disagg_core.errors import DraftlineError
 from disagg_core.observability.plots import plot_run
 from disagg_core.plan import RunPlan
-from disagg_core.report import ArchiveFigures, AttemptFigures, EvaluationFigures, RoleFigures, RunReport
+from disagg_core.report import (
+    ArchiveFigures,
+    AttemptFigures,
+    EvaluationFigures,
+    Failure,
+    RoleFigures,
+    RunReport,
+)
 from disagg_core.run_dir import write_atomically
 from tasks.completion import Completion
 from tasks.roles import Role, RoleRun
@@ -52,9 +62,10 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     write_atomically(plan.dir.report, report.model_dump_json(indent=2))
     key = artifact_key(plan.run_id)
     create_markdown_artifact(report.to_markdown(), key=f"report-{key}", description=f"Report of run {plan.run_id}")
-    create_table_artifact(
-        [report.accounting.model_dump()], key=f"accounting-{key}", description="Every sample accounted for"
-    )
+    if report.accounting:
+        create_table_artifact(
+            [report.accounting.model_dump()], key=f"accounting-{key}", description="Every sample accounted for"
+        )
     data = base64.b64encode(picture.read_bytes()).decode()
     create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
     if report.archive:
@@ -69,48 +80,66 @@ def artifact_key(run_id: str) -> str:
     return run_id.replace(".", "-").replace("_", "-")
 
 
-def assemble_report(
-    plan: RunPlan,
-    attempts: list[AttemptOutcome],
-    roles: dict[Role, RoleRun],
-    completion: Completion,
-    evaluation: EvaluationFigures | None,
-    archive: Archive,
-    flow_run_id: str,
-    seconds: float,
-) -> RunReport:
-    """Put together what the parts of the run found."""
-    return RunReport(
-        run_id=plan.run_id,
-        name=plan.spec.run.name,
-        state="completed",
-        accounting=completion.accounting,
-        training=completion.training,
-        evaluation=evaluation,
-        roles={
-            role: RoleFigures(
-                flow_run_id=str(run.flow_run_id),
-                work_pool=run.work_pool,
-                started=run.started,
-                ended=run.ended,
-                restarts=run.restarts,
-            )
-            for role, run in roles.items()
-        },
-        archive=ArchiveFigures(url=archive.url, manifest=archive.manifest),
-        attempts=[
-            AttemptFigures(
-                attempt=outcome.attempt,
-                failure_class=outcome.failure_class,
-                reason=outcome.reason,
-                incomplete=outcome.incomplete,
-            )
-            for outcome in attempts
-        ],
-        store_counters=completion.store_counters,
-        rejected_reasons=completion.rejected_reasons,
-        run_dir=str(plan.root),
-        export=str(plan.dir.export),
-        flow_run_id=flow_run_id,
-        seconds=seconds,
+@dataclass
+class RunRecord:
+    """What the parent flow knows of its run so far; becomes the report, however the run ends."""
+
+    plan: RunPlan
+    flow_run_id: str
+    began: float = field(default_factory=time.time)
+    attempts: AttemptLoop = field(init=False)
+    roles: dict[Role, RoleRun] = field(default_factory=dict)
+    completion: Completion | None = None
+    evaluation: EvaluationFigures | None = None
+    archive: Archive | None = None
+
+    def __post_init__(self) -> None:
+        self.attempts = AttemptLoop(limit=self.plan.spec.run.attempts, first=self.plan.next_attempt())
+
+    def completed(self) -> RunReport:
+        """Return the report of a run that did all its work."""
+        return self._report("completed", None)
+
+    def failed(self, error: DraftlineError) -> RunReport:
+        """Return the report of a run that ended with `error`, with all that was found out before it."""
+        return self._report("failed", Failure(failure_class=error.failure_class, message=str(error)))
+
+    def _report(self, state: Literal["completed", "failed"], failure: Failure | None) -> RunReport:
+        done, archive = self.completion, self.archive
+        return RunReport(
+            run_id=self.plan.run_id,
+            name=self.plan.spec.run.name,
+            state=state,
+            failure=failure,
+            accounting=done.accounting if done else None,
+            training=done.training if done else None,
+            evaluation=self.evaluation,
+            roles={role: _role_figures(run) for role, run in self.roles.items()},
+            archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,
+            attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
+            store_counters=done.store_counters if done else {},
+            rejected_reasons=done.rejected_reasons if done else {},
+            run_dir=str(self.plan.root),
+            export=str(self.plan.dir.export) if archive else None,
+            flow_run_id=self.flow_run_id,
+            seconds=time.time() - self.began,
+        )
+
+
+def _role_figures(run: RoleRun) -> RoleFigures:
+    return RoleFigures(
+        flow_run_id=str(run.flow_run_id),
+        work_pool=run.work_pool,
+        started=run.started,
+        ended=run.ended,
+        restarts=run.restarts,
+    )
+
+
+def _attempt_figures(outcome: AttemptOutcome) -> AttemptFigures:
+    return AttemptFigures(
+        attempt=outcome.attempt,
+        failure_class=outcome.failure_class,
+        reason=outcome.reason,
+        incomplete=outcome.incomplete,
     )

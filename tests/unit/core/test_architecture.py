@@ -1,0 +1,108 @@
+"""The house: who may import whom, and which rooms stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# From the ground up. A room may import rooms of lower floors only, and itself.
+FLOORS = [
+    {"errors", "contracts", "ordinals", "settings"},
+    {"run_dir", "run_spec", "outcomes", "accounting", "attempts", "processes"},
+    {"target_facts", "spec_file", "report", "archive"},
+    {"plan", "plan_view"},
+    {"drafts", "channel", "store", "observability"},
+    {"rollout", "training", "evaluation"},
+    {"preflight"},
+    {"channel_cli", "store_cli", "rollout_cli", "doctor_cli"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that `path` imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "disagg_core").parts[0].removesuffix(".py")
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    rooms = {room_of(path) for path in modules("disagg_core")} - {"__init__"}
+    assert rooms == set(FLOOR_OF)
+
+
+def test_imports_point_downwards_only() -> None:
+    upwards = []
+    for path in modules("disagg_core"):
+        room = room_of(path)
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "disagg_core" or len(parts) < 2 or parts[1] not in FLOOR_OF or parts[1] == room:
+                continue
+            if FLOOR_OF[parts[1]] > FLOOR_OF[room]:
+                upwards.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert upwards == []
+
+
+@pytest.mark.parametrize(
+    ("room", "stranger"),
+    [
+        ("channel", "store"),
+        ("store", "channel"),
+        ("drafts", "channel"),
+        ("drafts", "store"),
+        ("rollout", "training"),
+        ("training", "rollout"),
+        ("evaluation", "rollout"),
+        ("evaluation", "training"),
+    ],
+)
+def test_rooms_that_do_not_know_each_other(room: str, stranger: str) -> None:
+    for path in modules(f"disagg_core/{room}"):
+        assert not any(name.startswith(f"disagg_core.{stranger}") for name in imports_of(path)), path
+
+
+def test_the_core_knows_no_prefect_and_no_flows() -> None:
+    for path in modules("disagg_core"):
+        assert not any(name.split(".")[0] in {"prefect", "flows", "tasks"} for name in imports_of(path)), path
+
+
+def test_tasks_do_not_import_flows() -> None:
+    for path in modules("tasks"):
+        assert not any(name.split(".")[0] == "flows" for name in imports_of(path)), path
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "disagg_core.contracts",
+        "disagg_core.plan",
+        "disagg_core.channel",
+        "disagg_core.report",
+        "flows.rollout_producer",
+        "flows.train_consumer",
+    ],
+)
+def test_light_modules_do_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

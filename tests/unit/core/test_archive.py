@@ -1,0 +1,46 @@
+"""An archive is complete when its manifest is there, and says when a file is not what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from disagg_core.archive import ArchiveDamaged, archive_files, verify_archive
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    (tmp_path / "metrics" / "deep").mkdir(parents=True)
+    (tmp_path / "metrics" / "train.jsonl").write_text("{}\n")
+    (tmp_path / "metrics" / "deep" / "x.bin").write_bytes(b"\0" * 10)
+    (tmp_path / "run.json").write_text("{}")
+    sources = {"run.json": tmp_path / "run.json", "metrics": tmp_path / "metrics", "absent": tmp_path / "absent"}
+    made = archive_files(sources, str(tmp_path / "archive"))
+    assert (made.files, made.bytes) == (3, 15)
+    return tmp_path / "archive"
+
+
+def test_the_manifest_names_every_file_with_its_hash(archive: Path) -> None:
+    files = json.loads((archive / "manifest.json").read_text())["files"]
+    assert set(files) == {"run.json", "metrics/train.jsonl", "metrics/deep/x.bin"}
+    assert all(len(entry["sha256"]) == 64 for entry in files.values())
+    assert verify_archive(str(archive)) == 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "unfinished"])
+def test_damage_is_named(archive: Path, damage: str) -> None:
+    victim = archive / ("manifest.json" if damage == "unfinished" else "run.json")
+    victim.write_text("?") if damage == "changed" else victim.unlink()
+    with pytest.raises(ArchiveDamaged, match="was not finished" if damage == "unfinished" else "run.json"):
+        verify_archive(str(archive))
+
+
+def test_it_goes_to_any_fsspec_url(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    made = archive_files({"run.json": tmp_path / "run.json"}, "memory://archive/run")
+    assert made.manifest == "memory://archive/run/manifest.json"
+    assert verify_archive("memory://archive/run") == 1

@@ -1,0 +1,70 @@
+"""Process trees end when they are told to, and when we do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from disagg_core.errors import PortTaken
+from disagg_core.processes import check_port, describe_exit, free_port, spawn, stop_tree, tail
+
+pytestmark = pytest.mark.unit
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        threading.Event().wait(0.02)
+
+
+def test_output_goes_to_the_log_and_not_to_us(tmp_path: Path) -> None:
+    process = spawn([sys.executable, "-c", "print('said')"], tmp_path / "logs" / "x.log")
+    assert process.wait(30) == 0
+    assert tail(tmp_path / "logs" / "x.log") == "said"
+
+
+def test_one_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}]); exec({STUBBORN!r})"
+    process = spawn([sys.executable, "-c", code], tmp_path / "log")
+    eventually(lambda: tail(tmp_path / "log").count("up") == 2)
+    children = psutil.Process(process.pid).children()
+    assert describe_exit(stop_tree(process, grace_s=0.2)) == "killed by SIGKILL"
+    eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+
+
+def test_a_child_dies_with_its_parent_also_when_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from disagg_core.processes import spawn\n"
+        f"child = spawn([sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r}))\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    eventually(lambda: not child.is_running() or child.status() == "zombie")
+
+
+def test_a_taken_port_is_named() -> None:
+    port = free_port("127.0.0.1")
+    check_port("127.0.0.1", port, "Prefect server")
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", port))
+        somebody.listen()
+        with pytest.raises(PortTaken, match=f"Prefect server: port {port} on 127.0.0.1 is taken"):
+            check_port("127.0.0.1", port, "Prefect server")
