@@ -1,0 +1,216 @@
+"""Accept length: how many tokens a pass of the target yields with a draft, and whether the output stayed the target's.
+
+Lossless means: token for token what plain greedy decoding gives. Both run through the same code and cache, but a pass
+over k + 1 tokens sums in another order than a pass over one, so logits differ in their last bits. Where plain decoding
+chose between two logits that are closer than this noise, either choice is its own; such a divergence is counted as a
+tie, with its margin, and does not make the draft lossy. In fp32 the bound is 1e-5 of the largest logit and ties are
+rare; in bf16, where logits have 8 bits, they are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.errors import BadInput, EvaluationFailed
+from disagg_core.evaluation.speculative import Generation, Progress, generate_all
+
+logger = logging.getLogger(__name__)
+
+_TIE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Logits closer than this part of the largest one count as equal."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where speculative and plain greedy decoding of a prompt part; `margin` is the plain token's lead in logits."""
+
+    prompt: int
+    position: int
+    plain: int
+    speculative: int
+    margin: float
+    tie: bool
+
+
+@dataclass(frozen=True)
+class AcceptLength:
+    """The result of a measurement.
+
+    ``accept_length == tokens / target_passes == 1 + sum(per_position)``. `tokens` counts what the passes yielded (not
+    the token that the pass over a prompt gives, and without cutting the last pass at the length asked for).
+    `per_position[i]` is the part of the passes in which drafted token i + 1 was kept. `interval` is the 95 % bootstrap
+    interval of the accept length over prompts. `lossless` is None when plain decoding was not compared.
+    """
+
+    accept_length: float
+    per_position: list[float]
+    interval: tuple[float, float]
+    lossless: bool | None
+    prompts: int
+    tokens: int
+    target_passes: int
+    draft_tokens: int
+    seconds: float
+    plain_seconds: float | None
+    divergences: list[Divergence]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return {**asdict(self), "interval": list(self.interval)}
+
+
+def measure_accept_length(
+    target: nn.Module,
+    draft: Eagle3Draft,
+    prompts: Sequence[Sequence[int]],
+    *,
+    draft_tokens: int = 5,
+    max_new_tokens: int = 64,
+    eos_token_ids: Collection[int] = (),
+    batch_size: int = 16,
+    compare_with_plain: bool = True,
+    progress: Progress | None = None,
+) -> AcceptLength:
+    """Decode `prompts` greedily with `draft` and, to compare, without; `target` is in eval mode.
+
+    `progress` is called with the number of finished prompts and of all, twice as many when plain decoding is compared.
+
+    Raises:
+        BadInput: no prompts, an empty one, or fewer than 2 new tokens (the first needs no pass of its own).
+        EvaluationFailed: every prompt ended with its first token, so there was nothing to measure.
+        TargetError: the target cannot be rolled back; see `TargetRunner`.
+    """
+    if not prompts or max_new_tokens < 2:
+        raise BadInput(
+            "evaluation: expected at least one prompt and max_new_tokens of at least 2, "
+            f"found {len(prompts)} prompts and {max_new_tokens}"
+        )
+    total = len(prompts) * (2 if compare_with_plain else 1)
+    finished = 0
+
+    def generate(with_draft: Eagle3Draft | None) -> tuple[list[Generation], float]:
+        nonlocal finished
+        started = time.perf_counter()
+        generations = generate_all(
+            target,
+            with_draft,
+            prompts,
+            draft_tokens=draft_tokens,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            batch_size=batch_size,
+            progress=(lambda done, _: progress(finished + done, total)) if progress else None,
+        )
+        finished += len(prompts)
+        return generations, time.perf_counter() - started
+
+    speculative, seconds = generate(draft)
+    divergences: list[Divergence] = []
+    plain_seconds = None
+    if compare_with_plain:
+        plain, plain_seconds = generate(None)
+        divergences = _divergences(target, prompts, plain, speculative)
+        for divergence in divergences:
+            logger.warning("speculative decoding differs from plain decoding: %s", divergence)
+    return summarise(
+        [generation.accepted for generation in speculative],
+        draft_tokens=draft_tokens,
+        seconds=seconds,
+        plain_seconds=plain_seconds,
+        lossless=all(divergence.tie for divergence in divergences) if compare_with_plain else None,
+        divergences=divergences,
+    )
+
+
+def summarise(
+    accepted: Sequence[Sequence[int]],
+    *,
+    draft_tokens: int,
+    seconds: float,
+    lossless: bool | None = None,
+    plain_seconds: float | None = None,
+    divergences: Sequence[Divergence] = (),
+) -> AcceptLength:
+    """Return the result of passes that kept `accepted` drafted tokens each, a sequence of counts for each prompt.
+
+    Raises:
+        EvaluationFailed: there was no pass at all.
+    """
+    passes = sum(len(counts) for counts in accepted)
+    if passes == 0:
+        raise EvaluationFailed(
+            f"expected at least one target pass, found none: all {len(accepted)} prompts ended with their first token; "
+            "evaluate on prompts that have a continuation"
+        )
+    kept = sum(sum(counts) for counts in accepted)
+    reached = np.bincount([count for counts in accepted for count in counts], minlength=draft_tokens + 1)
+    return AcceptLength(
+        accept_length=1.0 + kept / passes,
+        per_position=(reached[::-1].cumsum()[::-1][1:] / passes).tolist(),
+        interval=bootstrap_interval(accepted),
+        lossless=lossless,
+        prompts=len(accepted),
+        tokens=kept + passes,
+        target_passes=passes,
+        draft_tokens=draft_tokens,
+        seconds=seconds,
+        plain_seconds=plain_seconds,
+        divergences=list(divergences),
+    )
+
+
+def bootstrap_interval(
+    accepted: Sequence[Sequence[int]], *, level: float = 0.95, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the accept length, resampling whole prompts.
+
+    Passes of one prompt resemble each other, so it is the prompts that are drawn, with replacement; the accept length
+    of a draw is the ratio of its sums.
+    """
+    counted = [(sum(counts), len(counts)) for counts in accepted if counts]
+    kept, passes = np.array(counted, dtype=np.float64).T
+    draws = np.random.default_rng(seed).integers(0, len(counted), size=(samples, len(counted)))
+    lengths = 1.0 + kept[draws].sum(axis=1) / passes[draws].sum(axis=1)
+    low, high = np.quantile(lengths, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _divergences(
+    target: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    plain: Sequence[Generation],
+    speculative: Sequence[Generation],
+) -> list[Divergence]:
+    """Return the first difference of each prompt, judged by the logits of one pass over the common prefix."""
+    found = []
+    for index, (one, other) in enumerate(zip(plain, speculative, strict=True)):
+        pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+        parting = next((position for position, (a, b) in pairs if a != b), None)
+        if parting is None:
+            if len(one.tokens) != len(other.tokens):
+                raise EvaluationFailed(
+                    f"prompt {index}: expected {len(one.tokens)} tokens, found {len(other.tokens)} with a common prefix"
+                )
+            continue
+        first, second = one.tokens[parting], other.tokens[parting]
+        margin, scale, dtype = _margin(target, [*prompts[index], *one.tokens[:parting]], first, second)
+        found.append(Divergence(index, parting, first, second, margin, abs(margin) <= _TIE[dtype] * scale))
+    return found
+
+
+@torch.inference_mode()
+def _margin(target: nn.Module, ids: Sequence[int], first: int, second: int) -> tuple[float, float, torch.dtype]:
+    """Return by how much `first` leads `second` after `ids`, the largest logit and their dtype."""
+    model: Any = target
+    device = model.get_input_embeddings().weight.device
+    logits = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, -1]
+    return float(logits[first] - logits[second]), float(logits.abs().max()), logits.dtype

@@ -1,0 +1,228 @@
+"""The evaluation of a run as a process of its own: held-out prompts, target and drafts in, one JSON file per draft out.
+
+``python -m disagg_core.evaluation.role <request.json>`` reads an `EvaluationRequest`. The prompts are
+``<run>/evaluation/prompts.jsonl``, lines of ``{"input_ids": [...]}``, written by the step that prepares the run.
+
+On a CPU the target runs in fp32 whatever its own dtype, where "the target's argmax" is hardly ever a matter of
+rounding; on a GPU it runs in its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.drafts.export import import_draft
+from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError, TargetError
+from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
+from disagg_core.evaluation.server import measure_on_server
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.plan import RunPlan
+from disagg_core.run_dir import write_atomically
+from disagg_core.target_facts import is_local
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_FILE = "prompts.jsonl"
+PROGRESS_FILE = "progress.json"
+
+
+class DraftToEvaluate(BaseModel):
+    """One evaluation: the file is ``<run>/evaluation/<name>.json`` unless `output` names another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the result, such as before.")
+    checkpoint: Path = Field(description="Directory of a checkpoint or of an exported draft.")
+    output: Path | None = Field(None, description="File of the result.")
+
+
+class EvaluationRequest(BaseModel):
+    """What the evaluation process is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: RunPlan = Field(description="The run.")
+    drafts: tuple[DraftToEvaluate, ...] = Field(description="Evaluated in this order, with the target loaded once.")
+    threads: int | None = Field(None, ge=1, description="Threads on a CPU; by default torch's.")
+
+
+def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]:
+    """Measure the draft in `checkpoint` on the run's held-out prompts, as `evaluate_drafts` does for one draft."""
+    request = EvaluationRequest(plan=plan, drafts=(DraftToEvaluate(name=name, checkpoint=checkpoint),))
+    return evaluate_drafts(request)[0]
+
+
+def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
+    """Measure the draft that the SGLang server at `url` serves, on the same prompts; the result file is `name`'s.
+
+    Raises:
+        PromptError, BadInput, TargetUnavailable, EvaluationFailed: see `read_prompts` and `measure_on_server`.
+    """
+    section, target = plan.spec.evaluation, plan.spec.target
+    result = measure_on_server(
+        url,
+        read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts),
+        max_new_tokens=section.max_new_tokens,
+        concurrency=target.server_concurrency,
+        timeout_s=target.request_timeout_s,
+    )
+    return _write_result(plan.dir.evaluation / f"{name}.json", result, {"server": url})
+
+
+def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
+    """Measure every draft of `request`, write one file each (atomically) and return their contents, in order.
+
+    Raises:
+        PromptError: the prompts are missing or cannot be read.
+        TargetError: the target cannot be loaded, or cannot be rolled back.
+        IncompatibleDraft: a draft does not fit its config or the run's target.
+        EvaluationFailed: nothing could be measured.
+    """
+    plan, section = request.plan, request.plan.spec.evaluation
+    prompts = read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts)
+    device = torch.device(_device(plan))
+    if request.threads is not None and device.type == "cpu":
+        torch.set_num_threads(request.threads)
+    target = load_target(plan, device)
+    progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
+    results = []
+    for item in request.drafts:
+        draft = load_draft(item.checkpoint, plan, target)
+
+        def report(done: int, total: int, name: str = item.name) -> None:
+            progress.update(draft=name, done=done, total=total)
+
+        result = measure_accept_length(
+            target,
+            draft,
+            prompts,
+            draft_tokens=section.draft_tokens,
+            max_new_tokens=section.max_new_tokens,
+            eos_token_ids=plan.target.eos_token_ids,
+            progress=report,
+        )
+        logger.info("%s: accept length %.3f over %d passes", item.name, result.accept_length, result.target_passes)
+        output = item.output or plan.dir.evaluation / f"{item.name}.json"
+        results.append(_write_result(output, result, {"checkpoint": str(item.checkpoint)}))
+    progress.flush()
+    return results
+
+
+def read_prompts(path: Path, limit: int) -> list[list[int]]:
+    """Return the token ids of the first `limit` prompts in `path`.
+
+    Raises:
+        PromptError: no such file, no prompts in it, or a line that is not ``{"input_ids": [...]}`` with tokens.
+    """
+    if not path.is_file():
+        raise PromptError(f"{path}: no such file; the preflight step of a run writes the held-out prompts there")
+    prompts: list[list[int]] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            prompts.append(_Prompt.model_validate_json(line).input_ids)
+        except ValueError as error:
+            raise PromptError(f'{path}, line {number}: expected {{"input_ids": [<ids>]}}: {error}') from error
+    if not prompts[:limit]:
+        raise PromptError(f"{path}: expected at least one prompt, found {len(prompts)} and a limit of {limit}")
+    return prompts[:limit]
+
+
+def load_target(plan: RunPlan, device: torch.device) -> nn.Module:
+    """Return the run's target with a causal head, frozen, in eval mode; in fp32 on a CPU, in its own dtype elsewhere.
+
+    Raises:
+        TargetError: the weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    section = plan.spec.target
+    source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
+    try:
+        target = AutoModelForCausalLM.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise TargetError(f"target.model: cannot load {source!r}: {str(error).splitlines()[0]}") from error
+    model: nn.Module = target.to(device).eval().requires_grad_(False)
+    return model
+
+
+def load_draft(path: Path, plan: RunPlan, target: Any) -> Eagle3Draft:
+    """Return the draft in `path` beside `target`: same device, fp32 on a CPU, with the target's embedding.
+
+    Raises:
+        IncompatibleDraft: the draft was made for other sizes or layers than the run's target has.
+    """
+    config, state = import_draft(path)
+    facts = plan.target
+    pairs = {
+        "target_hidden_size": (facts.hidden_size, config.target_hidden_size),
+        "vocab_size": (facts.vocab_size, config.vocab_size),
+        "aux layers": (tuple(facts.aux_layers), config.aux_layer_ids or tuple(facts.aux_layers)),
+    }
+    faults = [f"{field}: expected {want}, found {found}" for field, (want, found) in pairs.items() if want != found]
+    if faults:
+        raise IncompatibleDraft(f"{path}: made for another target than {facts.model}: " + "; ".join(faults))
+    draft = Eagle3Draft(config.model_copy(update={"aux_layer_ids": tuple(facts.aux_layers)}))
+    draft.load_serving_state_dict(state)
+    embedding = target.get_input_embeddings().weight
+    draft.to(device=embedding.device, dtype=embedding.dtype)
+    if not config.owns_embedding:
+        draft.set_embedding(embedding)
+    return draft.eval().requires_grad_(False)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the evaluation that the request file in `arguments` describes; return the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if len(arguments) != 1:
+        logger.error("usage: python -m disagg_core.evaluation.role <request.json>")
+        return 2
+    try:
+        evaluate_drafts(read_request(Path(arguments[0])))
+    except DraftlineError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+def read_request(path: Path) -> EvaluationRequest:
+    """Return the request in `path`.
+
+    Raises:
+        BadInput: the file cannot be read or is not an `EvaluationRequest`.
+    """
+    try:
+        return EvaluationRequest.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: expected an evaluation request: {error}") from error
+
+
+class _Prompt(BaseModel):
+    input_ids: list[int] = Field(min_length=1)
+
+
+def _device(plan: RunPlan) -> str:
+    chosen = plan.spec.target.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
+
+
+def _write_result(path: Path, result: AcceptLength, origin: dict[str, str]) -> dict[str, Any]:
+    document = {**result.to_dict(), **origin}
+    write_atomically(path, json.dumps(document, indent=2) + "\n")
+    return document
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
