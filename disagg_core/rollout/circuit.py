@@ -7,6 +7,7 @@ success closes the circuit, a failure opens it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,7 +90,7 @@ class CircuitBreakers:
         circuit.in_flight -= 1
         circuit.successes += 1
         circuit.failures_in_row = 0
-        if circuit.state != "closed":
+        if circuit.state != "closed" and not math.isinf(circuit.open_until):
             circuit.state = "closed"
             circuit.relapses = 0
             self._note(circuit, "works again")
@@ -100,7 +101,8 @@ class CircuitBreakers:
         circuit.in_flight -= 1
         circuit.failures += 1
         circuit.failures_in_row += 1
-        circuit.last_reason = reason
+        if not math.isinf(circuit.open_until):
+            circuit.last_reason = reason
         if circuit.state == "probation" or (circuit.state == "closed" and circuit.failures_in_row >= self._threshold):
             self._open(circuit, reason)
 
@@ -110,6 +112,20 @@ class CircuitBreakers:
         circuit.last_reason = reason
         if circuit.state != "open":
             self._open(circuit, reason)
+
+    def take_away(self, name: str, reason: str) -> None:
+        """Give `name` no work until `give_back`: it is known to be gone, and time alone will not bring it back."""
+        circuit = self._circuits[name]
+        circuit.state = "open"
+        circuit.open_until = math.inf
+        circuit.last_reason = reason
+        self._note(circuit, reason.splitlines()[0])
+
+    def give_back(self, name: str, event: str) -> None:
+        """Let `name`, which was taken away, prove itself again: it is on probation from now on."""
+        circuit = self._circuits[name]
+        circuit.open_until = self._clock()
+        self._note(circuit, event)
 
     def reports(self) -> list[CircuitReport]:
         """Return what became of every server."""

@@ -258,7 +258,7 @@ def _read_facts(model_config: Any) -> ServerFacts:
         context_length=model_config.context_len,
         tensor_parallel=arguments.tp_size,
         settings={
-            "disable_radix_cache": bool(arguments.disable_radix_cache),
-            "enable_return_aux_hidden_states": bool(arguments.enable_return_aux_hidden_states),
+            "radix_cache_disabled": bool(arguments.disable_radix_cache),
+            "prefill_cuda_graph_disabled": arguments.cuda_graph_config.prefill.backend == "disabled",
         },
     )

@@ -40,6 +40,7 @@ class ServerLaunch:
     cpu: bool
     host: str
     seed: int = 0
+    sampled: bool = False
 
     def command(self, *, port: int, base_gpu: int) -> list[str]:
         """Return the command line of one server; the run's `target.server_args` come last and so win."""
@@ -59,10 +60,14 @@ class ServerLaunch:
             command += ["--context-length", str(self.longest + _CONTEXT_ROOM)]
         if self.cpu:
             tokens = max(4096, 2 * (self.longest + _CONTEXT_ROOM))
-            command += [*_CPU_FLAGS, "--max-total-tokens", str(tokens)]
+            # SGLang works its share of the memory out for GPUs and arrives below zero here.
+            command += [*_CPU_FLAGS, "--max-total-tokens", str(tokens), "--mem-fraction-static", "0.8"]
         else:
             # The outputs of a captured prefill graph are overwritten by the next batch while we still read them.
             command += ["--disable-prefill-cuda-graph", "--base-gpu-id", str(base_gpu)]
+            if self.sampled:
+                # Only so does SGLang heed the seed of a request. It has no such mode on a CPU.
+                command += ["--enable-deterministic-inference"]
         return [*command, *section.server_args]
 
     def environment(self) -> dict[str, str]:

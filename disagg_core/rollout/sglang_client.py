@@ -1,0 +1,180 @@
+"""HTTP to one SGLang server: health, continuation, capture and probe; says whose fault a failure is.
+
+What the server did not manage is a `ServerFailure` (the circuit breaker counts it); what it declined to do for this
+prompt is a `PromptRefused`. Safe for use from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import msgspec
+
+from disagg_core.errors import CaptureRejected, TargetError, Transient
+from disagg_core.rollout.sglang_wire import (
+    CaptureOrder,
+    Order,
+    ProbeOrder,
+    ProbeReply,
+    RefusedReply,
+    Reply,
+    StoredReply,
+    encode_order,
+    find_reply,
+)
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class ServerFailure(Transient):
+    """The server did not answer, or answered that something broke inside it."""
+
+    failure_class = "target_unavailable"
+
+
+class PromptRefused(CaptureRejected):
+    """The server answered that it will not run this prompt; `retryable`: another server may."""
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class SglangClient:
+    """One server. `timeout_s` bounds each request; connections are kept and reused."""
+
+    def __init__(self, name: str, url: str, *, timeout_s: float) -> None:
+        self.name = name
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._http = self._connect()
+
+    def _connect(self) -> httpx.Client:
+        timeout = httpx.Timeout(self._timeout_s, connect=min(_CONNECT_TIMEOUT_S, self._timeout_s))
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        return httpx.Client(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
+
+    def healthy(self, timeout_s: float) -> bool:
+        """Tell whether the server generates at present; it can say no for 20 s after its start."""
+        try:
+            return self._http.get("/health", timeout=timeout_s).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def probe(self, input_ids: Sequence[int]) -> ProbeReply:
+        """Capture `input_ids` without storing and return the states with what the server says about itself.
+
+        Raises:
+            TargetError: the server does not capture: no plugin, another version of it, or wrong flags.
+            ServerFailure: it did not answer.
+        """
+        try:
+            reply = self._order(input_ids, ProbeOrder())
+        except PromptRefused as refused:
+            raise TargetError(f"{self.name} ({self.url}) does not capture: {refused}") from refused
+        if isinstance(reply, RefusedReply):
+            raise TargetError(f"{self.name} ({self.url}) does not capture: {reply.reason}")
+        assert isinstance(reply, ProbeReply)
+        return reply
+
+    def capture(self, input_ids: Sequence[int], order: CaptureOrder) -> StoredReply:
+        """Have the server write the states of `input_ids` to the store as `order` says.
+
+        Raises:
+            PromptRefused: there is no sample; nothing is stored.
+            ServerFailure: it is not known whether something was stored.
+        """
+        reply = self._order(input_ids, order)
+        if isinstance(reply, RefusedReply):
+            raise PromptRefused(reply.reason, retryable=reply.retryable)
+        if not isinstance(reply, StoredReply):
+            raise ServerFailure(f"expected a stored sample from {self.name}, found a {type(reply).__name__}")
+        return reply
+
+    def generate(self, input_ids: Sequence[int], sampling: dict[str, Any]) -> list[int]:
+        """Return the continuation of `input_ids`; `sampling` are SGLang's sampling parameters.
+
+        Raises:
+            PromptRefused: the server will not run this prompt.
+            ServerFailure: it did not answer.
+        """
+        answer = self._post({"input_ids": list(input_ids), "sampling_params": sampling})
+        tokens: list[int] = answer["output_ids"]
+        return tokens
+
+    def memory(self) -> dict[str, float]:
+        """Return the server's memory in GiB by use (weights, KV cache), and its token capacity.
+
+        Raises:
+            ServerFailure: it did not answer.
+        """
+        try:
+            response = self._http.get("/server_info")
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise ServerFailure(f"{self.name}: {_describe(error)}") from error
+        info = response.json()
+        usage: dict[str, float] = {"max_total_tokens": float(info["max_total_num_tokens"])}
+        for state in info["internal_states"][:1]:
+            usage |= {name: value for name, value in state["memory_usage"].items() if isinstance(value, (int, float))}
+        return usage
+
+    def reset(self) -> None:
+        """Drop all connections, so that nothing of a server that was replaced is reused."""
+        old, self._http = self._http, self._connect()
+        old.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def _order(self, input_ids: Sequence[int], order: Order) -> Reply:
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "custom_params": encode_order(order)}
+        answer = self._post({"input_ids": list(input_ids), "return_hidden_states": True, "sampling_params": sampling})
+        try:
+            reply = find_reply(answer["meta_info"])
+        except msgspec.DecodeError as error:
+            raise TargetError(
+                f"{self.name} ({self.url}): the capture plugin's reply cannot be read ({error}); install the same "
+                "draftline version there as here"
+            ) from error
+        if reply is None:
+            raise TargetError(
+                f"{self.name} ({self.url}) runs without the capture plugin; install draftline in its environment "
+                "(infra/sglang/setup.sh) and look for 'draftline_capture' in its log"
+            )
+        return reply
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            response = self._http.post("/generate", json=body)
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed under us by reset()
+            raise ServerFailure(f"{self.name}: {_describe(error)}") from error
+        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+            raise PromptRefused(f"{self.name} answered {response.status_code}: {_said(response)}", retryable=False)
+        if response.status_code != 200:
+            raise ServerFailure(f"{self.name} answered {response.status_code}: {_said(response)}")
+        answer: dict[str, Any] = response.json()
+        finish = (answer.get("meta_info") or {}).get("finish_reason") or {}
+        if finish.get("type") == "abort":
+            raise ServerFailure(f"{self.name} aborted the request: {finish.get('message')}")
+        return answer
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, httpx.TimeoutException):
+        return f"no answer in time ({type(error).__name__})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _said(response: httpx.Response) -> str:
+    """Return the message of an error response, short."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return str(message)[:300]

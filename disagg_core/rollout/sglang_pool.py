@@ -1,0 +1,265 @@
+"""The SGLang servers of a run as one pool: who may take a request, who is down, and who brings it back.
+
+Each server has a supervisor thread. It starts the server (a managed one) or waits for it (an external one), checks it
+before its first request and after every return, notices its death or hanging, and starts it again with growing
+pauses. Whether a server that runs may take work is the circuit breakers' decision (`disagg_core.rollout.circuit`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from disagg_core.errors import TargetError, TargetUnavailable
+from disagg_core.rollout.circuit import CircuitBreakers
+from disagg_core.rollout.sglang_client import ServerFailure, SglangClient
+from disagg_core.rollout.sglang_servers import ManagedServer
+from disagg_core.rollout.target import ServerHealth
+
+logger = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 1.0
+_POLL_S = 0.5
+_LONGEST_PAUSE_S = 60.0
+_LATE_S = 20.0
+_FAILED_STARTS_AT_FIRST = 2
+
+
+@dataclass
+class PoolMember:
+    """One server: how to reach it, and its process if it is ours."""
+
+    client: SglangClient
+    managed: ManagedServer | None = None
+    restarts: int = 0
+    checked: threading.Event = field(default_factory=threading.Event)  # its first start is decided
+    suspect: threading.Event = field(default_factory=threading.Event)
+    refused: TargetError | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+        return self.client.name
+
+
+class ServerPool:
+    """Leases places on servers; safe across threads.
+
+    Args:
+        members: the servers; names must differ.
+        concurrency: requests in flight per server.
+        check: raises `TargetError` if a server is not the run's target, `ServerFailure` if it does not answer.
+        start_timeout_s: how long a server may take until it is healthy.
+        health_timeout_s: a suspected server that does not answer its health check for so long hangs.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[PoolMember],
+        *,
+        concurrency: int,
+        check: Callable[[SglangClient], None],
+        start_timeout_s: float,
+        health_timeout_s: float = 20.0,
+    ) -> None:
+        self._members = {member.name: member for member in members}
+        self._check = check
+        self._start_timeout_s = start_timeout_s
+        self._health_timeout_s = health_timeout_s
+        self._changed = threading.Condition()
+        self._breakers = CircuitBreakers(self._members, concurrency=concurrency, clock=time.monotonic)
+        self._stop = threading.Event()
+        self._supervisors = [
+            threading.Thread(target=self._supervise, args=(member,), name=f"supervise-{member.name}", daemon=True)
+            for member in members
+        ]
+
+    def start(self) -> None:
+        """Start every server and check it; return when all are decided and at least one is usable.
+
+        Raises:
+            TargetError: a server is not the run's target; all that are not are named.
+            TargetUnavailable: none could be reached or started.
+        """
+        for member in self._members.values():
+            self._breakers.take_away(member.name, "starting")
+        for supervisor in self._supervisors:
+            supervisor.start()
+        self._await_first_checks()
+        refused = [str(member.refused) for member in self._members.values() if member.refused is not None]
+        if refused:
+            raise TargetError("; ".join(refused))
+        with self._changed:
+            if not self._breakers.any_usable:
+                raise TargetUnavailable(f"no SGLang server could be started or reached: {self._reasons()}")
+
+    def _await_first_checks(self) -> None:
+        """Wait until every server is decided; for external ones only a little once another one is usable."""
+        usable_since: float | None = None
+        for member in self._members.values():
+            while not member.checked.wait(_POLL_S):
+                with self._changed:
+                    usable = self._breakers.any_usable
+                if usable and usable_since is None:
+                    usable_since = time.monotonic()
+                if self._stop.is_set():
+                    raise TargetUnavailable("the SGLang servers were stopped while they started")
+                late = usable_since is not None and time.monotonic() - usable_since > _LATE_S
+                if late and member.managed is None:
+                    logger.warning("%s is not there yet; it will be checked when it comes", member.name)
+                    break
+
+    def acquire(self, avoid: Collection[str]) -> SglangClient:
+        """Wait for a place on a usable server and take it; end it with `succeeded` or `failed`.
+
+        Raises:
+            TargetUnavailable: every server is out at present.
+        """
+        with self._changed:
+            while True:
+                if not self._breakers.any_usable or self._stop.is_set():
+                    raise TargetUnavailable(f"no SGLang server is usable at present: {self._reasons()}")
+                name = self._breakers.acquire(avoid)
+                if name is not None:
+                    return self._members[name].client
+                self._changed.wait(_POLL_S)
+
+    def succeeded(self, name: str) -> None:
+        """End a request that was answered."""
+        with self._changed:
+            self._breakers.succeeded(name)
+            self._changed.notify_all()
+
+    def failed(self, name: str, reason: str) -> None:
+        """End a request that was not answered, and have the server looked at."""
+        with self._changed:
+            self._breakers.failed(name, reason)
+            self._changed.notify_all()
+        self._members[name].suspect.set()
+
+    def health(self) -> list[ServerHealth]:
+        """Return what became of every server."""
+        with self._changed:
+            reports = self._breakers.reports()
+        return [
+            ServerHealth(
+                name=report.name,
+                state=report.state,
+                captured=report.successes,
+                failures=report.failures,
+                restarts=self._members[report.name].restarts,
+                queue_depth=report.in_flight,
+                events=list(report.events),
+            )
+            for report in reports
+        ]
+
+    def close(self) -> None:
+        """Stop the supervisors and every server that they started."""
+        self._stop.set()
+        for member in self._members.values():
+            member.suspect.set()
+        for supervisor in self._supervisors:
+            if supervisor.is_alive():
+                supervisor.join()
+        for member in self._members.values():
+            member.client.close()
+
+    def _reasons(self) -> str:
+        return "; ".join(
+            f"{report.name}: {report.last_reason or 'no reason known'}" for report in self._breakers.reports()
+        )
+
+    # --- supervision ----------------------------------------------------------------------------------------------
+
+    def _supervise(self, member: PoolMember) -> None:
+        try:
+            self._keep_alive(member)
+        except Exception as error:
+            logger.exception("the supervisor of %s failed", member.name)
+            self._out(member, f"its supervisor failed: {type(error).__name__}: {error}")
+        finally:
+            member.checked.set()
+            if member.managed is not None:
+                member.managed.stop()
+
+    def _keep_alive(self, member: PoolMember) -> None:
+        pause = 1.0
+        failed_starts = 0
+        while not self._stop.is_set():
+            began = time.monotonic()
+            problem = self._bring_up(member)
+            if problem is None:
+                self._in(member, "restarted" if member.checked.is_set() else "started")
+                problem = self._watch(member)
+                pause = 1.0 if time.monotonic() - began > _LONGEST_PAUSE_S else pause
+            elif not member.checked.is_set():
+                failed_starts += 1
+            if member.refused is not None or self._stop.is_set():
+                return
+            self._out(member, problem or "it stopped")
+            if failed_starts >= _FAILED_STARTS_AT_FIRST:
+                member.checked.set()
+            if member.managed is not None:
+                member.managed.stop(at_once=True)
+            if self._stop.wait(pause):
+                return
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            member.client.reset()
+            if member.managed is not None:
+                member.restarts += 1
+
+    def _bring_up(self, member: PoolMember) -> str | None:
+        """Start or await the server and check it; return what is wrong with it, if anything."""
+        if member.managed is not None:
+            member.managed.start()
+        deadline = time.monotonic() + self._start_timeout_s
+        while not member.client.healthy(self._health_timeout_s):
+            if member.managed is not None and (ended := member.managed.exit_reason()) is not None:
+                return f"did not start: {ended}"
+            if time.monotonic() > deadline:
+                return f"was not healthy within {self._start_timeout_s:g} s"
+            if self._stop.wait(_POLL_S):
+                return "stopped"
+        try:
+            self._check(member.client)
+        except TargetError as error:
+            member.refused = error
+            self._out(member, f"refused: {error}")
+        except ServerFailure as error:
+            return f"did not answer its probe: {error}"
+        return None
+
+    def _watch(self, member: PoolMember) -> str | None:
+        """Return how the server ended, once it has; None when the pool is closed or the server was refused."""
+        while not self._stop.is_set() and member.refused is None:
+            suspect = member.suspect.wait(_WATCH_INTERVAL_S)
+            if self._stop.is_set():
+                return None
+            if member.managed is not None and (ended := member.managed.exit_reason()) is not None:
+                return f"died: {ended}"
+            if suspect:
+                member.suspect.clear()
+                if not member.client.healthy(self._health_timeout_s) and not self._stop.is_set():
+                    return f"hangs: it did not answer its health check within {self._health_timeout_s:g} s"
+        return None
+
+    def _in(self, member: PoolMember, event: str) -> None:
+        if member.refused is not None:
+            member.checked.set()
+            return
+        logger.info("%s %s (%s)", member.name, event, member.client.url)
+        with self._changed:
+            self._breakers.give_back(member.name, event)
+            self._changed.notify_all()
+        member.suspect.clear()
+        member.checked.set()
+
+    def _out(self, member: PoolMember, reason: str) -> None:
+        logger.warning("%s %s", member.name, reason)
+        with self._changed:
+            self._breakers.take_away(member.name, reason)
+            self._changed.notify_all()

@@ -1,0 +1,319 @@
+"""`SGLangTarget`: the target run by SGLang servers, which write the samples themselves; only references come back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
+from disagg_core.errors import TargetError, TargetUnavailable
+from disagg_core.plan import StoreEndpoints
+from disagg_core.rollout.prompts_order import seed_of
+from disagg_core.rollout.sglang_client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang_pool import PoolMember, ServerPool
+from disagg_core.rollout.sglang_probe import Reference, check_probe, probe_ids, reference_states
+from disagg_core.rollout.sglang_servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.rollout.sglang_wire import CaptureOrder, StoreAddress, spans_of
+from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
+from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
+from disagg_core.settings import Settings
+from disagg_core.target_facts import TargetFacts
+
+logger = logging.getLogger(__name__)
+
+_REPLY_MARGIN_S = 5.0
+_SETTLE_TIMEOUT_S = 10.0
+
+
+class SweepableStore(Protocol):
+    """What the target needs of the feature store: where it is, and how to take back what a server left there."""
+
+    endpoints: StoreEndpoints
+    namespace: str
+
+    def abort(self, ref: SampleRef) -> None:
+        """Remove one sample."""
+        ...
+
+    def sweep(self, prefix: str | None = None) -> int:
+        """Remove every sample under `prefix`."""
+        ...
+
+
+class SGLangTarget:
+    """A `disagg_core.rollout.target.Target` over one or more SGLang servers, ours or external ones.
+
+    Args:
+        section: the run's target; `server_urls` name external servers, otherwise `servers` are started here.
+        facts: what is known of the model.
+        store: the attempt's store; the servers write into its namespace.
+        store_section: protocol and checksum of the samples, for the servers.
+        max_tokens: longest sample, prompt and continuation together.
+        log_dir: where the log files of our servers go.
+        settings: the machine's settings: the SGLang environment and the address to bind to.
+        generate: how to continue prompts before they are captured; None captures them as they are.
+        seed: the run's seed.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        section: TargetSection,
+        facts: TargetFacts,
+        *,
+        store: SweepableStore,
+        store_section: StoreSection,
+        max_tokens: int,
+        log_dir: Path,
+        settings: Settings,
+        generate: GenerateSection | None = None,
+        seed: int = 0,
+        health_timeout_s: float = 20.0,
+    ) -> None:
+        self._section = section
+        self._facts = facts
+        self._store = store
+        self._address = StoreAddress(
+            master_address=store.endpoints.master_address,
+            metrics_address=store.endpoints.metrics_address,
+            namespace=store.namespace,
+            protocol=store_section.protocol,
+            checksum=store_section.checksum,
+        )
+        self._max_tokens = max_tokens
+        self._log_dir = log_dir
+        self._settings = settings
+        self._generate = generate
+        self._seed = seed
+        self._health_timeout_s = health_timeout_s
+        self._identity: RunIdentity | None = None
+        self._pool: ServerPool | None = None
+        self._reference: Reference | None = None
+        self._reference_lock = threading.Lock()
+        servers = len(section.server_urls) or section.servers
+        self.concurrency = servers * section.server_concurrency
+        self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sglang-request")
+        self._closed = False
+
+    def prepare(self, identity: RunIdentity) -> None:
+        """See `Target.prepare`. A prepared target only takes the new identity.
+
+        Raises:
+            TargetError: a server is not the run's target or cannot capture; all such servers are named.
+            TargetUnavailable: no server could be started or reached.
+            MissingLibrary: servers are to be started, and there is no SGLang environment.
+        """
+        if self._pool is None:
+            self._pool = ServerPool(
+                self._members(),
+                concurrency=self._section.server_concurrency,
+                check=self._check,
+                start_timeout_s=self._section.unavailable_timeout_s,
+                health_timeout_s=self._health_timeout_s,
+            )
+            self._pool.start()
+        self._identity = identity
+
+    def capture(self, tasks: Sequence[PromptTask], *, avoid: Mapping[int, frozenset[str]]) -> Iterator[CaptureOutcome]:
+        """See `Target.capture`; the outcomes are `Stored` and `Failed`."""
+        return self._spread(tasks, avoid, self._capture, self._take_back)
+
+    def generate(
+        self, tasks: Sequence[PromptTask], *, avoid: Mapping[int, frozenset[str]]
+    ) -> Iterator[Generated | Failed]:
+        """See `Target.generate`."""
+        return self._spread(tasks, avoid, self._continue, lambda _outcome: None)
+
+    def health(self) -> list[ServerHealth]:
+        """Return the state of every server; empty before `prepare`."""
+        return [] if self._pool is None else self._pool.health()
+
+    def close(self) -> None:
+        """Stop our servers and end what is in flight; what is stored but was not yielded is removed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
+
+    # --- servers --------------------------------------------------------------------------------------------------
+
+    def _members(self) -> list[PoolMember]:
+        timeout_s = self._section.request_timeout_s
+        if self._section.server_urls:
+            return [PoolMember(SglangClient(url, url, timeout_s=timeout_s)) for url in self._section.server_urls]
+        launch = ServerLaunch(
+            python=find_sglang_python(self._settings),
+            section=self._section,
+            facts=self._facts,
+            longest=min(self._max_tokens, self._facts.max_position_embeddings),
+            cpu=_without_gpu(self._section),
+            host=self._settings.host,
+            seed=self._seed,
+            sampled=self._generate is not None and self._generate.temperature > 0,
+        )
+        servers = [ManagedServer(launch, index=index, log_dir=self._log_dir) for index in range(self._section.servers)]
+        return [
+            PoolMember(SglangClient(server.name, server.url, timeout_s=timeout_s), managed=server) for server in servers
+        ]
+
+    def _check(self, client: SglangClient) -> None:
+        reply = client.probe(probe_ids(self._facts))
+        with self._reference_lock:
+            if self._reference is None:
+                self._reference = reference_states(self._section, self._facts)
+        for entry in check_probe(client.name, reply, self._section, self._facts, self._reference):
+            logger.info("%s: %s differs from transformers by %.3g", client.name, entry.name, entry.relative)
+
+    # --- tasks ----------------------------------------------------------------------------------------------------
+
+    def _spread(
+        self,
+        tasks: Sequence[PromptTask],
+        avoid: Mapping[int, frozenset[str]],
+        work: Callable[[SglangClient, PromptTask], _Outcome],
+        drop: Callable[[_Outcome], None],
+    ) -> Iterator[_Outcome]:
+        """Run `work` for every task at once and yield the outcomes as they come; `drop` those nobody takes."""
+        pool = self._prepared()
+
+        def run(task: PromptTask) -> _Outcome:
+            return work(pool.acquire(avoid.get(task.ordinal, frozenset())), task)
+
+        if len(tasks) == 1:
+            yield run(tasks[0])
+            return
+        pending: set[Future[_Outcome]] = {self._threads.submit(run, task) for task in tasks}
+        unavailable: TargetUnavailable | None = None
+        try:
+            for future in as_completed(list(pending)):
+                pending.discard(future)
+                try:
+                    outcome = future.result()
+                except TargetUnavailable as error:
+                    unavailable = error
+                    continue
+                yield outcome
+        finally:
+            for future in pending:
+                if not future.cancel():
+                    future.add_done_callback(lambda done: None if done.exception() else drop(done.result()))
+            wait(pending, timeout=_SETTLE_TIMEOUT_S if self._closed else None)
+        if unavailable is not None:
+            raise unavailable
+
+    def _prepared(self) -> ServerPool:
+        if self._pool is None or self._identity is None:
+            raise TargetError("the SGLang target was used before prepare()")
+        return self._pool
+
+    def _capture(self, client: SglangClient, task: PromptTask) -> Stored | Failed:
+        def work() -> Stored | Failed:
+            input_ids, loss_mask = task.input_ids, task.loss_mask
+            if self._generate is not None:
+                tokens = self._continuation(client, task, self._generate)
+                input_ids, loss_mask = input_ids + tokens, loss_mask + [1] * len(tokens)
+            return self._store_sample(client, task, input_ids, loss_mask)
+
+        return self._attempt(client, task, work)
+
+    def _continue(self, client: SglangClient, task: PromptTask) -> Generated | Failed:
+        section = self._generate or GenerateSection()
+        return self._attempt(
+            client, task, lambda: Generated(task, self._continuation(client, task, section), client.name)
+        )
+
+    def _attempt(self, client: SglangClient, task: PromptTask, work: Callable[[], _Outcome]) -> _Outcome | Failed:
+        """Run `work` on the place that was taken on `client`, and say whose failure a failure is."""
+        pool = self._prepared()
+        try:
+            self._check_tokens(task)
+            outcome = work()
+        except PromptRefused as refused:
+            pool.succeeded(client.name)
+            return Failed(task, str(refused), retryable=refused.retryable, server=client.name)
+        except (ServerFailure, TargetError) as error:
+            pool.failed(client.name, str(error))
+            # Whether the server wrote the sample before it broke is not known; nobody else holds this task now.
+            self._store.sweep(f"{self._store.namespace}/{task.task_id}")
+            return Failed(task, str(error), retryable=True, server=client.name)
+        except BaseException:
+            pool.failed(client.name, "the request was broken off here")
+            raise
+        pool.succeeded(client.name)
+        return outcome
+
+    def _check_tokens(self, task: PromptTask) -> None:
+        """A token id that the model does not have would kill the server: SGLang does not look."""
+        highest = max(task.input_ids, default=-1)
+        if not task.input_ids or min(task.input_ids) < 0 or highest >= self._facts.vocab_size:
+            raise PromptRefused(
+                f"expected token ids from 0 to {self._facts.vocab_size - 1}, found "
+                f"{f'{highest}' if task.input_ids else 'an empty prompt'}",
+                retryable=False,
+            )
+
+    def _continuation(self, client: SglangClient, task: PromptTask, section: GenerateSection) -> list[int]:
+        room = min(section.max_new_tokens, self._max_tokens - len(task.input_ids))
+        if room < 1:
+            raise PromptRefused(
+                f"the prompt has {len(task.input_ids)} tokens and leaves no room for a continuation within "
+                f"data.max_tokens = {self._max_tokens}",
+                retryable=False,
+            )
+        sampling: dict[str, Any] = {"max_new_tokens": room, "temperature": section.temperature, "top_p": section.top_p}
+        sampling["stop_token_ids"] = list(self._facts.eos_token_ids)
+        if section.temperature > 0:
+            sampling["sampling_seed"] = seed_of(self._seed, task.ordinal) % 2**31
+        tokens = client.generate(task.input_ids, sampling)
+        if not tokens:
+            raise PromptRefused("the target's continuation is empty: no live position", retryable=False)
+        return tokens
+
+    def _store_sample(
+        self, client: SglangClient, task: PromptTask, input_ids: list[int], loss_mask: list[int]
+    ) -> Stored:
+        assert self._identity is not None
+        timeout_s = self._section.request_timeout_s
+        order = CaptureOrder(
+            sample_id=task.task_id,
+            source_task_id=task.task_id,
+            num_tokens=len(input_ids),
+            loss_spans=spans_of(loss_mask),
+            identity=self._identity,
+            store=self._address,
+            deadline=time.time() + timeout_s - min(_REPLY_MARGIN_S, timeout_s / 4),
+        )
+        began = time.perf_counter()
+        reply = client.capture(input_ids, order)
+        spent = time.perf_counter() - began
+        return Stored(
+            task,
+            reply.ref,
+            client.name,
+            capture_s=max(0.0, spent - reply.copy_s - reply.put_s),
+            copy_s=reply.copy_s,
+            put_s=reply.put_s,
+        )
+
+    def _take_back(self, outcome: CaptureOutcome) -> None:
+        if isinstance(outcome, Stored):
+            self._store.abort(outcome.ref)
+
+
+_Outcome = TypeVar("_Outcome")
+
+
+def _without_gpu(section: TargetSection) -> bool:
+    if section.device != "auto":
+        return section.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
