@@ -1,0 +1,149 @@
+"""What the master tells over HTTP: readiness, metrics, keys and segments. Loads neither Mooncake nor torch."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from disagg_core.errors import BadInput, StoreUnavailable
+from disagg_core.plan import StoreEndpoints
+
+_METRIC = re.compile(r"^(master_\w+) (\S+)$", re.MULTILINE)
+HTTP_TIMEOUT_S = 5.0
+
+
+class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """The store as its master sees it. `evicted` above 0 is an alarm: we never allow an eviction."""
+
+    used_bytes: int
+    total_bytes: int
+    keys: int
+    evicted: int
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one owner."""
+
+    name: str
+    size_bytes: int
+    used_bytes: int
+    status: str
+
+
+def split_address(address: str, what: str) -> tuple[str, int]:
+    """Return host and port of ``host:port`` (``[::1]:port`` too).
+
+    Raises:
+        BadInput: `address`, named `what` in the message, is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise BadInput(f"{what}: expected host:port, found {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def wait_for_port(address: str, timeout_s: float, what: str) -> None:
+    """Return once something listens at `address`.
+
+    Raises:
+        StoreUnavailable: nothing did for `timeout_s` seconds.
+    """
+    host, port = split_address(address, what)
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise StoreUnavailable(
+                    f"{what}: expected a Mooncake master listening at {address}, found none in {timeout_s:g} s "
+                    f"({error}); start it, or correct the address"
+                ) from error
+        pause.wait(0.05)
+
+
+class MasterView:
+    """Reads of one master's HTTP endpoint."""
+
+    def __init__(self, endpoints: StoreEndpoints) -> None:
+        self.endpoints = endpoints
+        self._host, self._port = split_address(endpoints.metrics_address, "metrics_address")
+
+    def is_ready(self) -> bool:
+        """Tell whether the master serves requests; False when it cannot be reached."""
+        try:
+            answer = json.loads(self._get("/health"))
+        except (StoreUnavailable, json.JSONDecodeError):
+            return False
+        return isinstance(answer, dict) and answer.get("service_ready") is True
+
+    def health(self) -> StoreHealth:
+        """Return usage from the master's metrics.
+
+        Raises:
+            StoreUnavailable: the master does not answer, or what answers is not a Mooncake master.
+        """
+        metrics = {name: float(value) for name, value in _METRIC.findall(self._get("/metrics"))}
+        try:
+            return StoreHealth(
+                used_bytes=int(metrics["master_allocated_bytes"]),
+                total_bytes=int(metrics["master_total_capacity_bytes"]),
+                keys=int(metrics["master_key_count"]),
+                evicted=int(metrics["master_evicted_key_count"]),
+            )
+        except KeyError as error:
+            raise StoreUnavailable(
+                f"expected the metrics of a Mooncake master at {self.endpoints.metrics_address}, found none named "
+                f"{error}; is metrics_address the master's metrics port?"
+            ) from error
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with `prefix`, in no order."""
+        return [key for key in self._get("/get_all_keys").splitlines() if key.startswith(prefix)]
+
+    def keys_by_run(self) -> dict[str, int]:
+        """Return how many keys each ``run/attempt`` has; keys that are not ours are counted under their first part."""
+        return dict(Counter("/".join(key.split("/")[:-2]) or key.split("/")[0] for key in self.keys()))
+
+    def segments(self) -> list[Segment]:
+        """Return the owners' segments."""
+        found: list[dict[str, Any]] = json.loads(self._get("/get_segments_detail"))["segments"]
+        return [
+            Segment(
+                name=segment["segment_name"],
+                size_bytes=int(segment["size_bytes"]),
+                used_bytes=int(segment["allocator_used_bytes"]),
+                status=segment["status"],
+            )
+            for segment in found
+        ]
+
+    def _get(self, path: str) -> str:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=HTTP_TIMEOUT_S)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read().decode()
+        except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
+            raise StoreUnavailable(
+                f"the master's metrics at {self.endpoints.metrics_address} cannot be read ({path}: {error}); "
+                "is the master running, and is this its metrics port?"
+            ) from error
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            raise StoreUnavailable(
+                f"the master's metrics at {self.endpoints.metrics_address} answered {path} with {response.status} "
+                f"{response.reason}; is this a Mooncake master's metrics port?"
+            )
+        return body

@@ -1,0 +1,360 @@
+"""Starting, watching and stopping the store's processes: one master, one or more owners.
+
+Each process has its own session and its own log file, inherits no stdout, and is killed by the kernel when we die. The
+kernel ties that to the *thread* that started it, so all are started by one thread that lives as long as they do.
+Everything binds to loopback unless told otherwise; Mooncake has no authentication.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
+from disagg_core.plan import StoreEndpoints
+from disagg_core.store import launch
+from disagg_core.store.capacity import check_capacity
+from disagg_core.store.library import master_binary, require_mooncake
+from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
+from disagg_core.store.owner import OwnerStatus, read_status
+
+log = logging.getLogger(__name__)
+
+MASTER_READY_S = 20.0
+OWNER_READY_S = 60.0
+SLOWEST_FAULTING = 100 << 20
+"""Bytes a second; sets how long an owner may take to get ready."""
+STOP_S = 5.0
+POLL_S = 0.02
+PORT_TRIES = 5
+SEGMENT_UNIT = 16 << 20
+CLIENT_TTL_S = 60
+"""A client or owner that is silent for so long is taken for dead by the master."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServiceProcess:
+    """A process of ours and where it writes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    def require_alive(self) -> None:
+        """Raise `StoreUnavailable` with the end of its log if the process has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise StoreUnavailable(
+                f"{self.name} (pid {self.process.pid}) ended with status {code}; the end of {self.log_file}:\n"
+                + "\n".join(self.log_file.read_text(errors="replace").splitlines()[-8:])
+            )
+
+    def stop(self) -> None:
+        """End the process: SIGTERM, then SIGKILL to its group."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            log.warning("%s (pid %d) did not end in %g s and is killed", self.name, self.process.pid, STOP_S)
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@dataclass(frozen=True)
+class StoreServices:
+    """A running store of ours."""
+
+    endpoints: StoreEndpoints
+    capacity: int
+    master: ServiceProcess
+    owners: tuple[ServiceProcess, ...]
+
+    def require_alive(self) -> None:
+        """Raise `StoreUnavailable`, with the end of its log, if the master or an owner has ended."""
+        for service in (self.master, *self.owners):
+            service.require_alive()
+
+
+class Spawner:
+    """The one thread that starts processes, so that they die with this process and not with some worker thread."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-spawner")
+
+    def start(self, name: str, command: Sequence[str], log_file: Path) -> ServiceProcess:
+        """Start `command` with its output in `log_file`."""
+        return self._thread.submit(self._start, name, command, log_file).result()
+
+    def _start(self, name: str, command: Sequence[str], log_file: Path) -> ServiceProcess:
+        with log_file.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", launch.__file__, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return ServiceProcess(name, process, log_file)
+
+    def close(self) -> None:
+        """End the thread; the kernel kills what it started and is still running."""
+        self._thread.shutdown()
+
+
+@contextmanager
+def managed_store(
+    capacity: int,
+    *,
+    host: str = "127.0.0.1",
+    log_dir: Path,
+    protocol: str = "tcp",
+    master_port: int | None = None,
+    metrics_port: int | None = None,
+    owners: int = 1,
+    client_ttl_s: int = CLIENT_TTL_S,
+    progress: Progress = log.info,
+) -> Iterator[StoreEndpoints]:
+    """Run a store for the duration of a ``with`` block; arguments and errors as in `running_store`."""
+    with running_store(
+        capacity,
+        host=host,
+        log_dir=log_dir,
+        protocol=protocol,
+        master_port=master_port,
+        metrics_port=metrics_port,
+        owners=owners,
+        client_ttl_s=client_ttl_s,
+        progress=progress,
+    ) as services:
+        yield services.endpoints
+
+
+@contextmanager
+def running_store(
+    capacity: int,
+    *,
+    host: str = "127.0.0.1",
+    log_dir: Path,
+    protocol: str = "tcp",
+    master_port: int | None = None,
+    metrics_port: int | None = None,
+    owners: int = 1,
+    client_ttl_s: int = CLIENT_TTL_S,
+    progress: Progress = log.info,
+) -> Iterator[StoreServices]:
+    """Run a store for the duration of a ``with`` block; nothing of it is left afterwards, however the block ends.
+
+    Args:
+        capacity: bytes of sample memory, over all owners.
+        host: address to bind to and to be reached at.
+        log_dir: where ``mooncake-master.log`` and ``mooncake-owner-<n>.log`` go.
+        protocol: ``tcp`` or ``rdma``.
+        master_port: port of the master; by default a free one.
+        metrics_port: port of its metrics; by default a free one.
+        owners: owner processes to share the capacity.
+        client_ttl_s: silence after which the master takes a client for dead.
+        progress: told how far the owners are with faulting in their memory, about once a second.
+
+    Raises:
+        MissingLibrary: Mooncake cannot be loaded.
+        StoreTooLarge: the capacity does not fit this machine.
+        PortTaken: a port that was asked for is in use.
+        StoreUnavailable: a process ended or did not get ready in time; the end of its log is in the message.
+    """
+    require_mooncake()
+    check_capacity(capacity)
+    if owners < 1:
+        raise BadInput(f"owners: expected 1 or more, found {owners}")
+    if host in ("", "0.0.0.0", "::"):
+        raise BadInput(f"host: expected the address that the roles reach this machine at, found {host!r}")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as teardown:
+        spawner = Spawner()
+        teardown.callback(spawner.close)
+        master, endpoints = _start_master(spawner, host, master_port, metrics_port, client_ttl_s, log_dir, teardown)
+        share = -(-capacity // owners // SEGMENT_UNIT) * SEGMENT_UNIT
+        started = []
+        for index in range(owners):
+            status = log_dir / f"mooncake-owner-{index}.status.json"
+            status.unlink(missing_ok=True)
+            command = _owner_command(endpoints.master_address, share, host, protocol, status)
+            owner = spawner.start(f"store owner {index}", command, log_dir / f"mooncake-owner-{index}.log")
+            teardown.callback(owner.stop)
+            started.append((owner, status))
+        services = StoreServices(endpoints, capacity, master, tuple(owner for owner, _ in started))
+        _wait_for_owners(services, [status for _, status in started], share, progress)
+        yield services
+
+
+def probe_store(endpoints: StoreEndpoints, min_capacity: int = 0, *, timeout_s: float = 5.0) -> StoreHealth:
+    """Check that a store is there, serves, and is large enough; return its usage.
+
+    Mooncake's master (0.3.13) does not publish its version; a client whose version does not fit fails at its set-up.
+
+    Raises:
+        StoreUnavailable: the master or its metrics cannot be reached, or it does not serve, or it has no owner.
+        StoreTooLarge: it has less memory than `min_capacity`.
+    """
+    wait_for_port(endpoints.master_address, timeout_s, "master_address")
+    master = MasterView(endpoints)
+    health = master.health()
+    if not master.is_ready():
+        raise StoreUnavailable(f"the master at {endpoints.master_address} answers but does not serve; see its log")
+    if health.total_bytes == 0:
+        raise StoreUnavailable(
+            f"the master at {endpoints.master_address} has no owner: expected mounted memory, found none; start "
+            f"python -m disagg_core.store.owner --master {endpoints.master_address} --capacity <bytes>"
+        )
+    if health.total_bytes < min_capacity:
+        raise StoreTooLarge(
+            f"the store at {endpoints.master_address} has {health.total_bytes} bytes, {min_capacity} are asked for; "
+            "set store.capacity to what it has, or start more owners"
+        )
+    return health
+
+
+def _start_master(
+    spawner: Spawner,
+    host: str,
+    rpc_port: int | None,
+    metrics_port: int | None,
+    client_ttl_s: int,
+    log_dir: Path,
+    teardown: ExitStack,
+) -> tuple[ServiceProcess, StoreEndpoints]:
+    """Start a master on the ports given or on free ones; another process may take a free one first, so try again."""
+    for port in (rpc_port, metrics_port):
+        if port is not None:
+            _require_free(host, port)
+    log_file = log_dir / "mooncake-master.log"
+    for _ in range(PORT_TRIES):
+        free = _free_ports(host, 2)
+        ports = rpc_port or free[0], metrics_port or free[1]
+        endpoints = StoreEndpoints(master_address=_address(host, ports[0]), metrics_address=_address(host, ports[1]))
+        written = log_file.stat().st_size if log_file.exists() else 0
+        master = spawner.start("mooncake_master", _master_command(host, *ports, client_ttl_s), log_file)
+        with ExitStack() as undo:
+            undo.callback(master.stop)
+            if _becomes_ready(master, endpoints):
+                undo.pop_all()
+                teardown.callback(master.stop)
+                return master, endpoints
+        if "Address already in use" not in log_file.read_bytes()[written:].decode(errors="replace"):
+            break
+        if rpc_port is not None and metrics_port is not None:
+            raise PortTaken(f"port {rpc_port} or {metrics_port} of {host} was taken by another process; choose others")
+    master.require_alive()
+    raise StoreUnavailable(f"mooncake_master did not get ready in {MASTER_READY_S:g} s; see {log_file}")
+
+
+def _becomes_ready(master: ServiceProcess, endpoints: StoreEndpoints) -> bool:
+    view, pause = MasterView(endpoints), threading.Event()
+    deadline = time.monotonic() + MASTER_READY_S
+    while time.monotonic() < deadline and master.process.poll() is None:
+        if view.is_ready():
+            pause.wait(POLL_S)  # a master that lost the race for its other port ends right after this
+            return master.process.poll() is None
+        pause.wait(POLL_S)
+    return False
+
+
+def _wait_for_owners(services: StoreServices, files: Sequence[Path], share: int, progress: Progress) -> None:
+    view, pause = MasterView(services.endpoints), threading.Event()
+    deadline = time.monotonic() + OWNER_READY_S + share * len(files) / SLOWEST_FAULTING
+    said = time.monotonic()
+    while True:
+        statuses = [read_status(file) for file in files]
+        for status, owner in zip(statuses, services.owners, strict=True):
+            if status is not None and status.state == "failed":
+                raise StoreUnavailable(f"{owner.name} failed: {status.error}; see {owner.log_file}")
+        services.require_alive()
+        if all(status is not None and status.state == "ready" for status in statuses):
+            if view.health().total_bytes >= services.capacity:
+                return
+        elif time.monotonic() - said >= 1.0:
+            said = time.monotonic()
+            progress(_how_far(statuses, share * len(files)))
+        if time.monotonic() >= deadline:
+            raise StoreUnavailable(f"the store's owners did not get ready in time: {_how_far(statuses, share)}")
+        pause.wait(POLL_S)
+
+
+def _how_far(statuses: Sequence[OwnerStatus | None], total: int) -> str:
+    done = sum(status.faulted_bytes for status in statuses if status is not None)
+    return f"the store's owners have faulted in {done / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
+
+def _master_command(host: str, rpc_port: int, metrics_port: int, client_ttl_s: int) -> list[str]:
+    return [
+        str(master_binary()),
+        f"-rpc_address={host}",
+        f"-rpc_port={rpc_port}",
+        f"-metrics_host={host}",
+        f"-metrics_port={metrics_port}",
+        "-default_kv_lease_ttl=60s",
+        f"-client_ttl={client_ttl_s}",
+        "-put_start_discard_timeout_sec=30",
+        "-put_start_release_timeout_sec=60",
+        "-eviction_high_watermark_ratio=1.0",  # otherwise a full store makes it look for victims 100 times a second
+        "-enable_metric_reporting=false",  # no periodic dump into the log; /metrics stays
+    ]
+
+
+def _owner_command(master_address: str, capacity: int, host: str, protocol: str, status: Path) -> list[str]:
+    python = sys.executable or shutil.which("python3") or "python3"
+    return [
+        python, "-m", "disagg_core.store.owner",
+        "--master", master_address,
+        "--capacity", str(capacity),
+        "--host", host,
+        "--protocol", protocol,
+        "--status", str(status),
+    ]  # fmt: skip
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with _bound(host, port):
+            return
+    except OSError as error:
+        raise PortTaken(
+            f"port {port} of {host} cannot be used: {error.strerror}; stop what listens there, or choose another port"
+        ) from error
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    """Return ports that nothing listens on at this moment, each another one."""
+    with ExitStack() as held:
+        return [held.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(count)]
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound

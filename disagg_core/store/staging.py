@@ -1,0 +1,265 @@
+"""Permanent transfer memory: registered with Mooncake once, faulted in once, handed out in slots.
+
+Fresh memory for each transfer costs a page fault for every page, and a registration, which is slower than the transfer
+itself. So a pool keeps its regions for ever and lends slots of them. A slot comes back by `Slot.release`, or, when
+`Slot.lend` gave its memory to a caller as tensors, when the last of these tensors is gone: nobody can hold a tensor
+over memory that is in use again. After a failed read the memory may still be written to by the transfer that was given
+up, so such a slot is set aside (`Slot.retire`) before it is used again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import mmap
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disagg_core.errors import StoreRejected, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+RETIRED_FOR_S = 60.0
+POLL_S = 0.001
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14; the `mmap` module has no name for it."""
+
+
+@dataclass(eq=False)
+class Region:
+    """One registered mapping and its free spans, as sorted ``[offset, end]`` pairs that do not touch."""
+
+    memory: mmap.mmap
+    buffer: Tensor
+    free: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def address(self) -> int:
+        """Where the mapping begins."""
+        return self.buffer.data_ptr()
+
+    def take(self, nbytes: int) -> int | None:
+        """Cut the first free span of `nbytes`; return its offset, or None when there is none."""
+        for index, (offset, end) in enumerate(self.free):
+            if end - offset >= nbytes:
+                self.free[index : index + 1] = [(offset + nbytes, end)] if end - offset > nbytes else []
+                return offset
+        return None
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Make a span free again and join it with its neighbours."""
+        end = offset + nbytes
+        index = bisect.bisect(self.free, (offset, end))
+        if index < len(self.free) and self.free[index][0] == end:
+            end = self.free.pop(index)[1]
+        if index > 0 and self.free[index - 1][1] == offset:
+            offset = self.free.pop(index - 1)[0]
+            index -= 1
+        self.free.insert(index, (offset, end))
+
+
+class Slot:
+    """A span of a region, held by one transfer. `size` is what was asked for; `address` is for Mooncake."""
+
+    def __init__(self, pool: StagingPool, region: Region, offset: int, size: int) -> None:
+        self._pool = pool
+        self._region = region
+        self._offset = offset
+        self._held = True
+        self.size = size
+        self.address = region.address + offset
+        self.buffer = region.buffer[offset : offset + size]
+
+    @property
+    def memory(self) -> memoryview:
+        """The slot's bytes."""
+        return memoryview(self._region.memory)[self._offset : self._offset + self.size]
+
+    def release(self) -> None:
+        """Give the slot back; a second call does nothing."""
+        if self._held:
+            self._held = False
+            self._pool.returned(self._region, self._offset, self.size)
+
+    def retire(self) -> None:
+        """Set the slot aside until no transfer that was given up can still write into it."""
+        if self._held:
+            self._held = False
+            self._pool.set_aside(self._region, self._offset, self.size)
+
+    def part(self, offset: int, size: int) -> Slot:
+        """Return a slot over a part of this one; it is never given back by itself."""
+        part = Slot(self._pool, self._region, self._offset + offset, size)
+        part._held = False
+        return part
+
+    def lend(self) -> Tensor:
+        """Return the slot's bytes as a tensor that gives the slot back when its storage is freed."""
+        view = self.memory
+        comes_back = weakref.finalize(view, self._pool.returned, self._region, self._offset, self.size)
+        comes_back.atexit = False
+        self._held = False
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class StagingPool:
+    """Slots of permanent memory for one direction of transfer.
+
+    Args:
+        region_bytes: size of the first region. A sample that is larger gets a region of its own, which is kept.
+        register: registers an address and a size with Mooncake; returns its code.
+        name: what the memory is for, in messages.
+    """
+
+    def __init__(self, region_bytes: int, register: Callable[[int, int], int], name: str) -> None:
+        self._name = name
+        self._register = register
+        self._region_bytes = region_bytes
+        self._regions: list[Region] = []
+        self._pinned = False
+        self._turn = threading.Lock()  # one thread at a time looks for room, so a large request is not overtaken
+        self._lock = threading.Lock()
+        self._returned: deque[tuple[Region, int, int]] = deque()
+        self._set_aside: deque[tuple[float, Region, int, int]] = deque()
+        self._pause = threading.Event()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all regions."""
+        return sum(len(region.memory) for region in self._regions)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether CUDA copies to and from this memory asynchronously."""
+        return self._pinned
+
+    def acquire(self, nbytes: int, timeout_s: float) -> Slot:
+        """Return a slot of `nbytes`, waiting for others to come back.
+
+        Raises:
+            StoreUnavailable: none came free for `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self._turn.acquire(timeout=timeout_s):
+            try:
+                while True:
+                    slot = self._take(nbytes)
+                    if slot is not None:
+                        return slot
+                    if time.monotonic() >= deadline:
+                        break
+                    self._pause.wait(POLL_S)
+            finally:
+                self._turn.release()
+        raise StoreUnavailable(
+            f"no {nbytes} bytes of the {self.total_bytes} bytes of {self._name} staging memory came free in "
+            f"{timeout_s:g} s; transfers hang, or staging_bytes is too small for the threads that use it"
+        )
+
+    def acquire_now(self, nbytes: int) -> Slot | None:
+        """Return a slot of `nbytes` of the first region if one is free at this moment."""
+        return self._take(nbytes) if nbytes <= self._region_bytes else None
+
+    def pin(self) -> None:
+        """Page-lock the regions for CUDA, now and for regions to come; needs a CUDA device."""
+        with self._lock:
+            if not self._pinned:
+                self._pinned = True
+                for region in self._regions:
+                    _pin(region)
+
+    def returned(self, region: Region, offset: int, size: int) -> None:
+        """Take back a span. Called from finalizers too, at any point of any thread, so it takes no lock."""
+        self._returned.append((region, offset, size))
+
+    def set_aside(self, region: Region, offset: int, size: int) -> None:
+        """Take back a span that a lost transfer may still write to."""
+        self._set_aside.append((time.monotonic() + RETIRED_FOR_S, region, offset, size))
+
+    def close(self) -> None:
+        """Undo the page-locking; the memory itself goes with the last tensor over it."""
+        with self._lock:
+            if self._pinned:
+                for region in self._regions:
+                    _cuda_check(_cudart().cudaHostUnregister(region.address), "cudaHostUnregister")
+                self._pinned = False
+
+    def _take(self, nbytes: int) -> Slot | None:
+        wanted = _pages(nbytes)
+        with self._lock:
+            self._collect()
+            for region in self._regions:
+                found = region.take(wanted)
+                if found is not None:
+                    return Slot(self, region, found, nbytes)
+            if any(len(region.memory) >= wanted for region in self._regions):
+                return None
+            region = self._new_region(max(wanted, self._region_bytes))
+            found = region.take(wanted)
+        assert found is not None
+        return Slot(self, region, found, nbytes)
+
+    def _collect(self) -> None:
+        while self._set_aside and self._set_aside[0][0] <= time.monotonic():
+            self.returned(*self._set_aside.popleft()[1:])
+        while self._returned:
+            region, offset, size = self._returned.popleft()
+            region.give_back(offset, _pages(size))
+
+    def _new_region(self, nbytes: int) -> Region:
+        size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = Region(memory, torch.frombuffer(memory, dtype=torch.uint8), [(0, size)])
+        _fault_in(region)
+        code = self._register(region.address, size)
+        if code:
+            raise StoreRejected(f"Mooncake refused to register {size} bytes of staging memory with code {code}")
+        if self._pinned:
+            _pin(region)
+        self._regions.append(region)
+        log.debug("%s staging memory: %d bytes in %d regions", self._name, self.total_bytes, len(self._regions))
+        return region
+
+
+def _pages(nbytes: int) -> int:
+    return max(1, -(-nbytes // PAGE)) * PAGE
+
+
+def _fault_in(region: Region) -> None:
+    try:
+        region.memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        log.debug("no transparent huge pages on this machine")
+    try:
+        region.memory.madvise(MADV_POPULATE_WRITE)
+    except OSError:  # a kernel before 5.14
+        region.buffer.zero_()
+
+
+def _pin(region: Region) -> None:
+    _cuda_check(_cudart().cudaHostRegister(region.address, len(region.memory), 0), "cudaHostRegister")
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _cuda_check(code: object, call: str) -> None:
+    if int(code) != 0:  # type: ignore[call-overload]
+        raise StoreRejected(f"{call} of staging memory failed with CUDA error {int(code)}")  # type: ignore[call-overload]

@@ -1,0 +1,286 @@
+"""Moving packed samples between staging memory and the store, with every answer checked and every retry bounded.
+
+`Writer` uses a fresh key for each try and hands the keys of failed tries to the reclaimer. `Reader` compares size and
+checksum and tells damage from loss. Both work on staging slots and know nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from disagg_core.contracts import SampleRef
+from disagg_core.errors import SampleLost, StoreError, StoreUnavailable
+from disagg_core.store.checksum import combine, crc32
+from disagg_core.store.codes import Verdict, error_from_code, is_settled, verdict_of
+from disagg_core.store.master import MasterView
+from disagg_core.store.reclaimer import Reclaimer
+from disagg_core.store.session import Session
+from disagg_core.store.staging import Slot, StagingPool
+
+DAMAGE_TRIES = 4
+LOSS_TRIES = 2
+FIRST_PAUSE_S = 0.002
+LONGEST_PAUSE_S = 0.1
+PIPELINE_BYTES = 8 << 20
+"""A larger sample is read in parts of this size, each summed while the next one is on its way."""
+
+
+class Counters:
+    """Named counts and seconds that several threads add to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: Counter[str] = Counter()
+
+    def add(self, **amounts: float) -> None:
+        """Add to the counters named."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._values[name] += amount  # type: ignore[assignment]
+
+    def snapshot(self) -> dict[str, int | float]:
+        """Return all counters that were ever added to."""
+        with self._lock:
+            return dict(self._values)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one client's transfers share."""
+
+    session: Session
+    master: MasterView
+    reclaimer: Reclaimer
+    namespace: str
+    checksum: bool
+    full_timeout_s: float
+    retry_timeout_s: float
+    counters: Counters = field(default_factory=Counters)
+    lanes: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    summers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="store-crc"))
+
+    def checksum_of(self, memory: memoryview) -> int | None:
+        """Return the CRC-32 of `memory`, or None when checksums are switched off."""
+        return crc32(memory, self.summers, self.lanes) if self.checksum else None
+
+
+class Patience:
+    """Pauses that double, and one deadline for each kind of trouble, counted from its first occurrence."""
+
+    def __init__(self, link: Link) -> None:
+        self._limits = {Verdict.FULL: link.full_timeout_s}
+        self._other = link.retry_timeout_s
+        self._session = link.session
+        self._since: dict[Verdict, float] = {}
+        self._pause = FIRST_PAUSE_S
+        self._sleep = threading.Event()
+
+    def allows(self, verdict: Verdict) -> bool:
+        """Tell whether there is time for another try after trouble of this kind."""
+        now = time.monotonic()
+        limit = self._limits.get(verdict, self._other)
+        return now - self._since.setdefault(verdict, now) < limit
+
+    def pause(self) -> float:
+        """Wait before the next try; return the seconds waited.
+
+        Raises:
+            StoreMisuse: the client was closed meanwhile.
+        """
+        self._sleep.wait(self._pause)
+        waited, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_S)
+        self._session.check()
+        return waited
+
+
+class Writer:
+    """Puts of packed samples."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def write(self, slot: Slot, sample_id: str) -> str:
+        """Store the bytes of `slot` and return the key they are under.
+
+        Raises:
+            StoreFull: no room came free before the deadline, or the sample can never fit.
+            StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
+        """
+        link, patience = self._link, Patience(self._link)
+        while True:
+            key = self.new_key(sample_id)
+            with link.session.raw() as client:
+                code = client.put_from(key, slot.address, slot.size, link.session.hard_pin)
+            if code == 0:
+                return key
+            self._after_failure(key, code, slot.size, patience)
+
+    def write_batch(self, slot: Slot, samples: Sequence[tuple[str, int, int]]) -> list[str]:
+        """Store several samples of one slot, given as sample id, offset and size; return their keys.
+
+        What the batch call could not store is put one by one; if that fails too, nothing of the batch stays.
+        """
+        link = self._link
+        keys = [self.new_key(sample_id) for sample_id, _, _ in samples]
+        addresses = [slot.address + offset for _, offset, _ in samples]
+        with link.session.raw() as client:
+            codes = client.batch_put_from(keys, addresses, [size for _, _, size in samples], link.session.hard_pin)
+        stored = [key for key, code in zip(keys, codes, strict=True) if code == 0]
+        try:
+            for index, code in enumerate(codes):
+                if code:
+                    sample_id, offset, size = samples[index]
+                    self._after_failure(keys[index], code, size, Patience(link))
+                    keys[index] = self.write(slot.part(offset, size), sample_id)
+                    stored.append(keys[index])
+        except StoreError:
+            link.reclaimer.park(stored)
+            raise
+        return keys
+
+    def new_key(self, sample_id: str) -> str:
+        """Return a key that was never used."""
+        return f"{self._link.namespace}/{sample_id}/{uuid.uuid4().hex}"
+
+    def _after_failure(self, key: str, code: int, size: int, patience: Patience) -> None:
+        """Pause before the next try, or raise the named error."""
+        link, verdict = self._link, verdict_of(code)
+        if verdict is Verdict.FULL:
+            link.counters.add(full_answers=1)
+            if not patience.allows(verdict) or self._never_fits(size):
+                raise error_from_code(code, operation="put", key=key, note=self._room(size))
+            link.counters.add(full_wait_seconds=patience.pause())
+            return
+        link.reclaimer.park([key], doubtful=True)
+        link.counters.add(put_retries=1)
+        if verdict is Verdict.BUG:
+            raise error_from_code(code, operation="put", key=key)
+        if not patience.allows(verdict):
+            raise error_from_code(code, operation="put", key=key, note=f"tried for {link.retry_timeout_s:g} s")
+        patience.pause()
+
+    def _never_fits(self, size: int) -> bool:
+        sizes = [segment.size_bytes for segment in self._link.master.segments()]
+        if not sizes:
+            raise StoreUnavailable(
+                f"the master at {self._link.master.endpoints.master_address} has no owner: expected mounted memory, "
+                "found none; start an owner (python -m disagg_core.store.owner) or look at its log"
+            )
+        return size > max(sizes)
+
+    def _room(self, size: int) -> str:
+        health = self._link.master.health()
+        return (
+            f"{size} bytes were asked for, {health.used_bytes} of {health.total_bytes} bytes are used by {health.keys} "
+            f"samples"
+        )
+
+
+class Reader:
+    """Gets of packed samples."""
+
+    def __init__(self, link: Link, pool: StagingPool) -> None:
+        self._link = link
+        self._pool = pool
+
+    def read(self, ref: SampleRef, first_slot: Slot | None) -> Slot:
+        """Return a slot that holds the sample's verified bytes.
+
+        `first_slot` is used for the first try; after a try that failed another slot may be taken.
+
+        Raises:
+            SampleLost: the object is gone, or its bytes are wrong every time.
+            StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
+        """
+        link, patience = self._link, Patience(self._link)
+        damaged = lost = 0
+        slot = first_slot
+        while True:
+            slot = slot or self._pool.acquire(ref.size_bytes, link.retry_timeout_s)
+            try:
+                code, crc = self._fetch(slot, ref)
+            except BaseException:
+                slot.retire()
+                raise
+            if code == ref.size_bytes and crc == self._expected(ref):
+                return slot
+            if is_settled(code):
+                slot.release()
+            else:
+                slot.retire()
+            slot = None
+            verdict = verdict_of(code)
+            link.counters.add(get_retries=1)
+            if verdict is Verdict.DONE:
+                damaged += 1
+                link.counters.add(damaged_reads=1)
+                if damaged >= DAMAGE_TRIES:
+                    raise self._damaged(ref, code, crc)
+            elif verdict is Verdict.LOST:
+                lost += 1
+                if lost >= LOSS_TRIES:
+                    link.counters.add(samples_lost=1)
+                    raise error_from_code(code, operation="get", key=ref.key)
+            elif verdict is Verdict.BUG:
+                raise error_from_code(code, operation="get", key=ref.key)
+            elif not patience.allows(verdict):
+                raise error_from_code(code, operation="get", key=ref.key, note=f"tried for {link.retry_timeout_s:g} s")
+            patience.pause()
+
+    def read_batch(self, refs: Sequence[SampleRef], slot: Slot, offsets: Sequence[int]) -> list[bool]:
+        """Read several samples into one slot with one call; return which of them arrived whole."""
+        link = self._link
+        addresses = [slot.address + offset for offset in offsets]
+        sizes = [ref.size_bytes for ref in refs]
+        with link.session.raw() as client:
+            codes = client.batch_get_into([ref.key for ref in refs], addresses, sizes)
+        return [
+            code == ref.size_bytes and self._sum(slot.memory[offset : offset + code]) == self._expected(ref)
+            for ref, offset, code in zip(refs, offsets, codes, strict=True)
+        ]
+
+    def _fetch(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
+        """Return the answer and, for a whole read, the checksum of what arrived."""
+        if self._link.checksum and ref.size_bytes >= 2 * PIPELINE_BYTES:
+            return self._fetch_in_parts(slot, ref)
+        with self._link.session.raw() as client:
+            code = client.get_into(ref.key, slot.address, ref.size_bytes)
+        return code, self._sum(slot.memory) if code == ref.size_bytes else None
+
+    def _fetch_in_parts(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
+        sums: list[tuple[Future[int], int]] = []
+        for offset in range(0, ref.size_bytes, PIPELINE_BYTES):
+            size = min(PIPELINE_BYTES, ref.size_bytes - offset)
+            with self._link.session.raw() as client:
+                answer = client.get_into_ranges([slot.address], [[ref.key]], [[[offset]]], [[[offset]]], [[[size]]])
+            code = answer[0][0][0]
+            if code != size:
+                wait([total for total, _ in sums])
+                return (code if code < 0 else offset + code), None
+            sums.append((self._link.summers.submit(zlib.crc32, slot.memory[offset : offset + size]), size))
+        crc = 0
+        for total, size in sums:
+            crc = combine(crc, total.result(), size)
+        return ref.size_bytes, crc
+
+    def _sum(self, memory: memoryview) -> int | None:
+        return self._link.checksum_of(memory)
+
+    def _expected(self, ref: SampleRef) -> int | None:
+        return ref.crc32 if self._link.checksum else None
+
+    def _damaged(self, ref: SampleRef, code: int, crc: int | None) -> SampleLost:
+        self._link.counters.add(samples_lost=1)
+        found = f"{code} bytes" if code != ref.size_bytes else f"CRC-32 {crc:#010x}"
+        return SampleLost(
+            f"sample {ref.sample_id} under {ref.key}: expected {ref.size_bytes} bytes with CRC-32 {ref.crc32}, found "
+            f"{found} {DAMAGE_TRIES} times; its bytes are damaged and it has to be captured again"
+        )
