@@ -21,6 +21,11 @@ _ALIGNMENT_SLACK = 4 * 64
 _STORE_SHARE = 0.8
 
 
+def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
+    """Return the id of the run that the parent flow run `flow_run_id` is."""
+    return f"{spec.run.name}-{str(flow_run_id).rsplit('-', 1)[-1]}"
+
+
 class StoreEndpoints(BaseModel):
     """Where the feature store of an attempt is reached (host:port each)."""
 

@@ -23,11 +23,6 @@ from disagg_core.store.capacity import check_capacity
 from disagg_core.target_facts import is_local, read_target_facts
 
 
-def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
-    """Return the id of the run that the parent flow run `flow_run_id` is."""
-    return f"{spec.run.name}-{str(flow_run_id).rsplit('-', 1)[-1]}"
-
-
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     """Return the plan of `spec` as far as it can be known without weights and tokenizer.
 

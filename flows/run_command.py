@@ -9,8 +9,8 @@ from uuid import UUID
 from rich.console import Console
 
 from disagg_core.observability.progress import read_progress
-from disagg_core.plan import RunPlan
-from disagg_core.preflight import check_run, run_id_of
+from disagg_core.plan import RunPlan, run_id_of
+from disagg_core.preflight import check_run
 from disagg_core.report import RunReport
 from disagg_core.run_dir import RunDir
 from disagg_core.run_spec import RunSpec

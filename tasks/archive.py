@@ -9,7 +9,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from disagg_core.archive import Archive, archive_files
-from disagg_core.drafts.export import export_draft
 from disagg_core.plan import RunPlan
 from disagg_core.settings import get_settings
 from tasks.completion import Completion
@@ -18,6 +17,8 @@ from tasks.completion import Completion
 @task(name="archive-run", cache_policy=NO_CACHE)
 def archive_run(plan: RunPlan, completion: Completion) -> Archive:
     """Export the draft in serving format and copy the run's results to the archive."""
+    from disagg_core.drafts.export import export_draft
+
     export_draft(completion.checkpoint, plan.dir.export, "sglang")
     kept = sorted(plan.dir.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     sources: dict[str, Path] = {

@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from disagg_core.errors import StoreError
 from disagg_core.plan import RunPlan, StoreEndpoints
 from disagg_core.settings import get_settings
-from disagg_core.store import MooncakeFeatureStore, managed_store, probe_store
+from disagg_core.store import managed_store, probe_store
 
 
 class FeatureStoreServices:
@@ -74,5 +74,7 @@ async def feature_store_services(plan: RunPlan) -> AsyncIterator[FeatureStoreSer
 
 async def sweep(plan: RunPlan, endpoints: StoreEndpoints, prefix: str) -> int:
     """Remove every sample below `prefix` from the store and return how many there were."""
+    from disagg_core.store import MooncakeFeatureStore
+
     with MooncakeFeatureStore(endpoints, namespace=plan.run_id, host=get_settings().host) as store:
         return store.sweep(prefix)

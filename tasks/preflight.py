@@ -7,8 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from disagg_core.plan import RunPlan
-from disagg_core.preflight import prepare_run
+from disagg_core.plan import RunPlan, run_id_of
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import get_settings
 
@@ -20,7 +19,9 @@ def preflight(spec: RunSpec) -> RunPlan:
     Raises:
         BadInput: something in the spec, the prompts, the target or the store cannot work; nothing was started.
     """
-    run_id = f"{spec.run.name}-{str(flow_run.id).split('-')[-1]}"
+    from disagg_core.preflight import prepare_run
+
+    run_id = run_id_of(spec, flow_run.id)
     plan = prepare_run(spec, run_id, get_settings())
     get_run_logger().info(
         "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root

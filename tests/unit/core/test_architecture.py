@@ -99,6 +99,8 @@ def test_tasks_do_not_import_flows() -> None:
         "disagg_core.plan",
         "disagg_core.channel",
         "disagg_core.report",
+        "flows.online_disagg_training",
+        "flows.deployments",
         "flows.rollout_producer",
         "flows.train_consumer",
     ],
