@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from disagg_core.channel.contract import ChannelBackend
 from disagg_core.channel.file_channel import FileBackend
+from disagg_core.channel.redis_channel import RedisBackend
 from disagg_core.errors import BadInput
 
 
@@ -44,4 +45,4 @@ def open_backend(
     directory = directory_of(url)
     if directory is not None:
         return FileBackend(directory.absolute(), run_id=run_id, attempt=attempt)
-    raise BadInput("redis channels need disagg_core.channel.redis_channel")
+    return RedisBackend(str(url), run_id=run_id, attempt=attempt, password=password, ca=ca)

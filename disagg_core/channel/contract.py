@@ -156,6 +156,9 @@ class ChannelBackend(ClaimStore, Protocol):
     def where(self) -> str:
         """The channel's address without secrets, for messages."""
 
+    def check_owner(self) -> None:
+        """Raise `ForeignChannel` if log or cursor are another run's or attempt's. Costs nothing that grows."""
+
     def recover(self) -> Tally:
         """Make the log appendable: repair a torn tail, and return what is there. Called by the claimed writer only.
 

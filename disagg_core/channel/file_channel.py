@@ -75,6 +75,12 @@ class FileBackend:
 
     # --- log ---
 
+    def check_owner(self) -> None:
+        """Look at the log's first record and the cursor. See `ChannelBackend`."""
+        self.load_cursor()
+        with self._reported(), self._open_log(Position()) as log:
+            log.read(1)
+
     def recover(self) -> Tally:
         """Repair a torn tail and return what the log holds. See `ChannelBackend`."""
         with self._scanning, self._reported():

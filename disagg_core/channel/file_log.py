@@ -151,13 +151,15 @@ class LogReader:
             )
 
     def _check(self, record: Record) -> None:
-        found = (record.attempt, record.ref.run_id if isinstance(record, RefRecord) else self._run_id)
-        if isinstance(record, OpenRecord):
-            found = (record.attempt, record.run_id)
-        if found != (self._attempt, self._run_id):
+        run_id = self._run_id
+        if isinstance(record, RefRecord):
+            run_id = record.ref.run_id
+        elif isinstance(record, OpenRecord):
+            run_id = record.run_id
+        if record.attempt != self._attempt or run_id != self._run_id:
             raise ForeignChannel(
-                f"{self.path} belongs to attempt {found[0]} of run {found[1]!r}, expected attempt {self._attempt} of "
-                f"run {self._run_id!r}; give each attempt a directory of its own, or remove the old one"
+                f"{self.path} belongs to attempt {record.attempt} of run {run_id!r}, expected attempt "
+                f"{self._attempt} of run {self._run_id!r}; give each attempt its own directory"
             )
         if record.seq != self.position.seq + 1:
             raise BadFrame(f"record {self.position.seq + 1}", f"record {record.seq}")

@@ -302,7 +302,10 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         if self.lost is None:
-            self.beat(released=True)
+            try:
+                self.beat(released=True)
+            except ChannelUnavailable as error:  # the claim is then taken over from a dead process
+                logger.warning("the %s's claim of %s could not be given back: %s", self._side, self._where, error)
 
     def abandon(self) -> None:
         """Stop beating without giving the claim back: what a crash does."""

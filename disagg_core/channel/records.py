@@ -19,9 +19,8 @@ from disagg_core.errors import ChannelDamaged, FailureClass
 MAX_FRAME = 1 << 20
 """Longest line, in bytes. A longer one is refused by the writer, and damage to the reader."""
 
-_PREFIX = b'{"crc":"'
-_REST = len(_PREFIX) + 8 + 2
-_HEX = re.compile(rb"[0-9a-f]{8}")
+_WRITTEN = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+_REST = len('{"crc":"01234567",')
 _T = TypeVar("_T")
 
 
@@ -79,7 +78,7 @@ class BadFrame(ValueError):
 def frame(value: msgspec.Struct) -> bytes:
     """Encode a struct as one framed line, newline included."""
     rest = _encoder.encode(value)[1:]
-    return b'%b%08x",%b\n' % (_PREFIX, zlib.crc32(rest), rest)
+    return b'{"crc":"%08x",%b\n' % (zlib.crc32(rest), rest)
 
 
 def encode_ref(ref: SampleRef) -> bytes:
@@ -106,7 +105,7 @@ def encode_ref(ref: SampleRef) -> bytes:
 def frame_ref(encoded: bytes, *, seq: int, attempt: int, epoch: int) -> bytes:
     """Frame a reference that `encode_ref` encoded: the bytes of ``frame(RefRecord(...))`` without a second pass."""
     rest = b'"kind":"ref","seq":%d,"attempt":%d,"epoch":%d,"ref":%b}' % (seq, attempt, epoch, encoded)
-    return b'%b%08x",%b\n' % (_PREFIX, zlib.crc32(rest), rest)
+    return b'{"crc":"%08x",%b\n' % (zlib.crc32(rest), rest)
 
 
 def unframe(line: bytes) -> bytes:
@@ -116,11 +115,12 @@ def unframe(line: bytes) -> bytes:
         BadFrame: the line is no frame, or its checksum does not match.
     """
     rest = line[_REST:]
-    written = line[len(_PREFIX) : _REST - 2]
-    if not line.startswith(_PREFIX) or not _HEX.fullmatch(written) or line[_REST - 2 : _REST] != b'",':
-        raise BadFrame('a line starting with {"crc":"<8 hex digits>",', repr(line[:40]))
-    if zlib.crc32(rest) != int(written, 16):
-        raise BadFrame(f"crc {written.decode()}", f"crc {zlib.crc32(rest):08x} over {len(rest)} bytes")
+    actual = zlib.crc32(rest)
+    if line[:_REST] != b'{"crc":"%08x",' % actual:
+        written = _WRITTEN.match(line)
+        if not written:
+            raise BadFrame('a line starting with {"crc":"<8 hex digits>",', repr(line[:40]))
+        raise BadFrame(f"crc {written[1].decode()}", f"crc {actual:08x} over {len(rest)} bytes")
     return b"{" + rest
 
 

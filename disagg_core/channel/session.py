@@ -45,8 +45,7 @@ class Session:
 
     def check_ours(self) -> None:
         """Raise `ForeignChannel` if anything there says that the channel is another run's or attempt's."""
-        self.backend.load_cursor()
-        self.backend.tally()
+        self.backend.check_owner()
         for side in ("writer", "reader"):
             self._check_claim(self.backend.read_claim(side))
 
