@@ -1,1 +1,7 @@
-"""The consumer's side: loader, trainer, optimizer, checkpoints."""
+"""The consumer side: references and samples in, trained drafts and checkpoints out."""
+
+from disagg_core.training.consumer import build_disagg_online_consumer
+from disagg_core.training.loader import FeatureDataLoader, TrainingWindow
+from disagg_core.training.trainer import Trainer, TrainOutcome
+
+__all__ = ["FeatureDataLoader", "TrainOutcome", "Trainer", "TrainingWindow", "build_disagg_online_consumer"]

@@ -215,13 +215,14 @@ def read_state(path: Path) -> TrainerState:
         raise CheckpointError(f"{path / STATE_FILE}: cannot be read ({error}); use an older checkpoint") from error
 
 
-def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None) -> CheckpointContent:
-    """Verify and read the checkpoint at `path`.
+def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None, verify: bool = True) -> CheckpointContent:
+    """Verify and read the checkpoint at `path`; `verify` is False where another rank has done it just now.
 
     Raises:
         CheckpointError: incomplete, damaged, or made under another `identity` than the one given.
     """
-    verify_checkpoint(path)
+    if verify:
+        verify_checkpoint(path)
     state = read_state(path)
     if identity is not None and state.identity != dict(identity):
         differing = sorted(

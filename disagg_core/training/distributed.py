@@ -102,6 +102,22 @@ class Ranks:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def gather(self, message: bytes) -> list[bytes]:
+        """Return every rank's `message`, by rank, on every rank. Takes one round for each rank: for rare events."""
+        if self.control is None:
+            return [message]
+        gathered = []
+        for source in range(self.size):
+            length = torch.tensor([len(message)], dtype=torch.int64)
+            dist.broadcast(length, src=source, group=self.control)
+            payload = torch.empty(int(length), dtype=torch.uint8)
+            if source == self.rank:
+                payload = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            if int(length):
+                dist.broadcast(payload, src=source, group=self.control)
+            gathered.append(bytes(payload.numpy()))
+        return gathered
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum([0.0])

@@ -1,0 +1,358 @@
+"""From references to batches: windows of samples, shared out over ranks, fetched ahead of the step that needs them.
+
+Rank 0 takes references from the queue, one optimizer window (quantum = ranks x batch_size x accumulation_steps) at a
+time, and tells the other ranks; each rank fetches its own share from the store while earlier windows are trained. The
+last window of a stream may be short: what it lacks weighs zero. A sample that the store has lost weighs zero too; it
+is quarantined with its reason when its window completes. Nothing is freed when it is read: `complete` acknowledges a
+window and then removes its samples, after the optimizer step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
+from disagg_core.contracts import SampleRef, ordinal_of
+from disagg_core.drafts.eagle3 import Eagle3Batch, count_valid_positions
+from disagg_core.drafts.eagle3.batch import MaskMode
+from disagg_core.errors import FailureClass, SampleLost
+from disagg_core.ordinals import OrdinalSet
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training.distributed import Ranks
+
+PREFETCH_BYTES = 4 * 1024**3
+"""Bytes of samples that one rank fetches ahead, besides the window in training."""
+POLL_S = 0.5
+"""A rank that waits for references looks this often whether it has to stop."""
+KEEPALIVE_S = 10.0
+"""Rank 0 talks to the other ranks at least this often while it waits for references."""
+
+EndReason = Literal["end of stream", "stop requested"]
+Samples = Mapping[str, Tensor]
+_log = logging.getLogger(__name__)
+
+
+class _Command(msgspec.Struct, frozen=True):
+    """What rank 0 tells the others in one round."""
+
+    windows: list[list[SampleRef]]
+    end: EndReason | None
+
+
+class GivenUp(msgspec.Struct, frozen=True):
+    """A sample that could not be trained on. `lost`: the store no longer has it, so it has to be captured again."""
+
+    sample_id: str
+    reason: str
+    lost: bool
+
+
+_json_encoder = msgspec.json.Encoder()
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Command)
+
+
+@dataclass
+class TrainingWindow:
+    """One optimizer window on one rank.
+
+    `refs` are all of the window, in published order; `own` those that this rank fetched, `given_up` what of
+    these could not be used. `batches` are this rank's micro-batches; None weighs zero. Every rank has the
+    same number of them. `live_positions` counts this rank's unmasked positions at test step 0, `tokens` its tokens.
+    """
+
+    refs: list[SampleRef]
+    own: list[SampleRef]
+    batches: list[Eagle3Batch | None]
+    live_positions: int
+    tokens: int
+    wait_s: float
+    given_up: list[GivenUp] = field(default_factory=list)
+
+    def oldest_age_s(self, now: float) -> float | None:
+        """Seconds since the oldest sample of the window was captured; None where the references do not say."""
+        captured = [ref.metadata["captured_at"] for ref in self.refs if "captured_at" in ref.metadata]
+        return now - min(float(at) for at in captured if at is not None) if captured else None
+
+    @property
+    def samples(self) -> int:
+        """Samples of this rank that are trained on."""
+        return len(self.own) - len(self.given_up)
+
+
+@dataclass
+class _Pending:
+    refs: list[SampleRef]
+    shares: list[list[tuple[SampleRef, Future[dict[str, Tensor]]]]]
+    own_bytes: int
+
+
+def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
+    """Return rank `rank`'s micro-batches of a window as indices into `refs`.
+
+    Every rank gets the same number of micro-batches, and micro-batches of one round are alike in size on all ranks.
+    With `by_length`, samples of like length share a micro-batch and longer ones come first, which saves padding and
+    waiting; otherwise the published order is kept. A full window fills every micro-batch.
+    """
+    order = sorted(range(len(refs)), key=lambda i: -refs[i].num_tokens) if by_length else list(range(len(refs)))
+    rounds = -(-len(refs) // (batch_size * size))
+    base, longer = divmod(len(refs), max(1, rounds * size))
+    shares = []
+    for slot in range(rank, rounds * size, size):
+        first = slot * base + min(slot, longer)
+        shares.append(order[first : first + base + (slot < longer)])
+    return shares
+
+
+def collate(samples: Sequence[Samples], *, multiple_of: int = 1) -> Eagle3Batch:
+    """Pad samples on the right to one length, a multiple of `multiple_of`, and return them as one batch.
+
+    Each sample holds `input_ids` [T], `loss_mask` [T], `aux_hidden_states` [T, 3H] and `last_hidden_state` [T, H];
+    padding is zero everywhere. Hidden states keep their dtype.
+    """
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    width = -(-max(lengths) // multiple_of) * multiple_of
+
+    def padded(name: str, dtype: torch.dtype) -> Tensor:
+        rows = torch.zeros(len(samples), width, *samples[0][name].shape[1:], dtype=dtype)
+        for row, sample, length in zip(rows, samples, lengths, strict=True):
+            row[:length] = sample[name]
+        return rows
+
+    attention_mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+    return Eagle3Batch(
+        input_ids=padded("input_ids", torch.int64),
+        attention_mask=attention_mask,
+        loss_mask=padded("loss_mask", torch.bool),
+        aux_hidden_states=padded("aux_hidden_states", samples[0]["aux_hidden_states"].dtype),
+        last_hidden_state=padded("last_hidden_state", samples[0]["last_hidden_state"].dtype),
+    )
+
+
+class FeatureDataLoader:
+    """Iterates the optimizer windows of a stream, on every rank in step.
+
+    Iteration ends with the stream, or after `request_stop` was called on any rank; `end_reason` tells which.
+    """
+
+    def __init__(
+        self,
+        queue: StreamingRefQueue | None,
+        store: MooncakeFeatureStore,
+        *,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        channel: StreamingRefChannel | None = None,
+        ranks: Ranks | None = None,
+        mask_mode: MaskMode = "aligned",
+        by_length: bool = True,
+        prefetch_samples: int = 64,
+        prefetch_bytes: int = PREFETCH_BYTES,
+        pad_to_multiple_of: int = 1,
+        trained: OrdinalSet | None = None,
+    ) -> None:
+        """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`.
+
+        `prefetch_samples` and `prefetch_bytes` bound what this rank fetches beyond the window that is trained.
+        References to ordinals in `trained`, which the restored weights have seen, are quarantined.
+        """
+        self._queue = queue
+        self._store = store
+        self._channel = channel
+        self._ranks = ranks or Ranks(0, 1, torch.device("cpu"), owns_group=False, control=None)
+        assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
+        self._batch_size = batch_size
+        self._quantum = self._ranks.size * batch_size * accumulation_steps
+        self._mask_mode = mask_mode
+        self._by_length = by_length
+        self._prefetch_samples = prefetch_samples
+        self._prefetch_bytes = prefetch_bytes
+        self._multiple_of = pad_to_multiple_of
+        self._trained = trained if trained is not None else OrdinalSet()
+        self._pending: deque[_Pending] = deque()
+        self._partial: list[SampleRef] = []
+        self._stop = False
+        self._stream_ended = False
+        self.end_reason: EndReason | None = None
+        self.on_wait: Callable[[], None] = lambda: None
+
+    @property
+    def quantum(self) -> int:
+        """Samples of one full window over all ranks."""
+        return self._quantum
+
+    def request_stop(self) -> None:
+        """End the iteration on all ranks before the next window. May be called from a signal handler."""
+        self._stop = True
+
+    def __iter__(self) -> Iterator[TrainingWindow]:
+        while True:
+            started = time.monotonic()
+            self._advance()
+            if self.end_reason is not None:
+                return
+            yield self._collected(self._pending.popleft(), started)
+
+    def close(self) -> None:
+        """Drop what was fetched ahead; waits for transfers that run."""
+        for pending in self._pending:
+            for _ref, future in (item for share in pending.shares for item in share):
+                if not future.cancel():
+                    future.exception()
+        self._pending.clear()
+
+    # --- one round: which windows come next ---------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Have at least one window pending, or set `end_reason`; the same on all ranks."""
+        while True:
+            stop = self._ranks.sum([float(self._stop)])[0] > 0
+            command = self._next_command(stop) if self._queue is not None else None
+            if self._ranks.size > 1:
+                command = _decoder.decode(self._ranks.broadcast(_encoder.encode(command) if command else b""))
+            assert command is not None
+            for refs in command.windows:
+                self._pending.append(self._dispatched(refs))
+            if command.end == "stop requested" or (command.end and not self._pending):
+                self.end_reason = command.end
+                return
+            if self._pending:
+                return
+            self.on_wait()
+
+    def _next_command(self, stop: bool) -> _Command:
+        """Take the windows that may be fetched now; wait for one if none is pending."""
+        if stop:
+            return _Command([], "stop requested")
+        windows: list[list[SampleRef]] = []
+        deadline = time.monotonic() + KEEPALIVE_S
+        while not self._stream_ended:
+            urgent = not self._pending and not windows
+            if not urgent and not self._has_room_after(windows):
+                break
+            refs = self._take(timeout=POLL_S if urgent else 0.0)
+            if refs:
+                windows.append(refs)
+            elif not urgent or self._stop or time.monotonic() > deadline:
+                break
+            elif not self._stream_ended:
+                self.on_wait()
+        return _Command(windows, "end of stream" if self._stream_ended else None)
+
+    def _has_room_after(self, windows: list[list[SampleRef]]) -> bool:
+        """Whether another window may be fetched on top of what is pending and `windows`."""
+        refs = [ref for window in windows for ref in window]
+        size = self._ranks.size
+        samples = sum(len(pending.refs) for pending in self._pending) + len(refs) + self._quantum
+        waiting = sum(pending.own_bytes for pending in self._pending) + sum(ref.size_bytes for ref in refs) / size
+        return samples <= self._prefetch_samples * size and waiting < self._prefetch_bytes
+
+    def _take(self, timeout: float) -> list[SampleRef]:
+        """Return the next window's references, or [] if there is none within `timeout` seconds."""
+        assert self._queue is not None
+        while True:
+            missing = self._quantum - len(self._partial)
+            try:
+                got = self._queue.get(missing, timeout=timeout)
+            except TimeoutError:
+                return []
+            self._partial += self._untrained(got)
+            self._stream_ended = len(got) < missing
+            if self._stream_ended or len(self._partial) == self._quantum:
+                refs, self._partial = self._partial, []
+                return refs
+
+    def _untrained(self, refs: list[SampleRef]) -> list[SampleRef]:
+        """Return `refs` without those that the restored weights have seen; these are quarantined and removed."""
+        assert self._queue is not None
+        seen = [ref for ref in refs if ordinal_of(ref.sample_id) in self._trained]
+        if seen:
+            self._queue.fail(seen, "the restored weights were trained on it already", retryable=False)
+            for ref in seen:
+                self._store.abort(ref)
+        return [ref for ref in refs if ref not in seen] if seen else refs
+
+    # --- fetching -----------------------------------------------------------------------------------------------
+
+    def _dispatched(self, refs: list[SampleRef]) -> _Pending:
+        """Start fetching this rank's share of a window."""
+        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._by_length)
+        own = [[refs[index] for index in share] for share in shares]
+        return _Pending(
+            refs,
+            [[(ref, self._store.submit_get(ref)) for ref in share] for share in own],
+            sum(ref.size_bytes for share in own for ref in share),
+        )
+
+    def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
+        """Wait for a window's samples and collate them."""
+        given_up: list[GivenUp] = []
+        batches: list[Eagle3Batch | None] = []
+        tokens = live = 0
+        for share in pending.shares:
+            samples = []
+            for ref, future in share:
+                try:
+                    samples.append(future.result())
+                except SampleLost as error:
+                    _log.warning("sample %s is lost and weighs zero: %s", ref.sample_id, error)
+                    given_up.append(GivenUp(ref.sample_id, str(error), lost=True))
+            batch = collate(samples, multiple_of=self._multiple_of) if samples else None
+            positions = int(count_valid_positions(batch, self._mask_mode)) if batch is not None else 0
+            batches.append(batch if positions else None)
+            tokens += sum(len(sample["input_ids"]) for sample in samples)
+            live += positions
+        own = [ref for share in pending.shares for ref, _future in share]
+        return TrainingWindow(pending.refs, own, batches, live, tokens, time.monotonic() - started, given_up)
+
+    # --- after the step -----------------------------------------------------------------------------------------
+
+    def complete(self, window: TrainingWindow, *, step: int) -> list[GivenUp]:
+        """Acknowledge `window`, trained in optimizer step `step`, then remove its samples from the store.
+
+        What any rank could not use is quarantined. Returns that on every rank.
+        """
+        given_up = self._given_up_anywhere(window)
+        names = {item.sample_id for item in given_up}
+        if self._queue is not None:
+            by_name = {ref.sample_id: ref for ref in window.refs}
+            for item in given_up:
+                self._queue.fail([by_name[item.sample_id]], item.reason, retryable=False)
+            self._queue.ack([ref for ref in window.refs if ref.sample_id not in names], step=step)
+        self._store.release_many(window.own)
+        return given_up
+
+    def _given_up_anywhere(self, window: TrainingWindow) -> list[GivenUp]:
+        if not self._ranks.sum([float(len(window.given_up))])[0]:
+            return []
+        messages = self._ranks.gather(_json_encoder.encode(window.given_up))
+        return [item for message in messages for item in msgspec.json.decode(message, type=list[GivenUp])]
+
+    @property
+    def in_flight(self) -> int:
+        """References that were published and not yet acknowledged; 0 on ranks that do not read the channel."""
+        return self._channel.in_flight_remote() if self._channel is not None else 0
+
+    def finish(self, reason: str) -> int:
+        """Tell the producer that training is done; return how many published samples were left untrained."""
+        self.close()
+        left = self.in_flight
+        if self._channel is not None:
+            self._channel.finish(reason)
+        return left
+
+    def abandon(self, reason: str, failure_class: FailureClass) -> None:
+        """Tell the producer that training failed."""
+        if self._channel is not None:
+            self._channel.abandon(reason, failure_class)
+        self.close()

@@ -1,0 +1,120 @@
+"""What the trainer writes while it runs: metrics/train.jsonl, TensorBoard, and the role's progress file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from disagg_core.errors import MissingLibrary
+from disagg_core.observability.metrics import JsonlMetrics
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.training.trainer import StepObserver, TrainingProgress
+
+
+class MetricsObserver:
+    """Writes each step as one line of a metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        self._metrics = JsonlMetrics(path)
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Append the step."""
+        self._metrics.write(**record)
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Phases are no metrics."""
+
+    def on_wait(self) -> None:
+        """Waiting is in the next step's `data_wait_s`."""
+
+
+class TensorBoardObserver:
+    """Writes each step's scalars for TensorBoard; per-step lists become <name>/<k>.
+
+    Raises:
+        MissingLibrary: the tensorboard package is not installed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory))
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Write the step's scalars."""
+        step = record["step"]
+        for name, value in record.items():
+            if isinstance(value, list):
+                for k, element in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{k}", element, step)
+            elif isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Make what was written so far visible."""
+        self._writer.flush()
+
+    def on_wait(self) -> None:
+        """Waiting is in the next step's `data_wait_s`."""
+
+
+class ProgressObserver:
+    """Keeps the role's progress file fresh, also while training waits for samples."""
+
+    def __init__(self, file: ProgressFile, total_steps: int | None) -> None:
+        self._file = file
+        self._total_steps = total_steps
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Take the step's figures into the file."""
+        names = ("step", "trained", "quarantined", "loss", "learning_rate", "samples_per_s", "tokens_per_s")
+        fields = {name: record[name] for name in (*names, "data_wait_s", "in_flight", "simulated_accept_length")}
+        self._file.update(phase="training", total_steps=self._total_steps, **fields)
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Write the phase at once."""
+        self._file.update(
+            phase=phase,
+            step=progress.step,
+            total_steps=self._total_steps,
+            trained=progress.samples,
+            loss=progress.loss_last,
+        )
+        self._file.flush()
+
+    def on_wait(self) -> None:
+        """Show that the trainer is alive."""
+        self._file.update(phase="waiting for samples")
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: StepObserver) -> None:
+        self._observers = observers
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Tell all."""
+        for observer in self._observers:
+            observer.on_step(record)
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Tell all."""
+        for observer in self._observers:
+            observer.on_phase(phase, progress)
+
+    def on_wait(self) -> None:
+        """Tell all."""
+        for observer in self._observers:
+            observer.on_wait()
+
+
+def require_tensorboard() -> None:
+    """Raise `MissingLibrary` if the tensorboard package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise MissingLibrary(
+            "run.trackers names tensorboard, which is not installed; run: pip install 'draftline[trackers]'"
+        )

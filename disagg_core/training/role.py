@@ -1,0 +1,311 @@
+"""The consumer's process: what `python -m torch.distributed.run ... -m disagg_core.training.role <role.json>` runs.
+
+Rank 0 claims the channel, writes progress and the outcome; the other ranks follow its lead. A rank that fails leaves a
+note of why before it goes, so that rank 0, which only sees a broken connection, can name the true cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import torch
+from torch import Tensor
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.export import import_draft
+from disagg_core.drafts.target_parts import load_target_parts
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, Preempted, RoleFailed
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.outcomes import classify, read_outcome, write_failure, write_outcome
+from disagg_core.plan import RoleAssignment
+from disagg_core.settings import get_settings
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.target_facts import TargetFacts
+from disagg_core.training.consumer import build_disagg_online_consumer
+from disagg_core.training.distributed import Ranks
+from disagg_core.training.loader import FeatureDataLoader
+from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
+from disagg_core.training.trainer import StepObserver, TrainOutcome
+
+PREEMPTED_EXIT_CODE = 75
+"""Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""
+POLL_S = 0.2
+PEER_NOTE_S = 5.0
+"""How long rank 0 looks for another rank's note of its failure."""
+
+_log = logging.getLogger(__name__)
+
+
+class StopSignal:
+    """Remembers SIGTERM and passes it on; a second one changes nothing."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._loader: FeatureDataLoader | None = None
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT from now on. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._asked.set()
+        if self._loader is not None:
+            self._loader.request_stop()
+
+    def forward_to(self, loader: FeatureDataLoader) -> None:
+        """Stop `loader` when asked; at once if that was before."""
+        self._loader = loader
+        if self._asked.is_set():
+            loader.request_stop()
+
+    def check(self) -> None:
+        """Raise `Preempted` if the process was asked to stop: for the time before training."""
+        if self._asked.is_set():
+            raise Preempted("asked to stop before training began; the next attempt starts where this one would have")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for `seconds`, or until asked to stop, and then raise `Preempted`."""
+        self._asked.wait(seconds)
+        self.check()
+
+
+def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) -> TrainOutcome:
+    """Train the draft of `assignment` from its attempt's stream; returns at its end or at max_steps.
+
+    Waits for the vocabulary map that the producer derives, continues the newest whole checkpoint, and leaves progress
+    in ``state/consumer.json`` and the outcome in ``state/consumer-outcome.json`` (rank 0).
+
+    Raises:
+        Preempted: SIGTERM came; a checkpoint was saved.
+        DraftlineError: whatever else ended training; channel and outcome file say so too.
+    """
+    started = time.time()
+    stop = stop or StopSignal()
+    section = assignment.plan.spec.training
+    if section.cpu_threads is not None:
+        torch.set_num_threads(section.cpu_threads)
+    state = assignment.dir.state
+    with Ranks.join(section.device) as ranks:
+        try:
+            outcome, counters = _train(assignment, ranks, stop)
+        except BaseException as error:
+            _log.exception("rank %d of the consumer failed", ranks.rank)
+            write_failure(_outcome_path(state, ranks.rank), started, _true_cause(error, state, ranks))
+            raise
+        if ranks.is_first:
+            result = {**msgspec.to_builtins(outcome), "store_counters": counters}
+            write_outcome(_outcome_path(state, 0), started, result)
+        return outcome
+
+
+def _outcome_path(state: Path, rank: int) -> Path:
+    return state / ("consumer-outcome.json" if rank == 0 else f"consumer-rank{rank}-failure.json")
+
+
+def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseException:
+    """Return the failure that another rank noted, if all that this one saw was its connection breaking."""
+    if isinstance(error, DraftlineError) or ranks.size == 1 or not ranks.is_first or classify(error) != "bug":
+        return error
+    deadline = time.monotonic() + PEER_NOTE_S
+    while time.monotonic() < deadline:
+        for rank in range(1, ranks.size):
+            note = read_outcome(_outcome_path(state, rank))
+            if note is not None and note.failure_class not in (None, "bug"):
+                return RoleFailed(f"rank {rank}: {note.message}", note.failure_class)
+        threading.Event().wait(0.2)
+    return error
+
+
+def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[TrainOutcome, dict[str, float]]:
+    """Open channel and store, build the draft, train; return the outcome with the store client's counters."""
+    plan, spec = assignment.plan, assignment.plan.spec
+    progress = ProgressFile(assignment.dir.state / "consumer.json")
+    with contextlib.ExitStack() as stack:
+        channel = stack.enter_context(_open_channel(assignment)) if ranks.is_first else None
+        try:
+            vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop)
+            draft, lm_head = _build_draft(assignment, vocab_map, ranks.device)
+            store = stack.enter_context(_open_store(assignment, vocab_map.version))
+            trainer, loader = build_disagg_online_consumer(
+                channel=channel,
+                store=store,
+                draft=draft,
+                lm_head=lm_head,
+                section=spec.training,
+                ttt_length=spec.draft.ttt_length,
+                loss=spec.draft.loss,
+                total_steps=plan.total_steps,
+                ranks=ranks,
+                checkpoints=plan.dir.checkpoints,
+                keep=spec.archive.keep,
+                seed=spec.run.seed,
+                identity=checkpoint_identity(assignment, vocab_map.version),
+                observer=_observers(assignment, progress) if ranks.is_first else None,
+            )
+            stop.forward_to(loader)
+        except BaseException as error:
+            if channel is not None:
+                with contextlib.suppress(ChannelError):
+                    channel.abandon(f"{type(error).__name__}: {error}", classify(error))
+            raise
+        outcome = trainer.fit(loader)
+        return outcome, {f"consumer_{name}": float(value) for name, value in store.counters.items()}
+
+
+def _open_channel(assignment: RoleAssignment) -> StreamingRefChannel:
+    settings, channel = get_settings(), assignment.plan.spec.channel
+    opened = StreamingRefChannel(
+        assignment.channel_url,
+        run_id=assignment.plan.run_id,
+        attempt=assignment.attempt,
+        idle_timeout_s=channel.idle_timeout_s,
+        password=settings.redis_password,
+        ca=settings.redis_ca,
+    )
+    opened.claim_reader()
+    return opened
+
+
+def _open_store(assignment: RoleAssignment, vocab_map_version: str) -> MooncakeFeatureStore:
+    section = assignment.plan.spec.store
+    return MooncakeFeatureStore(
+        assignment.store,
+        namespace=assignment.namespace,
+        host=get_settings().host,
+        protocol=section.protocol,
+        checksum=section.checksum,
+        expected=assignment.plan.identity(assignment.attempt, vocab_map_version),
+    )
+
+
+def _wait_for_vocab_map(
+    assignment: RoleAssignment, channel: StreamingRefChannel | None, progress: ProgressFile | None, stop: StopSignal
+) -> VocabMap:
+    """Return the run's vocabulary map as soon as the producer has written it.
+
+    Raises:
+        ProducerFailed: the producer failed before it wrote one.
+        ChannelStalled: there is none after the stall timeout.
+    """
+    path = assignment.plan.dir.vocab_map
+    limit_s = assignment.plan.spec.orchestration.stall_timeout_s
+    deadline = time.monotonic() + limit_s
+    while not path.is_file():
+        if progress is not None:
+            progress.update(phase="waiting for the vocabulary map", step=0)
+        if channel is not None:
+            _check_producer(channel, path)
+        if time.monotonic() > deadline:
+            raise ChannelStalled(
+                f"expected the producer to write {path} within {limit_s:.0f} s (orchestration.stall_timeout_s), "
+                "found nothing; see the producer's log"
+            )
+        stop.wait(POLL_S)
+    return VocabMap.load(path)
+
+
+def _check_producer(channel: StreamingRefChannel, awaited: Path) -> None:
+    """Raise if the stream has its end although `awaited`, which comes before its first reference, is not there."""
+    status = channel.writer_status()
+    if status.terminal:
+        channel.poll(1)  # raises ProducerFailed, with the failure's class, if that is how the stream ended
+        if not awaited.is_file():
+            raise RoleFailed(f"{status.describe()}, but {awaited} is not there; see the producer's log")
+
+
+def _build_draft(assignment: RoleAssignment, vocab_map: VocabMap, device: torch.device) -> tuple[Eagle3Draft, Tensor]:
+    """Return the draft, seeded or from `draft.init_from`, with its maps set, and the target's LM head [V, H_t]."""
+    plan, section = assignment.plan, assignment.plan.spec.draft
+    torch.manual_seed(plan.spec.run.seed)
+    if section.init_from is None:
+        draft = Eagle3Draft(
+            Eagle3Config.for_target(plan.target, section.model_copy(update={"vocab_size": plan.draft_vocab_size}))
+        )
+    else:
+        draft = _continued(Path(section.init_from).expanduser(), plan.target, vocab_map)
+    draft.set_vocab_map(vocab_map)
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
+    parts = load_target_parts(plan.spec.target, dtype=dtype)
+    if not draft.config.owns_embedding:
+        draft.set_embedding(parts.embedding)
+    return draft, parts.lm_head
+
+
+def _continued(path: Path, target: TargetFacts, vocab_map: VocabMap) -> Eagle3Draft:
+    """Return an exported draft, to be trained on; where its vocabulary is another, LM head rows follow their tokens.
+
+    Raises:
+        IncompatibleDraft: it was made for a target of other sizes or other captured layers.
+    """
+    config, state = import_draft(path)
+    found = (config.target_hidden_size, config.vocab_size, config.aux_layer_ids or target.aux_layers)
+    expected = (target.hidden_size, target.vocab_size, target.aux_layers)
+    if found != expected:
+        raise IncompatibleDraft(
+            f"draft.init_from: {path}: expected target width, vocabulary and aux layers {expected}, found {found}"
+        )
+    draft = Eagle3Draft(config.model_copy(update={"draft_vocab_size": len(vocab_map.d2t)}))
+    known, wanted = state["t2d"].nonzero().flatten(), vocab_map.target_ids  # target ids, ascending
+    row_of = torch.full((config.vocab_size,), -1, dtype=torch.int64)
+    row_of[known] = torch.arange(len(known))
+    rows = row_of[wanted]  # row of each draft token in the imported LM head; -1 where it had none
+    head = draft.lm_head.weight.detach().clone()
+    head[rows >= 0] = state["lm_head.weight"][rows[rows >= 0]]
+    if not torch.equal(known, wanted):
+        _log.warning("%s has another draft vocabulary; %d rows start afresh", path, int((rows < 0).sum()))
+    draft.load_serving_state_dict(state | {"lm_head.weight": head, "t2d": vocab_map.t2d, "d2t": vocab_map.d2t})
+    return draft
+
+
+def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> dict[str, str]:
+    """Return what a checkpoint must share with the run that continues it."""
+    identity = assignment.plan.identity(assignment.attempt, vocab_map_version)
+    return {
+        "run_id": identity.run_id,
+        "strategy": identity.strategy,
+        "target": identity.target_model_version,
+        "tokenizer": identity.tokenizer_version,
+        "vocab_map": identity.vocab_map_version,
+        "aux_layers": ",".join(map(str, identity.aux_layers)),
+    }
+
+
+def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
+    plan = assignment.plan
+    observers: list[StepObserver] = [
+        MetricsObserver(plan.dir.metrics / "train.jsonl"),
+        ProgressObserver(progress, plan.total_steps),
+    ]
+    if "tensorboard" in plan.spec.run.trackers:
+        observers.append(TensorBoardObserver(plan.dir.metrics / "tensorboard"))
+    return Observers(*observers)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the role described by the JSON file named in `arguments`; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    assignment = RoleAssignment.model_validate_json(Path(arguments[0]).read_bytes())
+    stop = StopSignal()
+    stop.install()
+    try:
+        run_consumer(assignment, stop=stop)
+    except Preempted:
+        return PREEMPTED_EXIT_CODE
+    except DraftlineError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

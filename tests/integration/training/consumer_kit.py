@@ -1,0 +1,139 @@
+"""What the consumer's tests share: a tiny draft, samples by ordinal, a producer of them, and one fit.
+
+Imported by name from test modules and from the child processes that they start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import RunIdentity, SampleRef, StreamTotals, sample_id_of
+from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.run_spec import LossSection, TrainingSection
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training import Trainer, TrainOutcome, build_disagg_online_consumer
+from disagg_core.training.distributed import Ranks
+
+TARGET_HIDDEN, VOCAB, DRAFT_VOCAB, TTT = 16, 64, 32, 3
+
+
+def identity_of(run_id: str, attempt: int = 1) -> RunIdentity:
+    return RunIdentity(
+        run_id=run_id,
+        attempt=attempt,
+        strategy="eagle3",
+        target_model_version="target",
+        tokenizer_version="tokenizer",
+        vocab_map_version="map",
+        draft_weight_version=0,
+        aux_layers=(0, 1, 2),
+        dtype="float32",
+    )
+
+
+def sample(ordinal: int) -> dict[str, Tensor]:
+    """The sample of one prompt: the same bits whenever and wherever it is captured."""
+    generator = torch.Generator().manual_seed(1000 + ordinal)
+    tokens = 8 + ordinal * 7 % 13
+    mask = torch.ones(tokens, dtype=torch.uint8)
+    mask[:2] = 0
+    return {
+        "input_ids": torch.randint(0, VOCAB, (tokens,), generator=generator, dtype=torch.int32),
+        "loss_mask": mask,
+        "aux_hidden_states": torch.randn(tokens, 3 * TARGET_HIDDEN, generator=generator),
+        "last_hidden_state": torch.randn(tokens, TARGET_HIDDEN, generator=generator),
+    }
+
+
+def draft_and_head(seed: int = 0) -> tuple[Eagle3Draft, Tensor]:
+    torch.manual_seed(seed)
+    config = Eagle3Config.from_dict(
+        {
+            "hidden_size": TARGET_HIDDEN,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": VOCAB,
+            "draft_vocab_size": DRAFT_VOCAB,
+            "max_position_embeddings": 64,
+        }
+    )
+    draft = Eagle3Draft(config)
+    counts = torch.arange(VOCAB) % 7
+    draft.set_vocab_map(VocabMap.from_counts(counts, DRAFT_VOCAB))
+    draft.set_embedding(torch.randn(VOCAB, TARGET_HIDDEN))
+    return draft, torch.randn(VOCAB, TARGET_HIDDEN)
+
+
+def publish(
+    client: MooncakeFeatureStore, channel: StreamingRefChannel, run_id: str, ordinals: Iterable[int], attempt: int = 1
+) -> list[SampleRef]:
+    """Store and publish the samples of `ordinals`, as the producer does; the stream stays open."""
+    refs = []
+    for ordinal in ordinals:
+        tensors = sample(ordinal)
+        refs.append(
+            client.put(
+                sample_id_of(ordinal),
+                tensors,
+                identity=identity_of(run_id, attempt),
+                source_task_id=sample_id_of(ordinal),
+                num_tokens=len(tensors["input_ids"]),
+            )
+        )
+    channel.publish_many(refs)
+    return refs
+
+
+def end(channel: StreamingRefChannel, refs: list[SampleRef]) -> None:
+    size = sum(ref.size_bytes for ref in refs)
+    channel.close(StreamTotals(refs=len(refs), bytes=size, prompts=len(refs), rejected=0))
+
+
+@dataclasses.dataclass
+class Fit:
+    """One fit that has ended."""
+
+    trainer: Trainer
+    outcome: TrainOutcome | None
+    weights: dict[str, Tensor]
+
+
+def section(**options: Any) -> TrainingSection:
+    defaults: dict[str, Any] = {"batch_size": 2, "accumulation_steps": 2, "learning_rate": 1e-2, "device": "cpu"}
+    return TrainingSection(**{**defaults, **options})
+
+
+def consumer(
+    channel: StreamingRefChannel | None,
+    store: MooncakeFeatureStore,
+    ranks: Ranks,
+    *,
+    checkpoints: Path | None = None,
+    training: TrainingSection | None = None,
+    total_steps: int | None = 6,
+    **options: Any,
+) -> tuple[Any, Any]:
+    draft, head = draft_and_head()
+    return build_disagg_online_consumer(
+        channel=channel,
+        store=store,
+        draft=draft,
+        lm_head=head,
+        section=training or section(),
+        ttt_length=TTT,
+        loss=options.pop("loss", LossSection()),
+        total_steps=total_steps,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        identity={"run_id": "r"},
+        **options,
+    )

@@ -1,0 +1,309 @@
+"""One rank trains a stream: what is acknowledged, freed, counted, saved and continued."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from consumer_kit import consumer, end, identity_of, publish, section
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import StreamTotals
+from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
+from disagg_core.run_spec import LossSection
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training.checkpoint import newest_complete, read_state
+from disagg_core.training.distributed import Ranks
+from disagg_core.training.observers import MetricsObserver
+from disagg_core.training.optimizer import whole
+
+pytestmark = pytest.mark.integration
+
+
+class Attempt:
+    """One attempt's channel and store, from both sides, with a rank to train on."""
+
+    def __init__(self, endpoints, root, run_id, number=1):
+        self.run_id, self.number = run_id, number
+        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
+        self.url = root / "attempts" / str(number) / "channel"
+        self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
+        self.reader = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.reader.disconnect()
+        self.writer.disconnect()
+        self.store.sweep()
+        self.store.close()
+
+    def publish(self, ordinals, *, ended=True):
+        refs = publish(self.store, self.writer, self.run_id, ordinals, self.number)
+        if ended:
+            end(self.writer, refs)
+        return refs
+
+
+@pytest.fixture
+def attempt(endpoints, tmp_path, run_id):
+    with Attempt(endpoints, tmp_path, run_id) as opened:
+        yield opened
+
+
+@pytest.fixture
+def ranks():
+    with Ranks.join("cpu") as joined:
+        yield joined
+
+
+def weights_of(trainer):
+    return {name: whole(tensor) for name, tensor in trainer._draft.serving_state_dict().items()}
+
+
+def test_every_sample_is_trained_acknowledged_and_freed(attempt, ranks, tmp_path):
+    attempt.publish(range(10))
+    observer = MetricsObserver(tmp_path / "train.jsonl")
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, observer=observer)
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.reason, outcome.steps, outcome.samples) == ("end of stream", 3, 10)
+    assert (outcome.quarantined, outcome.lost, outcome.unused) == (0, 0, 0)
+    assert outcome.samples_per_second > 0
+    assert attempt.writer.in_flight_remote() == 0
+    assert attempt.writer.reader_status().state == "done"
+    assert attempt.store.key_count() == 0
+    records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [record["samples"] for record in records] == [4, 4, 2]
+    assert [record["in_flight"] for record in records] == [6, 2, 0]
+    assert records[0]["loss"] == outcome.loss_first
+    assert records[-1]["loss"] == outcome.loss_last
+    assert len(records[0]["step_losses"]) == len(records[0]["accuracies"]) == len(records[0]["acceptance_rates"]) == 3
+
+
+def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
+    attempt.publish(range(8))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    left = []
+
+    class Watcher:
+        def on_step(self, record):
+            left.append((attempt.store.key_count(), attempt.writer.in_flight_remote()))
+
+        def on_phase(self, phase, progress): ...
+
+        def on_wait(self): ...
+
+    run = trainer._step.run
+    trainer._step.run = lambda window, step: (left.append(attempt.store.key_count()), run(window, step))[1]
+    trainer._observer = Watcher()
+    trainer.fit(loader)
+
+    assert left == [8, (4, 4), 4, (0, 0)]
+
+
+def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoints, ranks, tmp_path, run_id):
+    """In the `valid` normalisation neither padding nor the cut into micro-batches changes the weights."""
+    attempt.publish(range(12))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section())
+    trainer.fit(loader)
+    expected = weights_of(trainer)
+    for number, cut in (
+        (2, {"batch_size": 4, "accumulation_steps": 1}),
+        (3, {"batch_size": 1, "accumulation_steps": 4}),
+    ):
+        with Attempt(endpoints, tmp_path, run_id, number) as other:
+            other.publish(range(12))
+            again, loader = consumer(other.reader, other.store, ranks, training=section(**cut))
+            again.fit(loader)
+        for name, weight in weights_of(again).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_lost_sample_weighs_zero_and_is_quarantined_with_its_reason(attempt, ranks, tmp_path):
+    refs = attempt.publish(range(8))
+    for ref in (refs[1], refs[6]):
+        attempt.store.abort(ref)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path / "checkpoints")
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.steps, outcome.samples, outcome.lost) == (2, 6, 2)
+    assert [name for name, _reason in outcome.given_up] == [refs[1].sample_id, refs[6].sample_id]
+    assert all(reason for _name, reason in outcome.given_up)
+    assert attempt.writer.in_flight_remote() == 0
+    assert attempt.store.key_count() == 0
+    cursor = read_state(newest_complete(tmp_path / "checkpoints")).cursor
+    assert cursor.trained == [(0, 0), (2, 5), (7, 7)]
+    assert cursor.quarantined == []
+
+
+def test_a_window_without_any_sample_left_is_no_step(attempt, ranks):
+    refs = attempt.publish(range(8))
+    for ref in refs[:4]:
+        attempt.store.abort(ref)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.steps, outcome.samples, outcome.lost) == (1, 4, 4)
+
+
+def test_at_max_steps_the_rest_is_left_and_counted(attempt, ranks):
+    attempt.publish(range(20))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section(max_steps=3))
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.reason, outcome.steps, outcome.samples, outcome.unused) == ("max_steps", 3, 12, 8)
+    status = attempt.writer.reader_status()
+    assert (status.state, status.reason) == ("done", "max_steps")
+    assert attempt.writer.in_flight_remote() == 8
+    assert attempt.store.sweep() == 8
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, run_id):
+    with Attempt(endpoints, tmp_path, run_id, 1) as whole_run:
+        whole_run.publish(range(22))
+        trainer, loader = consumer(whole_run.reader, whole_run.store, ranks, checkpoints=tmp_path / "a")
+        trainer.fit(loader)
+        expected = weights_of(trainer)
+
+    with Attempt(endpoints, tmp_path, run_id, 2) as first:
+        first.publish(range(22))
+        trainer, loader = consumer(
+            first.reader, first.store, ranks, checkpoints=tmp_path / "b", training=section(save_every_steps=2)
+        )
+        run = trainer._step.run
+        trainer._step.run = lambda window, step: run(window, step) if step < 3 else pytest.fail("killed")
+        with pytest.raises(pytest.fail.Exception):
+            trainer.fit(loader)
+        assert first.writer.reader_status().state == "failed"
+
+    state = read_state(newest_complete(tmp_path / "b"))
+    assert state.step == 2
+    with Attempt(endpoints, tmp_path, run_id, 3) as second:
+        second.publish(i for i in range(22) if i > state.cursor.trained[0][1])
+        torch.manual_seed(99)
+        trainer, loader = consumer(second.reader, second.store, ranks, checkpoints=tmp_path / "b")
+        outcome = trainer.fit(loader)
+
+    assert (outcome.steps, outcome.steps_here, outcome.samples, outcome.samples_here) == (6, 4, 22, 14)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(trainer).items())
+    files = [(tmp_path / run / "step-6" / "optimizer.safetensors").read_bytes() for run in "ab"]
+    assert files[0] == files[1]
+
+
+def test_what_the_restored_weights_have_seen_is_not_trained_again(endpoints, ranks, tmp_path, run_id):
+    with Attempt(endpoints, tmp_path, run_id, 1) as first:
+        first.publish(range(8))
+        trainer, loader = consumer(first.reader, first.store, ranks, checkpoints=tmp_path / "c")
+        trainer.fit(loader)
+    with Attempt(endpoints, tmp_path, run_id, 2) as second:
+        second.publish(range(4, 16))
+        trainer, loader = consumer(second.reader, second.store, ranks, checkpoints=tmp_path / "c")
+        outcome = trainer.fit(loader)
+
+        assert (outcome.samples, outcome.samples_here, outcome.steps) == (16, 8, 4)
+        assert second.writer.in_flight_remote() == 0
+        assert second.store.key_count() == 0
+
+
+def test_a_stop_request_saves_and_tells_the_producer(attempt, ranks, tmp_path):
+    attempt.publish(range(8), ended=False)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path / "c")
+    timer = threading.Timer(1.0, loader.request_stop)
+    timer.start()
+
+    with pytest.raises(Preempted):
+        trainer.fit(loader)
+
+    timer.join()
+    status = attempt.writer.reader_status()
+    assert (status.state, status.reason) == ("failed", "preempted")
+    state = read_state(newest_complete(tmp_path / "c"))
+    assert (state.step, state.cursor.trained) == (2, [(0, 7)])
+
+
+def test_the_untrained_draft_is_kept_as_step_0(attempt, ranks, tmp_path):
+    attempt.publish(range(4 * 4))
+    trainer, loader = consumer(
+        attempt.reader, attempt.store, ranks, checkpoints=tmp_path, training=section(save_every_steps=1), keep=2
+    )
+    before = weights_of(trainer)
+
+    trainer.fit(loader)
+
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-0", "step-3", "step-4"]
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "step-0" / "draft.safetensors")
+    assert saved.keys() == before.keys()
+    assert "embed_tokens.weight" not in saved
+    assert {"d2t", "t2d", "fc.weight", "lm_head.weight"} <= saved.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+
+
+def test_a_failed_producer_ends_training_with_its_reason(attempt, ranks):
+    attempt.publish(range(4), ended=False)
+    attempt.writer.fail("the target ran out of memory", "out_of_memory")
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+
+    with pytest.raises(ProducerFailed, match="the target ran out of memory") as caught:
+        trainer.fit(loader)
+
+    assert caught.value.failure_class == "out_of_memory"
+    assert trainer.progress.step == 1
+    assert attempt.writer.reader_status().state == "failed"
+
+
+def test_an_empty_stream_is_no_training(attempt, ranks):
+    attempt.writer.close(StreamTotals(refs=0, bytes=0, prompts=0, rejected=0))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.steps, outcome.samples, outcome.loss_first) == (0, 0, None)
+
+
+def test_numbers_that_are_not_finite_end_training_before_they_are_saved(attempt, ranks, tmp_path):
+    tensors = {
+        "input_ids": torch.zeros(8, dtype=torch.int32),
+        "loss_mask": torch.ones(8, dtype=torch.uint8),
+        "aux_hidden_states": torch.full((8, 48), float("nan")),
+        "last_hidden_state": torch.zeros(8, 16),
+    }
+    identity = identity_of(attempt.run_id)
+    ref = attempt.store.put("s000000000", tensors, identity=identity, source_task_id="t", num_tokens=8)
+    attempt.writer.publish(ref)
+    end(attempt.writer, [ref])
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path / "c")
+
+    with pytest.raises(TrainingDiverged, match="step 0"):
+        trainer.fit(loader)
+
+    assert newest_complete(tmp_path / "c").name == "step-0"
+
+
+@pytest.mark.parametrize("kind", ["lk_alpha", "lk_lambda"])
+def test_the_acceptance_losses_train_too(attempt, ranks, kind):
+    attempt.publish(range(8))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, loss=LossSection(type=kind))
+
+    outcome = trainer.fit(loader)
+
+    assert outcome.steps == 2
+    assert outcome.loss_last is not None
+
+
+def test_compat_normalisation_divides_by_padding_too(attempt, ranks):
+    attempt.publish(range(8))
+    loss = LossSection(normalisation="compat", mask_mode="compat")
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, loss=loss)
+
+    assert trainer.fit(loader).steps == 2

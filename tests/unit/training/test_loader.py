@@ -1,0 +1,93 @@
+"""How a window is shared out and padded."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_core.contracts import SCHEMA_VERSION, SampleRef
+from disagg_core.training.loader import collate, share_of
+from disagg_core.training.trainer import TrainingProgress
+
+pytestmark = pytest.mark.unit
+
+
+def ref(ordinal: int, num_tokens: int) -> SampleRef:
+    return SampleRef(
+        sample_id=f"s{ordinal:09d}",
+        run_id="r",
+        attempt=1,
+        source_task_id="t",
+        feature_store_uri="mooncake://",
+        key=f"k{ordinal}",
+        size_bytes=1,
+        crc32=None,
+        feature_specs={},
+        strategy="eagle3",
+        schema_version=SCHEMA_VERSION,
+        target_model_version="",
+        draft_weight_version=0,
+        tokenizer_version="",
+        vocab_map_version="",
+        num_tokens=num_tokens,
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    size=st.integers(1, 4),
+    batch_size=st.integers(1, 5),
+    by_length=st.booleans(),
+)
+def test_every_sample_is_trained_by_exactly_one_rank_and_all_ranks_keep_step(lengths, size, batch_size, by_length):
+    refs = [ref(i, tokens) for i, tokens in enumerate(lengths)]
+
+    shares = [share_of(refs, rank, size, batch_size, by_length=by_length) for rank in range(size)]
+
+    assert sorted(index for share in shares for batch in share for index in batch) == list(range(len(refs)))
+    assert len({len(share) for share in shares}) == 1
+    sizes = [len(batch) for share in shares for batch in share]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_full_window_fills_every_micro_batch():
+    refs = [ref(i, 5) for i in range(12)]
+
+    assert share_of(refs, 1, 2, 3, by_length=False) == [[3, 4, 5], [9, 10, 11]]
+
+
+def test_samples_of_like_length_share_a_micro_batch_longest_first():
+    refs = [ref(i, tokens) for i, tokens in enumerate([3, 9, 4, 8])]
+
+    assert share_of(refs, 0, 1, 2, by_length=True) == [[1, 3], [2, 0]]
+
+
+def sample(tokens: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.arange(1, tokens + 1, dtype=torch.int32),
+        "loss_mask": torch.ones(tokens, dtype=torch.uint8),
+        "aux_hidden_states": torch.ones(tokens, 6, dtype=torch.bfloat16),
+        "last_hidden_state": torch.ones(tokens, 2, dtype=torch.bfloat16),
+    }
+
+
+def test_samples_are_padded_on_the_right_with_zeros():
+    batch = collate([sample(3), sample(5)], multiple_of=4)
+
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
+    assert batch.attention_mask.sum(1).tolist() == [3, 5]
+    assert batch.loss_mask.sum(1).tolist() == [3, 5]
+    assert batch.aux_hidden_states.shape == (2, 8, 6)
+    assert batch.aux_hidden_states.dtype == torch.bfloat16
+    assert float(batch.last_hidden_state.float().sum()) == 16.0
+
+
+def test_a_cursor_is_a_handful_of_ranges():
+    progress = TrainingProgress()
+    for ordinal in (0, 1, 2, 4, 5):
+        progress.trained.add(ordinal)
+    progress.quarantined.add(3)
+
+    assert progress.cursor().trained == [(0, 2), (4, 5)]
+    assert progress.cursor().quarantined == [(3, 3)]
