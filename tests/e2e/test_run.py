@@ -1,0 +1,142 @@
+"""Whole runs from the command line: real Prefect server, pools and workers, real store, both roles."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from disagg_core.archive import verify_archive
+from disagg_core.drafts.export import import_draft
+from disagg_core.report import RunReport
+
+Draftline = Callable[..., subprocess.Popen[str]]
+Ours = Callable[[], list[psutil.Process]]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+STEPS = 6  # 44 prompts in windows of 8: five whole ones and a partial one
+
+
+def report_of(home: Path) -> RunReport:
+    (path,) = home.glob("runs/*/report.json")
+    return RunReport.model_validate_json(path.read_bytes())
+
+
+def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
+    home: Path, draftline: Draftline, tiny: str, ours: Ours
+) -> None:
+    run = draftline("run", tiny)
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+
+    report = report_of(home)
+    assert report.state == "completed"
+    accounting = report.accounting
+    assert accounting is not None
+    assert (accounting.prompts, accounting.published, accounting.trained) == (44, 44, 44)
+    assert (accounting.rejected, accounting.quarantined, accounting.store_keys_left) == (0, 0, 0)
+    assert report.training is not None
+    assert report.training.steps == STEPS
+
+    assert {role: run.work_pool for role, run in report.roles.items()} == {
+        "producer": "gpu-rollout",
+        "consumer": "gpu-train",
+    }
+    assert report.roles["producer"].flow_run_id != report.roles["consumer"].flow_run_id
+    assert report.roles_overlap_seconds > 0
+
+    assert report.evaluation is not None
+    assert report.evaluation.lossless
+    assert report.evaluation.prompts == 4
+
+    assert report.archive is not None
+    assert verify_archive(report.archive.url) > 10
+    config, state = import_draft(Path(report.archive.url) / "export")
+    assert config.draft_vocab_size == 512
+    assert state["lm_head.weight"].shape[0] == 512
+    assert "44 = 44 published + 0 rejected" in output
+    assert (home / "runs" / report.run_id / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert ours() == []
+
+
+def test_the_deployment_runs_a_consumer_that_is_killed_continues_from_its_checkpoint(
+    home: Path, draftline: Draftline, tiny: str, ours: Ours
+) -> None:
+    """`draftline up`, then a run whose trainer is killed after its first checkpoint: nothing is lost or doubled."""
+    up = draftline("up")
+    output, _ = up.communicate(timeout=200)
+    assert up.returncode == 0, output
+    platform = json.loads((home / "platform.json").read_text())
+    api = f"http://127.0.0.1:{platform['port']}/api"
+
+    run = draftline("run", tiny, "--set", "rollout.high_watermark_refs=8", "--set", "run.name=killed")
+    trainer = wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
+    trainer.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+
+    report = report_of(home)
+    assert [attempt.failure_class for attempt in report.attempts] == ["preempted", None]
+    assert report.accounting is not None
+    assert (report.accounting.published, report.accounting.trained) == (44, 44)
+    children = httpx.post(f"{api}/flow_runs/filter", json={"flows": {"name": {"any_": ["train-consumer"]}}}).json()
+    assert sorted(child["state_type"] for child in children) == ["COMPLETED", "FAILED"]
+    assert all(child["parent_task_run_id"] for child in children)
+    assert ours() != []
+
+    down = draftline("down")
+    down.communicate(timeout=90)
+    assert ours() == []
+
+
+def wait_for_trainer(home: Path, ours: Ours, sign: str) -> psutil.Process:
+    """Wait until the run has `sign` in its directory; return its training process."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if any(home.glob(f"runs/*/{sign}")):
+            for process in ours():
+                if "disagg_core.training.role" in " ".join(process.cmdline()):
+                    return process
+        threading.Event().wait(0.02)
+    raise AssertionError(f"no trainer with {sign}")
+
+
+def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draftline, tiny: str, ours: Ours) -> None:
+    run = draftline("run", tiny, "--set", "data.limit=2000")
+    wait_for_trainer(home, ours, "metrics/train.jsonl")
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130, output
+    assert "interrupted: cancelling the run" in output
+    assert ours() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.max_step=3", "training.max_step: unknown key; did you mean max_steps"),
+        ("data.prompts=./nothing.jsonl", "nothing.jsonl"),
+        ("target.model=./nothing", "no such directory"),
+        ("target.aux_layers=[0, 1, 9]", "target.aux_layers"),
+        ("rollout.high_watermark_refs=7", "high_watermark_refs: expected at least one optimizer window"),
+        ("store.capacity=1MiB", "store.capacity: expected at least"),
+    ],
+)
+def test_bad_input_is_one_message_before_anything_starts(
+    home: Path, draftline: Draftline, tiny: str, override: str, complaint: str
+) -> None:
+    run = draftline("run", tiny, "--set", override)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert complaint in output
+    assert "Traceback" not in output
+    assert not (home / "platform.json").exists()
