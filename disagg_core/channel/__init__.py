@@ -3,15 +3,18 @@
 from disagg_core.channel.channel import StreamingRefChannel
 from disagg_core.channel.contract import ChannelBackend, Cursor
 from disagg_core.channel.flow_control import FlowControl, Watermarks
+from disagg_core.channel.inspection import ChannelInspection, inspect_channel
 from disagg_core.channel.liveness import PeerStatus
 from disagg_core.channel.queue import StreamingRefQueue
 
 __all__ = [
     "ChannelBackend",
+    "ChannelInspection",
     "Cursor",
     "FlowControl",
     "PeerStatus",
     "StreamingRefChannel",
     "StreamingRefQueue",
     "Watermarks",
+    "inspect_channel",
 ]

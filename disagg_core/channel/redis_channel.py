@@ -18,20 +18,14 @@ and the ``noeviction`` policy.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
 
-import msgspec
-import redis
 from pydantic import SecretStr
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from disagg_core.channel import redis_scripts
 from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
@@ -44,73 +38,17 @@ from disagg_core.channel.records import (
     decode_record,
     frame,
 )
+from disagg_core.channel.redis_address import RedisAddress, answered, connect, keys_of
 from disagg_core.errors import BadInput, ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
 
 KEEP_S = 7 * 24 * 3600
 """Seconds for which the server keeps a channel after its last heartbeat."""
 
 RECONNECT_S = 60.0
-SOCKET_TIMEOUT_S = 5.0
 _APPEND_AT_ONCE = 512
 _IDS_AT_ONCE = 4096
 _BLOCK_S = 1.0
-_NAME = re.compile(r"[A-Za-z0-9._/:-]+")
 _T = TypeVar("_T")
-
-
-class RedisAddress(msgspec.Struct, frozen=True):
-    """A ``redis://`` address, taken apart: what the client connects to, the channel's name, what may be shown."""
-
-    url: str
-    name: str | None
-    shown: str
-
-    @classmethod
-    def parse(cls, url: str) -> RedisAddress:
-        """Parse ``redis[s]://[user[:password]@]host[:port][/db][?channel=name]``.
-
-        Raises:
-            BadInput: it is not of that form. A password is never part of the message.
-        """
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port or 6379
-        except ValueError as error:
-            raise BadInput(f"the channel's address has no valid host and port: {error}") from None
-        shown = f"{parts.scheme}://{host}:{port}{parts.path or '/0'}"
-        query = parse_qs(parts.query, keep_blank_values=True)
-        name = query.pop("channel", [None])[0]
-        if not host or query or not re.fullmatch(r"(/\d*)?", parts.path):
-            raise BadInput(f"expected redis://host:port/db, with ?channel=name at most, found {shown}?{parts.query}")
-        if name is not None and not _NAME.fullmatch(name):
-            raise BadInput(f"expected a channel name of letters, digits and ._/:- , found {name!r}")
-        return cls(parts._replace(query="").geturl(), name, shown)
-
-
-def connect(address: RedisAddress, *, password: SecretStr | None, ca: Path | None) -> redis.Redis:
-    """Return a client for the address. Nothing is sent yet.
-
-    Raises:
-        BadInput: `ca` was given for a connection without TLS, or is no file.
-    """
-    options: dict[str, Any] = {}
-    if ca is not None:
-        if not address.url.startswith("rediss:"):
-            raise BadInput(f"a CA certificate is set, but {address.shown} does not use TLS; write rediss://")
-        if not ca.is_file():
-            raise BadInput(f"the CA certificate {ca} is no file")
-        options["ssl_ca_certs"] = str(ca)
-    if password is not None:
-        options["password"] = password.get_secret_value()
-    return redis.Redis.from_url(
-        address.url,
-        protocol=2,
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=SOCKET_TIMEOUT_S,
-        socket_keepalive=True,
-        retry=Retry(NoBackoff(), 0),  # retried here, with a deadline
-        **options,
-    )
 
 
 class RedisBackend:
@@ -135,10 +73,9 @@ class RedisBackend:
         self._attempt = attempt
         self._reconnect_s = reconnect_s
         self._closing = threading.Event()
-        base = f"draftline:{{{name}}}:"
-        self._refs, self._ids, self._meta = f"{base}refs", f"{base}ids", f"{base}meta"
-        self._cursor = f"{base}cursor"
-        self._claim: dict[Side, str] = {"writer": f"{base}writer", "reader": f"{base}reader"}
+        keys = keys_of(name)
+        self._refs, self._ids, self._meta, self._cursor = keys["refs"], keys["ids"], keys["meta"], keys["cursor"]
+        self._claim: dict[Side, str] = {"writer": keys["writer"], "reader": keys["reader"]}
         self._swap = self._client.register_script(redis_scripts.SWAP_CLAIM)
         self._beat: Any = self._client.register_script(redis_scripts.BEAT)
         self._append = self._client.register_script(redis_scripts.APPEND)
@@ -150,19 +87,11 @@ class RedisBackend:
         pause = 0.05
         while True:
             try:
-                return command()
-            except (
-                redis.AuthenticationError,
-                redis.exceptions.AuthorizationError,
-                redis.exceptions.NoPermissionError,
-            ) as error:
-                raise BadInput(f"{self.where} refused us: {error}; set DRAFTLINE_REDIS_PASSWORD") from error
-            except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError) as error:
+                return answered(self.where, command)
+            except ChannelUnavailable:
                 if time.monotonic() >= deadline or self._closing.wait(pause):
-                    raise ChannelUnavailable(f"{self.where} cannot be used: {error}; check the server") from error
+                    raise
                 pause = min(pause * 2, 1.0)
-            except redis.ResponseError as error:
-                raise BadInput(f"{self.where} does not do what a channel needs: {error}") from error
 
     # --- claims ---
 
