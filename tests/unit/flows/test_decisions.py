@@ -1,0 +1,174 @@
+"""What the parent decides from what the roles leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from disagg_core.errors import EvaluationFailed, RoleFailed
+from disagg_core.outcomes import RoleOutcome
+from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
+from disagg_core.report import EvaluationFigures
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+from flows.train_consumer import launcher
+from tasks.completion import complete
+from tasks.evaluation import judge_draft
+from tasks.rendezvous import meet
+from tasks.roles import RoleRun, judge
+
+pytestmark = pytest.mark.unit
+
+RUNS = Path(__file__).resolve().parents[3] / "infra" / "runs"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> RunPlan:
+    return a_plan(tmp_path)
+
+
+def a_plan(root: Path, *overrides: str) -> RunPlan:
+    spec = load_spec(RUNS / "qwen3-8b-eagle3.yaml", list(overrides))
+    return make_plan(spec, read_target_facts(spec.target), run_id="run", root=root, total_prompts=100)
+
+
+def role_run(role: str, state: str, outcome: RoleOutcome | None = None, message: str = "") -> RoleRun:
+    return RoleRun(
+        role=role,
+        flow_run_id=uuid4(),
+        work_pool="pool",
+        state=state,
+        message=message,
+        started=None,
+        ended=None,
+        outcome=outcome,
+    )
+
+
+def done(**result: object) -> RoleOutcome:
+    return RoleOutcome(state="completed", started=0, ended=1, result=result)
+
+
+def failure(failure_class: str, message: str) -> RoleOutcome:
+    return RoleOutcome(state="failed", failure_class=failure_class, message=message, started=0, ended=1)
+
+
+def test_both_roles_done_is_a_finished_attempt() -> None:
+    outcome = judge(1, role_run("producer", "Completed", done()), role_run("consumer", "Completed", done(lost=0)))
+    assert outcome.finished
+
+
+def test_lost_samples_ask_for_another_attempt() -> None:
+    outcome = judge(1, role_run("producer", "Completed", done()), role_run("consumer", "Completed", done(lost=2)))
+    assert not outcome.finished
+    assert outcome.failure_class is None
+    assert "2 samples" in outcome.describe()
+
+
+def test_a_cancelled_producer_is_not_the_cause_of_a_failed_consumer() -> None:
+    consumer = role_run("consumer", "Failed", failure("out_of_memory", "CUDA out of memory"))
+    outcome = judge(2, role_run("producer", "Cancelled"), consumer)
+    assert outcome.failure_class == "out_of_memory"
+    assert outcome.reason == "consumer: CUDA out of memory"
+
+
+def test_a_cancelled_consumer_is_not_the_cause_of_a_dead_producer() -> None:
+    consumer = role_run("consumer", "Cancelled", failure("preempted", "asked to stop"))
+    outcome = judge(1, role_run("producer", "Failed", None, "killed by SIGKILL"), consumer)
+    assert outcome.reason == "producer: killed by SIGKILL"
+
+
+def test_a_process_that_vanished_counts_as_preempted() -> None:
+    outcome = judge(1, role_run("producer", "Completed", done()), role_run("consumer", "Crashed", None, "SIGKILL"))
+    assert outcome.failure_class == "preempted"
+
+
+PRODUCED = {"prompts": 6, "refs": 5, "rejected": 1, "skipped": 4}
+TRAINED = {
+    "steps": 3,
+    "samples": 9,
+    "quarantined": 0,
+    "reason": "end of stream",
+    "checkpoint": "step-3",
+    "samples_per_second": 2.5,
+    "loss_first": 5.0,
+    "loss_last": 4.0,
+}
+
+
+def test_what_earlier_attempts_trained_counts_as_published(plan: RunPlan) -> None:
+    completion = complete(plan, 2, done(**PRODUCED), done(**TRAINED), keys_left=0)
+    completion.accounting.check()
+    assert (completion.accounting.prompts, completion.accounting.published) == (10, 9)
+    assert completion.checkpoint == plan.dir.checkpoints / "step-3"
+
+
+def test_samples_beyond_the_last_step_are_unused_and_not_leaked(plan: RunPlan) -> None:
+    trained = done(**TRAINED | {"samples": 7, "reason": "max_steps"})
+    completion = complete(plan, 1, done(**PRODUCED), trained, keys_left=2)
+    completion.accounting.check()
+    assert completion.accounting.unused == 2
+
+
+def test_a_sample_that_nobody_trained_on_fails_the_run(plan: RunPlan) -> None:
+    completion = complete(plan, 1, done(**PRODUCED), done(**TRAINED | {"samples": 8}), keys_left=1)
+    assert len(completion.accounting.problems()) == 2
+
+
+def test_the_report_lists_why_prompts_were_rejected(plan: RunPlan) -> None:
+    state = plan.dir.attempt(1).state
+    state.mkdir(parents=True)
+    reasons = ["too long", "too long", "empty"]
+    (state / "rejected.jsonl").write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons))
+    completion = complete(plan, 1, done(**PRODUCED), done(**TRAINED), keys_left=0)
+    assert completion.rejected_reasons == {"too long": 2, "empty": 1}
+
+
+def figures(**changes: object) -> EvaluationFigures:
+    sound = {
+        "draft_tokens": 5,
+        "prompts": 16,
+        "accept_length_before": 1.0,
+        "accept_length_after": 2.4,
+        "interval_after": (2.2, 2.6),
+        "per_position_after": [0.7, 0.4],
+        "lossless": True,
+    }
+    return EvaluationFigures(**{**sound, **changes})
+
+
+def test_a_draft_below_the_minimum_fails_the_run(plan: RunPlan) -> None:
+    judge_draft(plan, figures())
+    judge_draft(plan, None)
+    with pytest.raises(EvaluationFailed, match=r"1.900 is below evaluation.min_accept_length 2.0"):
+        judge_draft(plan, figures(accept_length_after=1.9))
+    with pytest.raises(EvaluationFailed, match="other tokens"):
+        judge_draft(plan, figures(lossless=False))
+
+
+def assignment(plan: RunPlan) -> RoleAssignment:
+    return RoleAssignment(plan=plan, attempt=1, store=StoreEndpoints(master_address="a:1", metrics_address="a:2"))
+
+
+def test_one_process_needs_no_agent_and_seven_need_torchrun(tmp_path: Path) -> None:
+    assert launcher(assignment(a_plan(tmp_path, "training.processes=1")), 0) == []
+    arguments = launcher(assignment(a_plan(tmp_path)), 0)
+    assert "--nproc-per-node=7" in arguments
+    assert "--standalone" in arguments
+
+
+def test_the_nodes_of_a_consumer_meet_where_node_0_says(tmp_path: Path) -> None:
+    plan = a_plan(tmp_path, "training.nodes=2", "rollout.high_watermark_refs=600")
+    first = meet(assignment(plan), 0, 2)
+    second = meet(assignment(plan), 1, 2)
+    assert first[3] == second[3]
+    assert (first[1], second[1]) == ("--node-rank=0", "--node-rank=1")
+
+
+def test_a_missing_node_0_is_a_stall(tmp_path: Path) -> None:
+    plan = a_plan(tmp_path, "orchestration.stall_timeout_s=0.01")
+    with pytest.raises(RoleFailed, match="node 0 of the consumer did not start"):
+        meet(assignment(plan), 1, 2)

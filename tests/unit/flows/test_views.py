@@ -1,0 +1,164 @@
+"""What people see: report, plot, plan and progress."""
+
+from __future__ import annotations
+
+import io
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from disagg_core.accounting import Accounting
+from disagg_core.observability.metrics import JsonlMetrics, read_metrics
+from disagg_core.observability.plots import plot_run
+from disagg_core.observability.progress import ProgressFile, read_progress
+from disagg_core.plan import make_plan
+from disagg_core.plan_view import render
+from disagg_core.report import (
+    AttemptFigures,
+    EvaluationFigures,
+    Failure,
+    RoleFigures,
+    RunReport,
+    TrainingFigures,
+)
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+from flows.run_view import Bars, Lines, summary
+
+pytestmark = pytest.mark.unit
+
+RUNS = Path(__file__).resolve().parents[3] / "infra" / "runs"
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def a_report(**changes: object) -> RunReport:
+    fields = {
+        "run_id": "demo-1",
+        "name": "demo",
+        "state": "completed",
+        "accounting": Accounting(
+            prompts=10, rejected=1, published=9, trained=9, quarantined=0, unused=0, store_keys_left=0
+        ),
+        "training": TrainingFigures(steps=3, samples_per_second=4.0, loss_first=6.0, loss_last=2.0),
+        "evaluation": EvaluationFigures(
+            draft_tokens=5,
+            prompts=16,
+            accept_length_before=1.01,
+            accept_length_after=2.53,
+            interval_after=(2.4, 2.7),
+            per_position_after=[0.7, 0.5],
+            lossless=True,
+        ),
+        "roles": {
+            "producer": RoleFigures(
+                flow_run_id="p", work_pool="gpu-rollout", started=NOON, ended=NOON + timedelta(0, 9)
+            ),
+            "consumer": RoleFigures(
+                flow_run_id="c", work_pool="gpu-train", started=NOON + timedelta(0, 2), ended=NOON + timedelta(0, 12)
+            ),
+        },
+        "archive": None,
+        "attempts": [AttemptFigures(attempt=1, failure_class=None, reason="", incomplete=0)],
+        "store_counters": {},
+        "rejected_reasons": {"too long": 1},
+        "run_dir": "runs/demo-1",
+        "export": "runs/demo-1/export",
+        "flow_run_id": "f",
+        "seconds": 60.0,
+    }
+    return RunReport(**{**fields, **changes})
+
+
+def text_of(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_report_says_the_identity_the_accept_length_and_the_overlap() -> None:
+    report = a_report()
+    markdown = report.to_markdown()
+    assert "10 = 9 + 1" in markdown
+    assert "**1.01 before, 2.53 after** (95% interval 2.40 to 2.70)" in markdown
+    assert "1 x too long" in markdown
+    assert report.roles_overlap_seconds == 7
+    assert RunReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_the_report_of_a_failed_run_says_why_and_what_was_tried() -> None:
+    report = a_report(
+        state="failed",
+        failure=Failure(failure_class="store_lost", message="the owner died"),
+        accounting=None,
+        training=None,
+        evaluation=None,
+        attempts=[
+            AttemptFigures(attempt=1, failure_class="store_lost", reason="owner", incomplete=0),
+            AttemptFigures(attempt=2, failure_class=None, reason="", incomplete=3),
+        ],
+    )
+    markdown = report.to_markdown()
+    assert "**store_lost**: the owner died" in markdown
+    assert "1. store_lost: owner" in markdown
+    assert "3 lost samples are captured again" in markdown
+    assert "failed (store_lost)" in text_of(summary(report, "http://ui"))
+
+
+def test_the_summary_has_the_figures_and_the_places() -> None:
+    shown = text_of(summary(a_report(), "http://ui"))
+    for expected in ("10 = 9 published + 1 rejected", "2.53 after training", "runs/demo-1/export", "http://ui"):
+        assert expected in shown
+
+
+def test_the_plan_names_pools_gpus_and_bytes() -> None:
+    spec = load_spec(RUNS / "qwen3-8b-eagle3.yaml")
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2800)
+    shown = text_of(render(plan))
+    for expected in ("gpu-rollout", "gpu-train", "32773", "128.0 MiB", "28 samples = 7 ranks x 1 x 4", "64.0 GiB"):
+        assert expected in shown
+    assert re.search(r"optimizer steps +│ 100 ", shown)
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    with JsonlMetrics(tmp_path / "train.jsonl") as metrics:
+        for step in range(1, 40):
+            metrics.write(step=step, loss=6.0 / step)
+    plot_run(tmp_path / "train.jsonl", tmp_path / "x.png", title="t", accept_lengths=(1.0, 2.5))
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_torn_last_metric_is_left_out(tmp_path: Path) -> None:
+    with JsonlMetrics(tmp_path / "m.jsonl") as metrics:
+        metrics.write(step=1)
+    with (tmp_path / "m.jsonl").open("ab") as file:
+        file.write(b'{"step": 2')
+    assert [record["step"] for record in read_metrics(tmp_path / "m.jsonl")] == [1]
+    assert list(read_metrics(tmp_path / "none.jsonl")) == []
+
+
+def test_progress_is_written_at_most_once_an_interval(tmp_path: Path) -> None:
+    now = [0.0]
+    progress = ProgressFile(tmp_path / "p.json", interval_s=1.0, clock=lambda: now[0])
+    progress.update(step=1)
+    now[0] = 0.5
+    progress.update(step=2)
+    assert read_progress(tmp_path / "p.json")["step"] == 1
+    now[0] = 1.0
+    progress.update(loss=0.5)
+    assert read_progress(tmp_path / "p.json").items() >= {"step": 2, "loss": 0.5}.items()
+
+
+def test_a_pipe_gets_lines_and_a_terminal_gets_bars() -> None:
+    producer = {"phase": "capturing", "prompts": 12, "samples_per_s": 3.0, "in_flight": 4}
+    consumer = {"phase": "training", "step": 2, "loss": 3.25, "samples_per_s": 2.0}
+    for view, terminal in ((Lines, False), (Bars, True)):
+        console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
+        with view(console) as shown:
+            shown.show("Running", None, {}, {})
+            shown.show("Completed", None, producer, consumer)
+        assert isinstance(console.file, io.StringIO)
+        assert "loss 3.250" in console.file.getvalue()
