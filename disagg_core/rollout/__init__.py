@@ -1,1 +1,43 @@
-"""The producer's side: prompts, leases, targets, capture workers and the drive loop."""
+"""The producer's side: prompts, leases, targets, capture workers and the drive loop.
+
+Names are loaded when they are first used: checking prompts needs no torch model, and a server's plugin no worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from disagg_core.rollout.producer import Drive, build_disagg_online_producer
+    from disagg_core.rollout.prompts import PromptSource
+    from disagg_core.rollout.sglang_target import SGLangTarget
+    from disagg_core.rollout.target import Target
+    from disagg_core.rollout.transformers_target import TransformersTarget
+    from disagg_core.rollout.worker import RolloutWorker
+
+_HOMES = {
+    "Drive": "producer",
+    "PromptSource": "prompts",
+    "RolloutWorker": "worker",
+    "SGLangTarget": "sglang_target",
+    "Target": "target",
+    "TransformersTarget": "transformers_target",
+    "build_disagg_online_producer": "producer",
+}
+
+__all__ = [
+    "Drive",
+    "PromptSource",
+    "RolloutWorker",
+    "SGLangTarget",
+    "Target",
+    "TransformersTarget",
+    "build_disagg_online_producer",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -16,8 +16,10 @@ from typing import Any
 import jinja2
 import msgspec
 
-from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.errors import PromptError, PromptRejected, TargetError
 from disagg_core.rollout.prompts_records import Message
+from disagg_core.run_spec import TargetSection
+from disagg_core.target_facts import is_local
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()  # transformers caches one compiled template for all threads and tracks spans inside it
@@ -65,6 +67,25 @@ def tokenizer_version(tokenizer: Any, template: str | None) -> str:
     digest.update(msgspec.json.encode(tokenizer.special_tokens_map, order="sorted", enc_hook=str))
     digest.update((template or "").encode())
     return digest.hexdigest()[:16]
+
+
+def load_tokenizer(section: TargetSection) -> Any:
+    """Load the tokenizer of a target.
+
+    Raises:
+        TargetError: it has none, or none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"target.model: cannot load a tokenizer from {section.model!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class ChatTemplate:

@@ -83,6 +83,16 @@ class LeaseBook:
             self._next += 1
         return None if self._end is not None and self._next >= self._end else self._next
 
+    def upcoming(self, count: int) -> list[int]:
+        """Return the next `count` ordinals that were never leased, skipped or rejected."""
+        found: list[int] = []
+        ordinal = self.next_unseen
+        while ordinal is not None and len(found) < count and (self._end is None or ordinal < self._end):
+            if ordinal not in self._skip:
+                found.append(ordinal)
+            ordinal += 1
+        return found
+
     def set_end(self, end: int) -> None:
         """Say where the order ends, once a stream of unknown length has shown it."""
         if self._end is not None and end != self._end:
@@ -189,6 +199,12 @@ class LeaseBook:
         now = self._clock()
         late = [lease for lease in self._leased.values() if lease.deadline <= now]
         return [(lease, self.fail(lease, f"no answer from {lease.worker}", lease.worker)) for lease in late]
+
+    def skip_done(self, ordinals: Iterable[int]) -> None:
+        """Leave out unseen ordinals: their samples are in the stream already. Before the first lease only."""
+        assert not self._numbers, "leases were taken already"
+        for ordinal in ordinals:
+            self._skip.add(ordinal)
 
     def skip_rejected(self, ordinals: Iterable[int]) -> None:
         """Count unseen ordinals as rejected before the start: an earlier process of this attempt rejected them."""

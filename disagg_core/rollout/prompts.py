@@ -94,6 +94,8 @@ class PromptSource:
         self._group = group
         self._book = LeaseBook(end=pool.end, skip=covered, max_attempts=max_attempts, lease_s=lease_s, clock=clock)
         self._book.skip_rejected(already_rejected)
+        self.covered = len(skip) if skip is not None else 0
+        """Prompts that a checkpoint of an earlier attempt covers."""
         self._tasks: dict[int, PromptTask] = {}
         self._on_reject = on_reject
         self._lock = threading.Lock()
@@ -115,6 +117,11 @@ class PromptSource:
         """Return a source over tasks at hand; `options` as for the class."""
         return cls(GivenTasks(tasks), **options)
 
+    def skip_done(self, ordinals: Iterable[int]) -> None:
+        """Leave out prompts whose samples an earlier producer process of this attempt has published."""
+        with self._lock:
+            self._book.skip_done(ordinals)
+
     # --- leasing ---------------------------------------------------------------------------------------------------
 
     @property
@@ -122,20 +129,32 @@ class PromptSource:
         """The most prompts that one lease holds."""
         return self._group
 
-    def lease(self, worker: str) -> PromptBatch | None:
-        """Lease the next prompts to `worker`; None if there are none to lease at present (see `drained`).
+    def lease_again(self, worker: str) -> PromptBatch | None:
+        """Lease one prompt that came back to `worker`, alone; None if there is none that may go out now."""
+        with self._lock:
+            lease = self._book.take_waiting(worker)
+            return None if lease is None else PromptBatch([self._tasks[lease.ordinal]], {lease.ordinal: lease})
+
+    def lease_next(self, worker: str) -> PromptBatch | None:
+        """Lease the next group of unseen prompts to `worker`; None if there are none left.
 
         Prompts that cannot be used are rejected on the way.
         """
         with self._lock:
-            waiting = self._book.take_waiting(worker)
-            if waiting is not None:
-                return PromptBatch([self._tasks[waiting.ordinal]], {waiting.ordinal: waiting})
             while (first := self._book.next_unseen) is not None:
                 batch = self._lease_group(first // self._group, worker)
                 if batch.leases:
                     return batch
             return None
+
+    def lease(self, worker: str) -> PromptBatch | None:
+        """Lease what came back, else what is next; None if there is nothing to lease at present (see `drained`)."""
+        return self.lease_again(worker) or self.lease_next(worker)
+
+    def upcoming(self, count: int) -> list[int]:
+        """Return the next `count` ordinals that were never leased."""
+        with self._lock:
+            return self._book.upcoming(count)
 
     def _lease_group(self, number: int, worker: str) -> PromptBatch:
         start, stop = number * self._group, (number + 1) * self._group
@@ -221,6 +240,12 @@ class PromptSource:
         """Whether nothing is pending and nothing is leased."""
         with self._lock:
             return self._book.drained
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no prompt is left that was never leased; others may still come back."""
+        with self._lock:
+            return self._book.next_unseen is None
 
     @property
     def outstanding(self) -> int:

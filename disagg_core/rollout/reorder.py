@@ -58,6 +58,13 @@ class ReorderBuffer:
             self._expected.popleft()
         return refs
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether `pop_ready` would release something."""
+        if not self._ordered:
+            return bool(self._ready)
+        return next((o for o in self._expected if o not in self._dropped), None) in self._ready
+
     def drain(self) -> list[SampleRef]:
         """Return and forget every reference that was never released: their samples have to be freed."""
         refs = list(self._ready.values())

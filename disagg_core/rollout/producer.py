@@ -1,0 +1,353 @@
+"""The producer's drive loop: from prompts to a stream of references that always has an end or a failure.
+
+`build_disagg_online_producer` puts source, target, store and channel together; the `drive_producer` that it returns
+runs them until nothing is pending and nothing is leased, publishes in order, and writes the last word. Threads: one
+per rollout worker, two putters, and the caller's, which publishes and watches. Work is refilled continuously: a worker
+asks for its next prompts as soon as it has handed over the last ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from disagg_core.channel import StreamingRefChannel, Watermarks
+from disagg_core.contracts import PromptTask, RunIdentity, SampleRef, StreamTotals, ordinal_of, sample_id_of
+from disagg_core.errors import (
+    AccountingError,
+    BadInput,
+    ChannelClosed,
+    ChannelError,
+    ChannelUnavailable,
+    DraftlineError,
+    Preempted,
+    RoleFailed,
+    StoreError,
+)
+from disagg_core.outcomes import classify
+from disagg_core.rollout.meter import RolloutMeter
+from disagg_core.rollout.pipeline import Pipeline, largest_group
+from disagg_core.rollout.prompts import PromptSource
+from disagg_core.rollout.target import Target
+from disagg_core.rollout.worker import Putters, RolloutWorker
+from disagg_core.run_spec import RolloutSection
+from disagg_core.store import MooncakeFeatureStore
+
+log = logging.getLogger(__name__)
+
+_PUBLISH_TOGETHER = 256
+_WAIT_S = 0.05
+_LOOK_S = 0.25
+_PUBLISH_RETRY_S = 60.0
+_JOIN_S = 60.0
+
+
+@dataclass(frozen=True)
+class DriveState:
+    """What the producer is doing, for progress and metrics; `rejected` includes quarantined prompts."""
+
+    published: int
+    published_bytes: int
+    rejected: int
+    admitted: int
+    in_flight: int
+    blocked: bool
+    blocked_s: float
+    final: bool = False
+
+
+class Drive:
+    """One producer's run over its prompts. Call it once; `request_stop` may come from a signal handler."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        workers: Sequence[RolloutWorker],
+        putters: Putters,
+        store: MooncakeFeatureStore,
+        channel: StreamingRefChannel,
+        meter: RolloutMeter,
+        on_tick: Callable[[DriveState, RolloutMeter], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._workers = workers
+        self._putters = putters
+        self._store = store
+        self._channel = channel
+        self._meter = meter
+        self._on_tick = on_tick
+        self._stop_reason: str | None = None
+        self._before = 0
+        self._threads: list[threading.Thread] = []
+
+    def request_stop(self, reason: str) -> None:
+        """Ask for an orderly end: the stream then ends as failed, class ``preempted``, with `reason`."""
+        self._stop_reason = reason
+
+    def __call__(self) -> StreamTotals:
+        """Capture, store and publish every prompt, end the stream, and return its totals.
+
+        Returns early, with totals of what was published, when the consumer is done.
+
+        Raises:
+            ChannelBusy: another producer writes the channel; its stream is left alone.
+            Preempted: `request_stop` was called.
+            RoleFailed: the consumer has failed or is gone.
+            TargetUnavailable, StoreError, ChannelError, BadInput: what ended the run. In all of these cases the stream
+                ends with a failure record that gives the reason.
+        """
+        self._channel.claim_writer()
+        try:
+            self._resume()
+            self._start()
+            self._publish_until_finished()
+            self._end_threads()
+            totals = self._totals()
+            self._free_unpublished()
+            self._channel.close(totals)
+            self._on_tick(self.state(final=True), self._meter)
+        except BaseException as error:
+            self._end_badly(error)
+            raise
+        return totals
+
+    # --- start -----------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Leave out what an earlier producer of this attempt has published, and free what it left unpublished."""
+        published = [ordinal_of(sample_id) for sample_id in self._channel.published_sample_ids()]
+        source = self._pipeline.source
+        source.skip_done(published)
+        self._before = len(published)
+        if published:
+            log.info("continuing after %d published samples", len(published))
+        if self._store.key_count() > self._channel.in_flight_remote():
+            for ordinal in source.upcoming(self._pipeline.most_admitted):
+                self._store.sweep(f"{self._store.namespace}/{sample_id_of(ordinal)}")
+
+    def _start(self) -> None:
+        self._putters.start()
+        for worker in self._workers:
+            thread = threading.Thread(target=worker.run, name=f"rollout-{worker.name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _publish_until_finished(self) -> None:
+        looked = 0.0
+        while not self._pipeline.finished:
+            refs = self._pipeline.pop_ready(_PUBLISH_TOGETHER)
+            if refs:
+                self._publish(refs)
+            if self._pipeline.error is not None:
+                raise self._pipeline.error
+            now = time.monotonic()
+            if now - looked >= _LOOK_S:
+                looked = now
+                self._look()
+            if self._pipeline.stopping:
+                return
+            if not refs:
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait until something is ready, or, when all workers wait for the consumer, until it has moved."""
+        if self._pipeline.blocked == len(self._workers) and not self._pipeline.admitted:
+            self._channel.wait_for_reader_change(_LOOK_S)
+            self._pipeline.wake()
+            return
+        with self._pipeline.changed:
+            if not self._pipeline.something_ready:
+                self._pipeline.changed.wait(_WAIT_S)
+
+    def _look(self) -> None:
+        """Look whether to stop, expire leases, and report."""
+        if self._stop_reason is not None:
+            raise Preempted(self._stop_reason)
+        self._pipeline.expire()
+        reader = self._channel.reader_status()
+        if reader.state == "done":
+            log.info("the consumer is done (%s): no more samples are needed", reader.reason)
+            self._pipeline.stop()
+        elif reader.state in ("failed", "lost"):
+            raise RoleFailed(f"stopped because {reader.describe()}", "stalled")
+        self._meter.blocked(self._pipeline.blocked_s)
+        self._on_tick(self.state(), self._meter)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Sums over the whole drive: samples, tokens, bytes, and seconds of each step."""
+        return self._meter.totals
+
+    def state(self, *, final: bool = False) -> DriveState:
+        """Return what the producer is doing."""
+        pipeline = self._pipeline
+        return DriveState(
+            published=self._channel.published,
+            published_bytes=self._channel.published_bytes,
+            rejected=pipeline.source.rejected,
+            admitted=pipeline.admitted,
+            in_flight=self._channel.in_flight_remote(),
+            blocked=pipeline.blocked == len(self._workers),
+            blocked_s=pipeline.blocked_s,
+            final=final,
+        )
+
+    def _publish(self, refs: list[SampleRef]) -> None:
+        began = time.monotonic()
+        pause = threading.Event()
+        while True:
+            try:
+                self._channel.publish_many(refs)
+                break
+            except ChannelUnavailable:
+                if time.monotonic() - began > _PUBLISH_RETRY_S:
+                    raise
+                log.warning("the channel is not available; publishing again", exc_info=True)
+                pause.wait(_LOOK_S)
+        spent = time.monotonic() - began
+        self._pipeline.published([ordinal_of(ref.sample_id) for ref in refs])
+        self._meter.published(
+            len(refs), sum(ref.num_tokens for ref in refs), sum(ref.size_bytes for ref in refs), spent
+        )
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _totals(self) -> StreamTotals:
+        """Return the totals of the attempt.
+
+        Raises:
+            AccountingError: prompts taken are not those published and rejected.
+            BadInput: every single prompt was rejected.
+        """
+        source = self._pipeline.source
+        refs, rejected = self._channel.published, source.rejected
+        answered = self._before + source.taken
+        if self._pipeline.stopping:
+            answered = refs + rejected  # the consumer is done: what was leased or stored is nobody's loss
+        if answered != refs + rejected:
+            raise AccountingError(f"{answered} prompts were taken, but {refs} published and {rejected} rejected")
+        if rejected and not refs and not source.covered:
+            raise BadInput(f"all {rejected} prompts were rejected; rejected.jsonl in the attempt's state names reasons")
+        return StreamTotals(refs=refs, bytes=self._channel.published_bytes, prompts=answered, rejected=rejected)
+
+    def _end_threads(self) -> None:
+        """End workers, then putters."""
+        self._pipeline.wake()
+        deadline = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        ended = self._putters.close(max(0.0, deadline - time.monotonic()))
+        alive = [thread.name for thread in self._threads if thread.is_alive()]
+        if alive or not ended:
+            log.warning("left behind after %.0f s: %s", _JOIN_S, ", ".join(alive) or "a put")
+
+    def _free_unpublished(self) -> None:
+        for ref in self._pipeline.drain():
+            self._store.abort(ref)
+
+    def _end_badly(self, error: BaseException) -> None:
+        """Stop the threads, free what was not published, and say in the stream why it ends."""
+        self._pipeline.stop(error)
+        self._end_threads()
+        try:
+            self._free_unpublished()
+        except StoreError:
+            log.warning("could not free unpublished samples", exc_info=True)
+        reason = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
+        try:
+            self._channel.fail(reason, classify(error))
+        except ChannelClosed:
+            log.info("the stream has its end already")
+        except ChannelError:
+            log.exception("could not write the failure into the stream")
+
+
+def watermarks(rollout: RolloutSection, window: int, max_sample_bytes: int) -> Watermarks:
+    """Return the watermarks of a rollout section.
+
+    Raises:
+        BadInput: one is smaller than the window.
+    """
+    return Watermarks(
+        window=window,
+        high_refs=rollout.high_watermark_refs,
+        low_refs=rollout.low_watermark_refs,
+        high_bytes=rollout.high_watermark_bytes,
+        low_bytes=rollout.low_watermark_bytes,
+        max_sample_bytes=max_sample_bytes,
+    )
+
+
+def build_disagg_online_producer(
+    *,
+    prompts: PromptSource | Sequence[PromptTask],
+    target: Target,
+    store: MooncakeFeatureStore,
+    channel: StreamingRefChannel,
+    identity: RunIdentity,
+    rollout: RolloutSection,
+    window: int,
+    max_sample_bytes: int = 0,
+    bytes_of: Callable[[PromptTask], int] | None = None,
+    unavailable_timeout_s: float = 600.0,
+    on_tick: Callable[[DriveState, RolloutMeter], None] = lambda state, meter: None,
+) -> tuple[list[RolloutWorker], Drive]:
+    """Put a producer together; return its workers and ``drive_producer``, which runs it.
+
+    Args:
+        prompts: where the prompts come from, or the tasks themselves.
+        target: prepared with `identity`.
+        store: what the samples are put into.
+        channel: what the references are published to; this process becomes its writer when the drive starts.
+        identity: what every reference carries.
+        rollout: workers, order and watermarks. Byte watermarks are off when `rollout` has none.
+        window: samples of one optimizer step (`RunSpec.quantum`).
+        max_sample_bytes: the largest sample, for the byte watermarks.
+        bytes_of: the most bytes that the sample of one task can take; by default `max_sample_bytes` each.
+        unavailable_timeout_s: without a usable server for this long the run fails.
+        on_tick: called a few times a second from the driving thread.
+
+    Raises:
+        BadInput: a watermark is smaller than the window.
+    """
+    marks = watermarks(rollout, window, max_sample_bytes)
+    if not isinstance(prompts, PromptSource):
+        group = largest_group(marks, target.batch_size)
+        prompts = PromptSource.of_tasks(prompts, group=group, max_attempts=rollout.max_prompt_attempts)
+    meter = RolloutMeter()
+    pipeline = Pipeline(
+        prompts,
+        marks,
+        ordered=rollout.ordered,
+        in_flight=lambda: (channel.in_flight_remote(), channel.in_flight_bytes_remote()),
+        sample_bytes=bytes_of or (lambda task: max_sample_bytes),
+    )
+    putters = Putters(pipeline, store, identity, meter)
+    workers = [
+        RolloutWorker(
+            f"worker-{number}",
+            pipeline=pipeline,
+            target=target,
+            putters=putters,
+            store=store,
+            meter=meter,
+            unavailable_timeout_s=unavailable_timeout_s,
+        )
+        for number in range(max(rollout.workers, target.concurrency))
+    ]
+    drive = Drive(
+        pipeline=pipeline,
+        workers=workers,
+        putters=putters,
+        store=store,
+        channel=channel,
+        meter=meter,
+        on_tick=on_tick,
+    )
+    return workers, drive

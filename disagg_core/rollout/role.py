@@ -1,0 +1,313 @@
+"""The producer's process: what `python -m disagg_core.rollout.role <role.json>` runs.
+
+Reads its assignment, derives the vocabulary map if the run has none, drives the prompts through the target, and leaves
+metrics, progress, the list of rejected prompts and its outcome in the run's directory. However it ends, short of being
+killed, the stream says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+import torch
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import PromptTask, StreamTotals
+from disagg_core.errors import ChannelClosed, DraftlineError, IdentityMismatch, Preempted
+from disagg_core.observability.metrics import JsonlMetrics
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.ordinals import OrdinalSet
+from disagg_core.outcomes import classify, write_failure, write_outcome
+from disagg_core.plan import RoleAssignment, RunPlan
+from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.rollout.generate import Sampling
+from disagg_core.rollout.pipeline import largest_group
+from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
+from disagg_core.rollout.prompts import PromptSource
+from disagg_core.rollout.prompts_pool import EncodedPrompts
+from disagg_core.rollout.role_files import RejectedFile, Reporter
+from disagg_core.rollout.target import Target
+from disagg_core.rollout.transformers_target import TransformersTarget
+from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.run_spec import RolloutSection
+from disagg_core.settings import get_settings
+from disagg_core.store import MooncakeFeatureStore
+
+log = logging.getLogger(__name__)
+
+PREEMPTED_EXIT_CODE = 75
+"""Exit code of a process that was asked to stop and ended its stream properly (EX_TEMPFAIL)."""
+
+_LEASES_PER_REQUEST = 4
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into an orderly end."""
+
+    def __init__(self) -> None:
+        self._drive: Drive | None = None
+        self._asked = ""
+
+    def install(self) -> None:
+        """Handle the signals from now on. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = f"the producer was asked to stop ({signal.Signals(number).name})"
+        if self._drive is not None:
+            self._drive.request_stop(self._asked)
+
+    def forward_to(self, drive: Drive) -> None:
+        """Stop `drive` when asked; at once if that was before."""
+        self._drive = drive
+        if self._asked:
+            drive.request_stop(self._asked)
+
+    def check(self) -> None:
+        """Raise `Preempted` if the process was asked to stop: for the time before the drive."""
+        if self._asked:
+            raise Preempted(self._asked)
+
+
+def run_producer(assignment: RoleAssignment, *, stop: StopSignal | None = None) -> StreamTotals:
+    """Produce the samples of `assignment` and return the totals of its stream.
+
+    Leaves the outcome in ``state/producer-outcome.json``.
+
+    Raises:
+        Preempted: SIGTERM came; the stream ended as failed, class ``preempted``.
+        DraftlineError: whatever else ended the run; stream and outcome file say so too.
+    """
+    started = time.time()
+    outcome = assignment.dir.state / "producer-outcome.json"
+    progress = ProgressFile(assignment.dir.state / "producer.json")
+    try:
+        totals, result = _produce(assignment, progress, stop or StopSignal())
+    except BaseException as error:
+        log.exception("the producer failed")
+        write_failure(outcome, started, error)
+        progress.update(phase="failed", reason=str(error))
+        progress.flush()
+        raise
+    write_outcome(outcome, started, result)
+    progress.update(phase="ended", published=totals.refs, rejected=totals.rejected)
+    progress.flush()
+    return totals
+
+
+def _produce(
+    assignment: RoleAssignment, progress: ProgressFile, stop: StopSignal
+) -> tuple[StreamTotals, dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        channel = stack.enter_context(_open_channel(assignment))
+        with _failures_told(channel):
+            store = stack.enter_context(_open_store(assignment))
+            drive, target, source = _assemble(assignment, channel, store, progress, stop, stack)
+            stop.forward_to(drive)
+        totals = drive()
+        result: dict[str, Any] = {
+            **msgspec.to_builtins(totals),
+            "skipped": source.covered,
+            "store_counters": {f"producer_{name}": float(value) for name, value in store.counters.items()},
+            "figures": drive.figures,
+            "servers": [vars(server) for server in target.health()],
+        }
+        return totals, result
+
+
+@contextlib.contextmanager
+def _failures_told(channel: StreamingRefChannel) -> Iterator[None]:
+    """End the stream with a failure when what is inside raises."""
+    channel.claim_writer()
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(ChannelClosed):
+            channel.fail(str(error) if isinstance(error, DraftlineError) else repr(error), classify(error))
+        raise
+
+
+def _assemble(
+    assignment: RoleAssignment,
+    channel: StreamingRefChannel,
+    store: MooncakeFeatureStore,
+    progress: ProgressFile,
+    stop: StopSignal,
+    stack: contextlib.ExitStack,
+) -> tuple[Drive, Target, PromptSource]:
+    """Load tokenizer and target, derive the vocabulary map, open the prompts; return the producer ready to run."""
+    plan, spec = assignment.plan, assignment.plan.spec
+
+    def enter(phase: str, **fields: int | None) -> None:
+        stop.check()
+        progress.update(phase=phase, **fields)
+        channel.note_progress(f"{phase} {fields}" if fields else phase)
+
+    enter("reading prompts", published=0, prompts=plan.total_prompts)
+    tokenizer = load_tokenizer(spec.target)
+    _check_tokenizer(plan, tokenizer)
+    pool = EncodedPrompts(spec, tokenizer)
+    stack.callback(pool.close)
+    enter("loading the target")
+    target = make_target(assignment, store)
+    stack.callback(target.close)
+    target.prepare(plan.identity(assignment.attempt, ""))
+    enter("vocabulary map")
+    vocab_map = vocab_map_of(
+        plan, pool, target, progress=lambda done, total: enter("vocabulary map", counted=done, of=total)
+    )
+    identity = plan.identity(assignment.attempt, vocab_map.version)
+    target.prepare(identity)
+    rollout = _with_watermarks(plan)
+    rejected = stack.enter_context(RejectedFile(assignment.dir.state / "rejected.jsonl"))
+    marks = watermarks(rollout, spec.quantum, plan.max_sample_bytes)
+    source = PromptSource(
+        pool,
+        group=largest_group(marks, target.batch_size),
+        skip=_covered(assignment.dir.state / "skip.json"),
+        already_rejected=rejected.ordinals,
+        max_attempts=rollout.max_prompt_attempts,
+        lease_s=_lease_s(plan),
+        on_reject=rejected.write,
+    )
+    metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
+    _, drive = build_disagg_online_producer(
+        prompts=source,
+        target=target,
+        store=store,
+        channel=channel,
+        identity=identity,
+        rollout=rollout,
+        window=spec.quantum,
+        max_sample_bytes=plan.max_sample_bytes,
+        bytes_of=_sample_bytes(plan),
+        unavailable_timeout_s=spec.target.unavailable_timeout_s,
+        on_tick=Reporter(assignment, metrics, progress, target),
+    )
+    return drive, target, source
+
+
+def make_target(assignment: RoleAssignment, store: MooncakeFeatureStore) -> Target:
+    """Return the target that the run document asks for; nothing is loaded or started yet."""
+    plan, spec = assignment.plan, assignment.plan.spec
+    if spec.target.backend == "sglang":
+        from disagg_core.rollout.sglang_target import SGLangTarget
+
+        return SGLangTarget(
+            spec.target,
+            plan.target,
+            store=store,
+            store_section=spec.store,
+            max_tokens=spec.data.max_tokens,
+            log_dir=assignment.dir.logs,
+            settings=get_settings(),
+            generate=spec.data.generate,
+            seed=spec.run.seed,
+        )
+    sampling = None
+    if spec.data.generate is not None:
+        sampling = Sampling.of(spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed)
+    return TransformersTarget(spec.target, plan.target, batch_tokens=spec.rollout.batch_tokens, sampling=sampling)
+
+
+def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
+    found = tokenizer_version(tokenizer, template_text(tokenizer, plan.spec.data.chat_template))
+    if plan.tokenizer_version and found != plan.tokenizer_version:
+        raise IdentityMismatch(
+            f"expected tokenizer and chat template {plan.tokenizer_version}, as the plan of {plan.run_id} says, found "
+            f"{found}: the target's directory has changed since the run was planned, or differs on this machine"
+        )
+
+
+def _open_channel(assignment: RoleAssignment) -> StreamingRefChannel:
+    settings = get_settings()
+    return StreamingRefChannel(
+        assignment.channel_url,
+        run_id=assignment.plan.run_id,
+        attempt=assignment.attempt,
+        idle_timeout_s=assignment.plan.spec.channel.idle_timeout_s,
+        password=settings.redis_password,
+        ca=settings.redis_ca,
+    )
+
+
+def _open_store(assignment: RoleAssignment) -> MooncakeFeatureStore:
+    section = assignment.plan.spec.store
+    return MooncakeFeatureStore(
+        assignment.store,
+        namespace=assignment.namespace,
+        host=get_settings().host,
+        protocol=section.protocol,
+        checksum=section.checksum,
+        put_timeout_s=section.put_timeout_s,
+    )
+
+
+def _with_watermarks(plan: RunPlan) -> RolloutSection:
+    """Return the rollout section with every watermark as the plan has resolved it."""
+    return plan.spec.rollout.model_copy(
+        update={
+            "high_watermark_refs": plan.high_watermark_refs,
+            "low_watermark_refs": plan.low_watermark_refs,
+            "high_watermark_bytes": plan.high_watermark_bytes,
+            "low_watermark_bytes": plan.low_watermark_bytes,
+        }
+    )
+
+
+def _sample_bytes(plan: RunPlan) -> Any:
+    """Return a function from a task to the most bytes its sample can take."""
+    generate = plan.spec.data.generate
+    more = generate.max_new_tokens if generate is not None else 0
+    slack = plan.max_sample_bytes - plan.spec.data.max_tokens * plan.target.bytes_per_token
+
+    def sample_bytes(task: PromptTask) -> int:
+        tokens = min(len(task.input_ids) + more, plan.spec.data.max_tokens)
+        return tokens * plan.target.bytes_per_token + slack
+
+    return sample_bytes
+
+
+def _lease_s(plan: RunPlan) -> float:
+    """Return how long a worker may hold a prompt: a hung server's requests end by themselves well before."""
+    target = plan.spec.target
+    return _LEASES_PER_REQUEST * target.request_timeout_s if target.backend == "sglang" else float("inf")
+
+
+def _covered(path: Path) -> OrdinalSet:
+    """Return the ordinals that the checkpoint of an earlier attempt covers (ranges, if there is a file)."""
+    return (
+        OrdinalSet(msgspec.json.decode(path.read_bytes(), type=list[tuple[int, int]]))
+        if path.is_file()
+        else OrdinalSet()
+    )
+
+
+def main() -> int:
+    """Run the role of the assignment file given as the only argument; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = StopSignal()
+    stop.install()
+    assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
+    torch.set_grad_enabled(False)
+    try:
+        run_producer(assignment, stop=stop)
+    except Preempted:
+        return PREEMPTED_EXIT_CODE
+    except DraftlineError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a producer writes into the run's directory while it runs: rejected prompts, metrics, progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from disagg_core.observability.metrics import JsonlMetrics
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.plan import RoleAssignment
+from disagg_core.rollout.meter import RolloutMeter
+from disagg_core.rollout.producer import DriveState
+from disagg_core.rollout.prompts import Rejection
+from disagg_core.rollout.target import Target
+
+log = logging.getLogger(__name__)
+
+_METRICS_S = 5.0
+
+
+class RejectedFile:
+    """The attempt's ``rejected.jsonl``: every prompt without a sample, and why; a restarted producer reads it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self.ordinals = {msgspec.json.decode(line, type=Rejection).ordinal for line in whole}
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(sum(map(len, whole)))
+
+    def write(self, rejection: Rejection) -> None:
+        """Append one prompt."""
+        log.warning("%s: %s is %s: %s", rejection.source, rejection.ordinal, rejection.kind, rejection.reason)
+        self._file.write(msgspec.json.encode(rejection) + b"\n")
+
+    def __enter__(self) -> RejectedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class Reporter:
+    """Writes ``metrics/rollout.jsonl`` and ``state/producer.json`` as the drive goes."""
+
+    def __init__(
+        self,
+        assignment: RoleAssignment,
+        metrics: JsonlMetrics,
+        progress: ProgressFile,
+        target: Target,
+    ) -> None:
+        self._total = assignment.plan.total_prompts
+        self._attempt = assignment.attempt
+        self._metrics = metrics
+        self._progress = progress
+        self._target = target
+        self._written_at = time.monotonic()
+
+    def __call__(self, state: DriveState, meter: RolloutMeter) -> None:
+        """Report; `meter` is read out at most every few seconds."""
+        now = time.monotonic()
+        fields: dict[str, float] = {}
+        if now - self._written_at >= _METRICS_S or state.final:
+            self._written_at = now
+            fields = meter.interval()
+            servers = self._target.health()
+            self._metrics.write(
+                attempt=self._attempt,
+                published=state.published,
+                rejected=state.rejected,
+                in_flight=state.in_flight,
+                queue_depth=sum(server.queue_depth for server in servers),
+                servers_usable=sum(server.state == "closed" for server in servers),
+                **fields,
+            )
+        rates = {name: fields[name] for name in ("samples_per_s", "tokens_per_s") if name in fields}
+        self._progress.update(
+            phase="waiting for the consumer" if state.blocked else "capturing",
+            prompts=self._total,
+            published=state.published,
+            published_bytes=state.published_bytes,
+            rejected=state.rejected,
+            in_flight=state.in_flight,
+            blocked_s=round(state.blocked_s, 1),
+            **rates,
+        )

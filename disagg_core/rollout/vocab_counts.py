@@ -1,0 +1,123 @@
+"""Counting the tokens that the draft vocabulary is chosen from: a step of the producer, before the first capture."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from disagg_core.contracts import PromptTask
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.plan import RunPlan
+from disagg_core.rollout.prompts_pool import PromptPool
+from disagg_core.rollout.target import Generated, Target
+
+log = logging.getLogger(__name__)
+
+_MOST_COUNTED = 50_000
+"""Prompts that are counted at most: more change no frequency that matters, and a run must not wait for them."""
+
+_REPORT_EVERY = 64
+
+
+def vocab_map_of(
+    plan: RunPlan, pool: PromptPool, target: Target, *, progress: Callable[[int, int | None], None]
+) -> VocabMap:
+    """Return the run's vocabulary map: the one on disk, or a new one, which is saved.
+
+    A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted where the loss mask is 1:
+    over the prompts of the first epoch, or, when the target generates, over its continuations of
+    ``draft.vocab_sample`` prompts. `progress` is told prompts counted so far and in all.
+
+    Raises:
+        BadInput: the file on disk is damaged, or nothing was left to count.
+        TargetUnavailable: no server could continue the prompts.
+    """
+    path = plan.dir.vocab_map
+    if path.is_file():
+        return VocabMap.load(path)
+    if plan.draft_vocab_size == plan.target.vocab_size:
+        vocab_map = VocabMap.identity(plan.target.vocab_size)
+    else:
+        generating = plan.spec.data.generate is not None
+        rows = _continuations(plan, pool, target) if generating else _trained_tokens(pool)
+        limit = plan.spec.draft.vocab_sample if generating else _MOST_COUNTED
+        total = limit if pool.end is None else min(limit, pool.end)
+        counts = _count(rows, plan.target.vocab_size, total, progress)
+        vocab_map = VocabMap.from_counts(counts, plan.draft_vocab_size, _inputs_version(plan))
+    vocab_map.save(path)
+    log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
+    return vocab_map
+
+
+def _count(
+    rows: Iterator[list[int]], vocab_size: int, total: int, progress: Callable[[int, int | None], None]
+) -> Tensor:
+    """Return how often each token occurs in the first `total` rows: [vocabulary] int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counted = 0
+    for tokens in rows:
+        counts += torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab_size)
+        counted += 1
+        if counted % _REPORT_EVERY == 0:
+            progress(counted, total)
+        if counted == total:
+            break
+    if not counted:
+        raise BadInput("vocabulary map: expected at least one usable prompt to count tokens of, found none")
+    progress(counted, total)
+    return counts
+
+
+def _tasks(pool: PromptPool) -> Iterator[PromptTask]:
+    ordinal = 0
+    while (task := pool.task(ordinal)) is not None:
+        if isinstance(task, PromptTask):
+            yield task
+        ordinal += 1
+
+
+def _trained_tokens(pool: PromptPool) -> Iterator[list[int]]:
+    for task in _tasks(pool):
+        yield [token for token, live in zip(task.input_ids, task.loss_mask, strict=True) if live]
+
+
+def _continuations(plan: RunPlan, pool: PromptPool, target: Target) -> Iterator[list[int]]:
+    """Yield continuations by the target, in prompt order but for the order within a batch."""
+    together = max(target.batch_size, target.concurrency)
+    batch: list[PromptTask] = []
+    for task in _tasks(pool):
+        batch.append(task)
+        if len(batch) == together:
+            yield from _generated(plan, target, batch)
+            batch = []
+    if batch:
+        yield from _generated(plan, target, batch)
+
+
+def _generated(plan: RunPlan, target: Target, batch: list[PromptTask]) -> Iterator[list[int]]:
+    try:
+        for outcome in target.generate(batch, avoid={}):
+            if isinstance(outcome, Generated):
+                yield outcome.tokens
+            else:
+                log.warning("prompt %d could not be continued: %s", outcome.task.ordinal, outcome.reason)
+    except TargetUnavailable as error:
+        raise TargetUnavailable(f"while counting for the vocabulary map of {plan.run_id}: {error}") from error
+
+
+def _inputs_version(plan: RunPlan) -> str:
+    """Return a hash of what the counts depend on."""
+    parts = (
+        plan.target.version,
+        plan.tokenizer_version,
+        plan.spec.data.model_dump_json(),
+        str(plan.spec.run.seed),
+        str(plan.spec.draft.vocab_sample),
+        str(plan.draft_vocab_size),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
