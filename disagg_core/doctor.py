@@ -1,0 +1,231 @@
+"""The checks of `draftline doctor`: this machine, and SGLang servers before they are trusted with a run.
+
+Every check gives findings and raises nothing for what it was made to find. A finding of level ``failed`` means that a
+run would fail; ``warning`` that some runs would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from disagg_core.errors import DraftlineError, TargetUnavailable
+from disagg_core.processes import check_port
+from disagg_core.rollout.sglang_client import SglangClient
+from disagg_core.rollout.sglang_probe import (
+    TOLERANCE,
+    compare_states,
+    identity_differences,
+    probe_ids,
+    reference_states,
+)
+from disagg_core.rollout.sglang_servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.run_spec import TargetSection
+from disagg_core.settings import Settings
+from disagg_core.target_facts import TargetFacts
+
+Level = Literal["ok", "warning", "failed"]
+
+_SMALL_DISK = 5 * 1024**3
+_STORE_BYTES = 64 * 1024**2
+_HEALTH_TIMEOUT_S = 30.0
+_PROBE_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: Level
+    what: str
+    found: str
+
+
+def machine_findings(settings: Settings) -> Iterator[Finding]:
+    """Check Python, packages, GPUs, memory, disk, ports, the Mooncake library and the SGLang environment."""
+    yield Finding("ok", "python", sys.version.split()[0])
+    yield from _packages()
+    yield _gpus()
+    memory = psutil.virtual_memory()
+    yield Finding("ok", "memory", f"{_gib(memory.available)} of {_gib(memory.total)} available")
+    yield from _tried("home", lambda: _home(settings.home))
+    yield from _tried("address", lambda: _address(settings))
+    if settings.prefect_port is not None:
+        port = settings.prefect_port
+        yield from _tried("prefect port", lambda: _port(settings.host, port), level="warning")
+    yield from _tried("feature store", lambda: _store(settings))
+    yield from _tried("sglang environment", lambda: str(find_sglang_python(settings)), level="warning")
+
+
+def server_findings(client: SglangClient, section: TargetSection, facts: TargetFacts) -> Iterator[Finding]:
+    """Probe one server: health, version, identity, capture, its layers against transformers' on a sample, memory."""
+    if not client.healthy(_HEALTH_TIMEOUT_S):
+        yield Finding(
+            "failed", "health", f"{client.url} does not answer within {_HEALTH_TIMEOUT_S:g} s or is unhealthy"
+        )
+        return
+    yield Finding("ok", "health", client.url)
+    try:
+        began = time.perf_counter()
+        reply = client.probe(probe_ids(facts))
+        spent = time.perf_counter() - began
+    except DraftlineError as error:
+        yield Finding("failed", "capture", str(error))
+        return
+    found = reply.facts
+    yield Finding("ok", "version", f"sglang {found.sglang_version}, tensor parallel {found.tensor_parallel}")
+    yield Finding("ok", "capture", f"layers {found.aux_layers} in {found.dtype}, {spent * 1000:.0f} ms for one probe")
+    differences = identity_differences(found, facts, section)
+    for difference in differences:
+        yield Finding("failed", "identity", difference)
+    if differences:
+        return
+    yield Finding("ok", "identity", f"{found.model_path}, config and weights {found.fingerprint}")
+    limit = TOLERANCE[facts.dtype]
+    for entry in compare_states(reply, facts, reference_states(section, facts, whole=True)):
+        level: Level = "ok" if entry.relative <= limit else "failed"
+        text = f"relative error {entry.relative:.2g} (limit {limit:g}), largest difference {entry.largest:.2g}"
+        yield Finding(level, entry.name, text)
+    yield from _tried("server memory", lambda: _server_memory(client))
+
+
+@contextlib.contextmanager
+def started_server(
+    section: TargetSection, facts: TargetFacts, settings: Settings, log_dir: Path
+) -> Iterator[SglangClient]:
+    """Start one server as a run would, wait until it is healthy, and stop it afterwards.
+
+    Raises:
+        DraftlineError: there is no SGLang environment.
+        TargetUnavailable: the server ended, or was not healthy in time; the message holds the end of its log.
+    """
+    import torch
+
+    cpu = section.device == "cpu" or not torch.cuda.is_available()
+    launch = ServerLaunch(
+        python=find_sglang_python(settings),
+        section=section,
+        facts=facts,
+        longest=min(2048, facts.max_position_embeddings),
+        cpu=cpu,
+        host=settings.host,
+    )
+    server = ManagedServer(launch, index=0, log_dir=log_dir)
+    client = SglangClient(server.name, server.url, timeout_s=_PROBE_TIMEOUT_S)
+    server.start()
+    try:
+        deadline = time.monotonic() + section.unavailable_timeout_s
+        while not client.healthy(_HEALTH_TIMEOUT_S):
+            ended = server.exit_reason()
+            if ended is None and time.monotonic() > deadline:
+                ended = f"not healthy within {section.unavailable_timeout_s:g} s; its log: {server.log}"
+            if ended is not None:
+                raise TargetUnavailable(f"the server did not start: {ended}")
+            threading.Event().wait(0.5)
+        yield client
+    finally:
+        client.close()
+        server.stop()
+
+
+def _tried(what: str, check: Callable[[], str], level: Level = "failed") -> Iterator[Finding]:
+    try:
+        yield Finding("ok", what, check())
+    except (DraftlineError, OSError, KeyError) as error:
+        yield Finding(level, what, str(error))
+
+
+def _packages() -> Iterator[Finding]:
+    for name in ("torch", "transformers", "prefect"):
+        try:
+            yield Finding("ok", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("failed", name, f"not installed in {sys.prefix}; install draftline with its dependencies")
+
+
+def _gpus() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("warning", "GPUs", "none that torch can use; runs here go to the CPU")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    free = ", ".join(_gib(torch.cuda.mem_get_info(index)[0]) for index in range(len(names)))
+    return Finding("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))}; free: {free}")
+
+
+def _home(home: Path) -> str:
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=home):
+        free = shutil.disk_usage(home).free
+    if free < _SMALL_DISK:
+        raise OSError(f"{home}: expected {_gib(_SMALL_DISK)} free for checkpoints and logs, found {_gib(free)}")
+    return f"{home}, {_gib(free)} free"
+
+
+def _address(settings: Settings) -> str:
+    check_port(settings.host, 0, "DRAFTLINE_HOST")
+    return f"servers bind to {settings.host}"
+
+
+def _port(host: str, port: int) -> str:
+    check_port(host, port, "DRAFTLINE_PREFECT_PORT")
+    return f"{port} is free"
+
+
+def _store(settings: Settings) -> str:
+    """Take one sample through a real store: library, master, owner, put, get, removal."""
+    import torch
+
+    from disagg_core.contracts import RunIdentity
+    from disagg_core.store import MooncakeFeatureStore, managed_store, require_mooncake
+
+    require_mooncake()
+    identity = RunIdentity(
+        run_id="doctor",
+        attempt=1,
+        strategy="eagle3",
+        target_model_version="",
+        tokenizer_version="",
+        vocab_map_version="",
+        draft_weight_version=0,
+        aux_layers=(0, 1, 2),
+        dtype="float32",
+    )
+    sample = {"last_hidden_state": torch.arange(4096, dtype=torch.float32).view(64, 64)}
+    with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
+        endpoints = stack.enter_context(managed_store(_STORE_BYTES, host=settings.host, log_dir=Path(logs)))
+        store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace="doctor/1", host=settings.host))
+        began = time.perf_counter()
+        ref = store.put("s000000000", sample, identity=identity, source_task_id="doctor", num_tokens=64)
+        same = torch.equal(store.get(ref)["last_hidden_state"], sample["last_hidden_state"])
+        store.release(ref)
+        spent = time.perf_counter() - began
+    if not same:
+        raise OSError("a sample came back from a Mooncake store changed")
+    version = importlib.metadata.version(_mooncake_distribution())
+    return f"Mooncake {version}: one sample put, got and removed in {spent * 1000:.0f} ms"
+
+
+def _mooncake_distribution() -> str:
+    """Return the name of the installed Mooncake wheel: there is one for each CUDA version, and one for none."""
+    return importlib.metadata.packages_distributions()["mooncake"][0]
+
+
+def _server_memory(client: SglangClient) -> str:
+    usage = client.memory()
+    return ", ".join(f"{name} {value:g}" for name, value in usage.items()) + " (GiB, tokens)"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 1024**3:.1f} GiB"

@@ -1,0 +1,106 @@
+"""``draftline doctor``: is this machine, and are these SGLang servers, fit for a run?"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from disagg_core.errors import BadInput, DraftlineError
+from disagg_core.run_spec import TargetSection
+from disagg_core.settings import get_settings
+from disagg_core.spec_file import load_spec
+
+_MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "failed": "[red]failed[/] "}
+
+
+def doctor(
+    spec: Annotated[
+        Path | None, typer.Argument(help="Run document whose target and servers are probed.", show_default=False)
+    ] = None,
+    server: Annotated[list[str] | None, typer.Option("--server", help="URL of an SGLang server to probe.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model that the servers should run.")] = None,
+    start_server: Annotated[
+        bool, typer.Option("--start-server", help="Start one server as a run would, probe it and stop it.")
+    ] = False,
+    machine: Annotated[bool, typer.Option("--machine/--no-machine", help="Check this machine too.")] = True,
+) -> None:
+    """Check this machine; probe SGLang servers: version, capture, layers against transformers, memory.
+
+    Exit status: 0 if a run would work, 1 if a check failed, 2 if what was given is wrong.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        section = _section(spec, server or [], model, start_server)
+        failed = _report(console, _machine()) if machine else 0
+        if section is not None:
+            failed += _probe(console, section, start_server)
+    except DraftlineError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        raise typer.Exit(2 if isinstance(error, BadInput) else 1) from error
+    if failed:
+        console.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
+        raise typer.Exit(1)
+
+
+def _section(spec: Path | None, servers: list[str], model: str | None, start_server: bool) -> TargetSection | None:
+    """Return the target to probe servers for; None if only the machine is checked."""
+    if spec is not None:
+        section = load_spec(spec, ()).target
+        if model is not None:
+            raise BadInput("give either a run document or --model, not both")
+    elif model is not None:
+        section = TargetSection(model=model, backend="sglang")
+    elif servers or start_server:
+        raise BadInput("to probe a server, say what it should run: a run document, or --model")
+    else:
+        return None
+    if servers:
+        section = section.model_copy(update={"server_urls": tuple(servers)})
+    return section if section.server_urls or start_server else None
+
+
+def _machine() -> Iterator[tuple[str, str, str]]:
+    from disagg_core.doctor import machine_findings
+
+    for finding in machine_findings(get_settings()):
+        yield finding.level, finding.what, finding.found
+
+
+def _probe(console: Console, section: TargetSection, start_server: bool) -> int:
+    from disagg_core.doctor import server_findings, started_server
+    from disagg_core.rollout.sglang_client import SglangClient
+    from disagg_core.target_facts import read_target_facts
+
+    facts = read_target_facts(section)
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for url in section.server_urls:
+            client = SglangClient(url, url, timeout_s=section.request_timeout_s)
+            stack.callback(client.close)
+            clients.append(client)
+        if start_server:
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="draftline-doctor-")))
+            console.print(f"starting a server for {escape(facts.model)}; this takes a minute or more")
+            clients.append(stack.enter_context(started_server(section, facts, get_settings(), logs)))
+        for client in clients:
+            console.print(f"\n{escape(client.name)}")
+            findings = server_findings(client, section, facts)
+            failed += _report(console, ((entry.level, entry.what, entry.found) for entry in findings))
+    return failed
+
+
+def _report(console: Console, findings: Iterable[tuple[str, str, str]]) -> int:
+    """Print each finding as it comes; return how many failed."""
+    failed = 0
+    for level, what, found in findings:
+        console.print(f"{_MARKS[level]} {escape(what)}: {escape(found)}")
+        failed += level == "failed"
+    return failed
