@@ -35,6 +35,9 @@ class ShardedModule(Protocol):
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
         """Reduce gradients over ranks after the next backward, or only accumulate them."""
 
+    def set_reshard_after_backward(self, reshard_after_backward: bool) -> None:
+        """Free the gathered weights after the next backward, or keep them for the next forward."""
+
 
 @dataclass
 class Ranks:
@@ -74,19 +77,23 @@ class Ranks:
         """Whether this is rank 0, which reads the channel and writes files."""
         return self.rank == 0
 
-    def broadcast(self, message: bytes) -> bytes:
-        """Return rank 0's `message` on every rank; what the others pass is ignored."""
+    def broadcast(self, message: bytes, source: int = 0) -> bytes:
+        """Return rank `source`'s `message` on every rank; what the others pass is ignored."""
         if self.control is None:
             return message
         length = torch.tensor([len(message)], dtype=torch.int64)
-        dist.broadcast(length, src=0, group=self.control)
-        if self.is_first:
+        dist.broadcast(length, src=source, group=self.control)
+        if not int(length):
+            return b""
+        payload = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == source:
             payload = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-        else:
-            payload = torch.empty(int(length), dtype=torch.uint8)
-        if len(payload):
-            dist.broadcast(payload, src=0, group=self.control)
-        return bytes(payload.numpy())
+        dist.broadcast(payload, src=source, group=self.control)
+        return payload.numpy().tobytes()
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """Return every rank's `message`, by rank, on every rank. Takes one round for each rank: for rare events."""
+        return [self.broadcast(message, source) for source in range(self.size)]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of `values` over ranks, in double precision."""
@@ -101,22 +108,6 @@ class Ranks:
         if self.control is not None:
             dist.all_reduce(values, group=self.control)
         return values
-
-    def gather(self, message: bytes) -> list[bytes]:
-        """Return every rank's `message`, by rank, on every rank. Takes one round for each rank: for rare events."""
-        if self.control is None:
-            return [message]
-        gathered = []
-        for source in range(self.size):
-            length = torch.tensor([len(message)], dtype=torch.int64)
-            dist.broadcast(length, src=source, group=self.control)
-            payload = torch.empty(int(length), dtype=torch.uint8)
-            if source == self.rank:
-                payload = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-            if int(length):
-                dist.broadcast(payload, src=source, group=self.control)
-            gathered.append(bytes(payload.numpy()))
-        return gathered
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -25,7 +25,7 @@ from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import SampleRef, ordinal_of
 from disagg_core.drafts.eagle3 import Eagle3Batch, count_valid_positions
 from disagg_core.drafts.eagle3.batch import MaskMode
-from disagg_core.errors import FailureClass, SampleLost
+from disagg_core.errors import ChannelError, FailureClass, SampleLost
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks
@@ -37,7 +37,7 @@ POLL_S = 0.5
 KEEPALIVE_S = 10.0
 """Rank 0 talks to the other ranks at least this often while it waits for references."""
 
-EndReason = Literal["end of stream", "stop requested"]
+EndReason = Literal["end of stream", "stop requested", "stream failed"]
 Samples = Mapping[str, Tensor]
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ def collate(samples: Sequence[Samples], *, multiple_of: int = 1) -> Eagle3Batch:
 class FeatureDataLoader:
     """Iterates the optimizer windows of a stream, on every rank in step.
 
-    Iteration ends with the stream, or after `request_stop` was called on any rank; `end_reason` tells which.
+    Iteration ends with the stream, or after `request_stop` was called on any rank; `end_reason` tells which. When the
+    stream fails, what was fetched is still delivered; then `failure` holds the error, on rank 0.
     """
 
     def __init__(
@@ -182,8 +183,9 @@ class FeatureDataLoader:
         self._pending: deque[_Pending] = deque()
         self._partial: list[SampleRef] = []
         self._stop = False
-        self._stream_ended = False
+        self._ending: EndReason | None = None
         self.end_reason: EndReason | None = None
+        self.failure: ChannelError | None = None
         self.on_wait: Callable[[], None] = lambda: None
 
     @property
@@ -236,7 +238,7 @@ class FeatureDataLoader:
             return _Command([], "stop requested")
         windows: list[list[SampleRef]] = []
         deadline = time.monotonic() + KEEPALIVE_S
-        while not self._stream_ended:
+        while self._ending is None:
             urgent = not self._pending and not windows
             if not urgent and not self._has_room_after(windows):
                 break
@@ -245,9 +247,9 @@ class FeatureDataLoader:
                 windows.append(refs)
             elif not urgent or self._stop or time.monotonic() > deadline:
                 break
-            elif not self._stream_ended:
+            elif self._ending is None:
                 self.on_wait()
-        return _Command(windows, "end of stream" if self._stream_ended else None)
+        return _Command(windows, self._ending)
 
     def _has_room_after(self, windows: list[list[SampleRef]]) -> bool:
         """Whether another window may be fetched on top of what is pending and `windows`."""
@@ -266,9 +268,14 @@ class FeatureDataLoader:
                 got = self._queue.get(missing, timeout=timeout)
             except TimeoutError:
                 return []
+            except ChannelError as error:
+                _log.error("the stream broke off; what was fetched is trained first: %s", error)
+                self.failure, self._ending = error, "stream failed"
+                return []
             self._partial += self._untrained(got)
-            self._stream_ended = len(got) < missing
-            if self._stream_ended or len(self._partial) == self._quantum:
+            if len(got) < missing:
+                self._ending = "end of stream"
+            if self._ending is not None or len(self._partial) == self._quantum:
                 refs, self._partial = self._partial, []
                 return refs
 

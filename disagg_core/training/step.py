@@ -91,6 +91,7 @@ class OptimizerStep:
         last = len(window.batches) - 1
         for index, batch in enumerate(window.batches):
             self._sharded.set_requires_gradient_sync(index == last)
+            self._sharded.set_reshard_after_backward(index == last)
             weight = 0.0 if batch is None else scale
             output = self._module(self._on_device(batch), normaliser=normaliser)
             torch.autograd.backward(output.total * weight)

@@ -19,7 +19,7 @@ import torch
 
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.eagle3 import Eagle3Draft
-from disagg_core.errors import ChannelError, CheckpointError, Preempted
+from disagg_core.errors import ChannelError, CheckpointError, Preempted, RoleFailed
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import classify
 from disagg_core.training.checkpoint import (
@@ -252,6 +252,8 @@ class Trainer:
             self.save()
             if reason == "stop requested":
                 raise Preempted(f"asked to stop; saved at step {self.progress.step}, the next attempt continues there")
+            if reason == "stream failed":
+                raise loader.failure or RoleFailed("the stream failed; rank 0 knows why", "stalled")
             unused = loader.finish(reason)
         except BaseException as error:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from disagg_core.plan import StoreEndpoints
-from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store import managed_store
+
+sys.path.insert(0, str(Path(__file__).parent))  # for consumer_kit
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,13 +24,6 @@ def one_thread():
 def endpoints(tmp_path_factory) -> Iterator[StoreEndpoints]:
     with managed_store(128 << 20, host="127.0.0.1", log_dir=tmp_path_factory.mktemp("mooncake")) as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def client(endpoints) -> Iterator[MooncakeFeatureStore]:
-    """The store client of the test process; tests keep to prefixes of their own."""
-    with MooncakeFeatureStore(endpoints, namespace="tests/1") as store:
-        yield store
 
 
 @pytest.fixture

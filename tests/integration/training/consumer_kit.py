@@ -5,7 +5,6 @@ Imported by name from test modules and from the child processes that they start.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec import LossSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.training import Trainer, TrainOutcome, build_disagg_online_consumer
+from disagg_core.training import FeatureDataLoader, Trainer, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.optimizer import whole
 
 TARGET_HIDDEN, VOCAB, DRAFT_VOCAB, TTT = 16, 64, 32, 3
 
@@ -98,13 +98,34 @@ def end(channel: StreamingRefChannel, refs: list[SampleRef]) -> None:
     channel.close(StreamTotals(refs=len(refs), bytes=size, prompts=len(refs), rejected=0))
 
 
-@dataclasses.dataclass
-class Fit:
-    """One fit that has ended."""
+class Attempt:
+    """One attempt's channel and store, from both sides, with a rank to train on."""
 
-    trainer: Trainer
-    outcome: TrainOutcome | None
-    weights: dict[str, Tensor]
+    def __init__(self, endpoints, root, run_id, number=1):
+        self.run_id, self.number = run_id, number
+        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
+        self.url = root / "attempts" / str(number) / "channel"
+        self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
+        self.reader = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.reader.disconnect()
+        self.writer.disconnect()
+        self.store.sweep()
+        self.store.close()
+
+    def publish(self, ordinals, *, ended=True):
+        refs = publish(self.store, self.writer, self.run_id, ordinals, self.number)
+        if ended:
+            end(self.writer, refs)
+        return refs
+
+
+def weights_of(trainer):
+    return {name: whole(tensor) for name, tensor in trainer._draft.serving_state_dict().items()}
 
 
 def section(**options: Any) -> TrainingSection:
@@ -121,7 +142,7 @@ def consumer(
     training: TrainingSection | None = None,
     total_steps: int | None = 6,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Trainer, FeatureDataLoader]:
     draft, head = draft_and_head()
     return build_disagg_online_consumer(
         channel=channel,

@@ -7,45 +7,16 @@ import threading
 
 import pytest
 import torch
-from consumer_kit import consumer, end, identity_of, publish, section
+from consumer_kit import Attempt, consumer, end, identity_of, section, weights_of
 
-from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
 from disagg_core.run_spec import LossSection
-from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver
-from disagg_core.training.optimizer import whole
 
 pytestmark = pytest.mark.integration
-
-
-class Attempt:
-    """One attempt's channel and store, from both sides, with a rank to train on."""
-
-    def __init__(self, endpoints, root, run_id, number=1):
-        self.run_id, self.number = run_id, number
-        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
-        self.url = root / "attempts" / str(number) / "channel"
-        self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
-        self.reader = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.reader.disconnect()
-        self.writer.disconnect()
-        self.store.sweep()
-        self.store.close()
-
-    def publish(self, ordinals, *, ended=True):
-        refs = publish(self.store, self.writer, self.run_id, ordinals, self.number)
-        if ended:
-            end(self.writer, refs)
-        return refs
 
 
 @pytest.fixture
@@ -58,10 +29,6 @@ def attempt(endpoints, tmp_path, run_id):
 def ranks():
     with Ranks.join("cpu") as joined:
         yield joined
-
-
-def weights_of(trainer):
-    return {name: whole(tensor) for name, tensor in trainer._draft.serving_state_dict().items()}
 
 
 def test_every_sample_is_trained_acknowledged_and_freed(attempt, ranks, tmp_path):

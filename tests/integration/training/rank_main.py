@@ -1,0 +1,46 @@
+"""Child of the tests of several ranks: joins as torchrun says, trains the stream, rank 0 saves the final weights."""
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from consumer_kit import consumer, section, weights_of
+from safetensors.torch import save_file
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.plan import StoreEndpoints
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training.distributed import Ranks
+
+
+def main() -> None:
+    """Run one rank; the JSON file named in the arguments says everything."""
+    told = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(Ranks.join("cpu"))
+        endpoints = StoreEndpoints.model_validate(told["store"])
+        store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace=f"{told['run_id']}/1"))
+        channel = (
+            stack.enter_context(StreamingRefChannel(told["url"], run_id=told["run_id"])) if ranks.is_first else None
+        )
+        trainer, loader = consumer(
+            channel,
+            store,
+            ranks,
+            training=section(**told["training"]),
+            checkpoints=Path(told["checkpoints"]),
+        )
+        outcome = trainer.fit(loader)
+        weights = weights_of(trainer)
+        if ranks.is_first:
+            save_file(weights, told["weights"])
+            Path(told["outcome"]).write_text(
+                json.dumps({"steps": outcome.steps, "samples": outcome.samples, "lost": outcome.lost})
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Two ranks compute what one does: the same windows give the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from consumer_kit import Attempt, consumer, section, weights_of
+from safetensors.torch import load_file
+
+from disagg_core.training.checkpoint import newest_complete, read_state
+from disagg_core.training.distributed import Ranks
+
+pytestmark = pytest.mark.integration
+
+HERE = Path(__file__).parent
+
+
+def run_ranks(processes: int, told: Path, limit_s: float = 120.0) -> None:
+    """Run `rank_main` under torchrun to its end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    log = told.with_suffix(".log")
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [*command, str(HERE / "rank_main.py"), str(told)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            timeout=limit_s,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+
+
+def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
+    """Windows of four, the last one short so that a rank has nothing to do, one sample lost on the way."""
+    lost = 9
+    with Attempt(endpoints, tmp_path, f"{run_id}-one") as alone, Ranks.join("cpu") as ranks:
+        refs = alone.publish(range(17))
+        alone.store.abort(refs[lost])
+        trainer, loader = consumer(alone.reader, alone.store, ranks, training=section(accumulation_steps=2))
+        one = trainer.fit(loader)
+        expected = weights_of(trainer)
+
+    with Attempt(endpoints, tmp_path / "two", f"{run_id}-two") as pair:
+        told = tmp_path / "two.json"
+        told.write_text(
+            json.dumps(
+                {
+                    "run_id": pair.run_id,
+                    "store": endpoints.model_dump(),
+                    "url": str(pair.url),
+                    "training": {"accumulation_steps": 1},
+                    "checkpoints": str(tmp_path / "checkpoints"),
+                    "weights": str(tmp_path / "two.safetensors"),
+                    "outcome": str(tmp_path / "outcome.json"),
+                }
+            )
+        )
+        refs = pair.publish(range(17))
+        pair.store.abort(refs[lost])
+        run_ranks(2, told)
+
+        assert pair.writer.in_flight_remote() == 0
+        assert pair.store.key_count() == 0
+
+    assert (one.steps, one.samples, one.lost) == (5, 16, 1)
+    assert json.loads((tmp_path / "outcome.json").read_text()) == {"steps": 5, "samples": 16, "lost": 1}
+    two = load_file(tmp_path / "two.safetensors")
+    assert two.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
+    newest = newest_complete(tmp_path / "checkpoints")
+    assert read_state(newest).cursor.trained == [(0, 8), (10, 16)]
+    saved = load_file(newest / "draft.safetensors")
+    assert all(torch.equal(saved[name], two[name]) for name in two)
