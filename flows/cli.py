@@ -38,7 +38,12 @@ Overrides = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_WIDTH_IN_A_PIPE = 140
+_console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_IN_A_PIPE)
+
+
+def _output() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE)
 
 
 def _say(message: str) -> None:
@@ -68,7 +73,7 @@ def status() -> None:
     """Show the local platform and its latest runs."""
     from flows import local, status_view
 
-    status_view.show(get_settings(), local.find_platform(get_settings()), Console(soft_wrap=True))
+    status_view.show(get_settings(), local.find_platform(get_settings()), _output())
 
 
 @app.command()
@@ -77,7 +82,7 @@ def plan(spec: SpecFile, overrides: Overrides = None, debug: Debug = False) -> N
     from disagg_core.plan_view import render
     from disagg_core.preflight import sketch_plan
 
-    Console(soft_wrap=True).print(render(sketch_plan(load_spec(spec, overrides or ()), get_settings())))
+    _output().print(render(sketch_plan(load_spec(spec, overrides or ()), get_settings())))
 
 
 @app.command()

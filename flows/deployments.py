@@ -20,7 +20,7 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 from prefect.workers.process import ProcessWorker
 
 from disagg_core.run_spec import PoolsSection
@@ -107,8 +107,9 @@ async def _cancel_active_runs(timeout_s: float) -> int:
     async with get_client() as client:
         runs = await client.read_flow_runs(flow_run_filter=active)
         for run in runs:
-            if run.parent_task_run_id is None:
-                await client.set_flow_run_state(run.id, Cancelling(message="draftline down"))
+            started = run.start_time is not None
+            state = Cancelling(message="draftline down") if started else Cancelled(message="draftline down")
+            await client.set_flow_run_state(run.id, state)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while await client.read_flow_runs(flow_run_filter=active, limit=1):

@@ -7,6 +7,7 @@ by both roles, by the outcome files they leave, and by the stream between them.
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
@@ -23,8 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from disagg_core.attempts import AttemptOutcome
 from disagg_core.errors import FailureClass
+from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import RoleOutcome, read_outcome
 from disagg_core.plan import RoleAssignment
+from disagg_core.run_dir import write_atomically
 
 Role = Literal["producer", "consumer"]
 
@@ -60,16 +63,21 @@ class Supervision:
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.reason = ""
+        self.failure_class: FailureClass | None = None
 
-    def request_stop(self, reason: str) -> None:
-        """Ask both watchers to cancel their role; the first reason counts."""
+    def request_stop(self, reason: str, failure_class: FailureClass | None = None) -> None:
+        """Ask both watchers to cancel their role; the first reason counts.
+
+        `failure_class` is given where the attempt's failure is the watchers' own finding and no role's.
+        """
         if not self.stop.is_set():
-            self.reason = reason
+            self.reason, self.failure_class = reason, failure_class
             self.stop.set()
 
 
 async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
     """Run producer and consumer at the same time until both have ended; say how the attempt ended."""
+    hand_over_cursor(assignment)
     supervision = Supervision()
     producer = asyncio.create_task(run_producer(assignment, supervision))
     consumer = asyncio.create_task(run_consumer(assignment, supervision))
@@ -78,7 +86,21 @@ async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Ro
     finally:
         supervision.request_stop("the parent is ending")
         await asyncio.gather(producer, consumer, return_exceptions=True)
+    if supervision.failure_class is not None:
+        return AttemptOutcome(assignment.attempt, supervision.failure_class, supervision.reason), runs
     return judge(assignment.attempt, runs["producer"], runs["consumer"]), runs
+
+
+def hand_over_cursor(assignment: RoleAssignment) -> None:
+    """Tell the producer of a later attempt which samples the newest checkpoint covers: they are not captured again."""
+    if assignment.attempt == 1:
+        return
+    from disagg_core.training.checkpoint import newest_complete, read_state
+
+    newest = newest_complete(assignment.plan.dir.checkpoints)
+    cursor = read_state(newest).cursor if newest else None
+    covered = OrdinalSet([*cursor.trained, *cursor.quarantined] if cursor else ())
+    write_atomically(assignment.dir.state / "skip.json", json.dumps(covered.ranges()))
 
 
 def judge(attempt: int, producer: RoleRun, consumer: RoleRun) -> AttemptOutcome:
@@ -184,7 +206,11 @@ async def _watch(
         if supervision.stop.is_set():
             return await _cancel(client, run_id, supervision.reason)
         if flow_run.start_time is None and waited > start_timeout_s:
-            supervision.request_stop(f"no worker of pool {pool} started its run in {start_timeout_s:.0f} s")
+            supervision.request_stop(
+                f"no worker of pool {pool} started its run in {start_timeout_s:.0f} s "
+                "(orchestration.stall_timeout_s); start one: prefect worker start --pool " + pool,
+                "stalled",
+            )
             continue
         await asyncio.sleep(_POLL_S)
         waited += _POLL_S
