@@ -25,7 +25,7 @@ class DraftChain:
     """Drafts chains for a batch; starts from the target's prefill of the prompts.
 
     Args:
-        draft: with the target's embedding and a vocabulary map.
+        draft: on the target's device, with its embedding and a vocabulary map.
         sampler: chooses the drafted tokens.
         prompts: token ids, unlike lengths.
         aux: [batch, longest, 3 * H_t], the target's states, padded on the left.
@@ -44,9 +44,10 @@ class DraftChain:
         places = torch.arange(longest, device=device)[None, :]
         positions = torch.where(places >= pads, places - pads, _PADDING)
         shifted = [[0] * (longest - len(prompt)) + list(prompt[1:]) for prompt in prompts]
-        ids = torch.cat((torch.tensor(shifted, device=device).view(batch, -1), first.to(device)[:, None]), dim=1)
+        known = torch.tensor(shifted, dtype=torch.int64, device=device).view(batch, longest - 1)
+        ids = torch.cat((known, first[:, None]), dim=1)
         self._cache: DraftCache = draft.new_cache(batch)
-        states = draft.project_aux(aux.to(device))
+        states = draft.project_aux(aux)
         step = max(1, _LOGITS_AT_ONCE // (batch * draft.config.draft_vocab_size))
         for start in range(0, longest, step):
             part = slice(start, start + step)
@@ -63,9 +64,7 @@ class DraftChain:
             probabilities.append(weights)
             if step < count - 1:
                 ids = self._draft.to_target_ids(token)[:, None]
-                all_logits, after = self._draft.decode(
-                    state[:, None], ids, (lengths + step).to(ids.device)[:, None], self._cache
-                )
+                all_logits, after = self._draft.decode(state[:, None], ids, (lengths + step)[:, None], self._cache)
                 logits, state = all_logits[:, -1], after[:, -1]
         self._cache.crop(kept)
         chain = torch.stack(picked, dim=1)

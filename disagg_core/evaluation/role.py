@@ -14,10 +14,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from disagg_core.drafts.eagle3.model import Eagle3Draft
@@ -36,14 +36,7 @@ PROMPTS_FILE = "prompts.jsonl"
 PROGRESS_FILE = "progress.json"
 
 
-class DraftToEvaluate(BaseModel):
-    """One evaluation: the file is ``<run>/evaluation/<name>.json`` unless `output` names another."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the result, such as before.")
-    checkpoint: Path = Field(description="Directory of a checkpoint or of an exported draft.")
-    output: Path | None = Field(None, description="File of the result.")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class EvaluationRequest(BaseModel):
@@ -52,14 +45,24 @@ class EvaluationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: RunPlan = Field(description="The run.")
-    drafts: tuple[DraftToEvaluate, ...] = Field(description="Evaluated in this order, with the target loaded once.")
+    checkpoints: tuple[tuple[Name, Path], ...] = Field(
+        description="Name of the result, such as before, and directory of a checkpoint or exported draft."
+    )
+    outputs: dict[Name, Path] = Field(
+        default_factory=dict, description="Files of the results by name; by default <run>/evaluation/<name>.json."
+    )
     threads: int | None = Field(None, ge=1, description="Threads on a CPU; by default torch's.")
+
+    @model_validator(mode="after")
+    def _outputs_have_a_checkpoint(self) -> EvaluationRequest:
+        if unknown := set(self.outputs) - {name for name, _ in self.checkpoints}:
+            raise ValueError(f"outputs: no checkpoint is called {sorted(unknown)}")
+        return self
 
 
 def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]:
     """Measure the draft in `checkpoint` on the run's held-out prompts, as `evaluate_drafts` does for one draft."""
-    request = EvaluationRequest(plan=plan, drafts=(DraftToEvaluate(name=name, checkpoint=checkpoint),))
-    return evaluate_drafts(request)[0]
+    return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),)))[0]
 
 
 def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
@@ -96,10 +99,10 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     target = load_target(plan, device)
     progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
     results = []
-    for item in request.drafts:
-        draft = load_draft(item.checkpoint, plan, target)
+    for name, checkpoint in request.checkpoints:
+        draft = load_draft(checkpoint, plan, target)
 
-        def report(done: int, total: int, name: str = item.name) -> None:
+        def report(done: int, total: int, name: str = name) -> None:
             progress.update(draft=name, done=done, total=total)
 
         result = measure_accept_length(
@@ -111,9 +114,9 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
             eos_token_ids=plan.target.eos_token_ids,
             progress=report,
         )
-        logger.info("%s: accept length %.3f over %d passes", item.name, result.accept_length, result.target_passes)
-        output = item.output or plan.dir.evaluation / f"{item.name}.json"
-        results.append(_write_result(output, result, {"checkpoint": str(item.checkpoint)}))
+        logger.info("%s: accept length %.3f over %d passes", name, result.accept_length, result.target_passes)
+        output = request.outputs.get(name, plan.dir.evaluation / f"{name}.json")
+        results.append(_write_result(output, result, {"checkpoint": str(checkpoint)}))
     progress.flush()
     return results
 

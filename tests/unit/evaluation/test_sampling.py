@@ -1,0 +1,94 @@
+"""At a temperature the output follows the target's own distribution, whatever the draft proposes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from disagg_core.drafts.eagle3 import Eagle3Draft
+from disagg_core.evaluation import generate_all, speculative_generate
+from tests.unit.evaluation.models import make_draft, make_target
+
+pytestmark = pytest.mark.unit
+
+VOCAB, LENGTH, TEMPERATURE, SAMPLES = 7, 3, 0.9, 12_000
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def small() -> LlamaForCausalLM:
+    return make_target(VOCAB, context=0.25, seed=3)
+
+
+@torch.no_grad()
+def exact(target: LlamaForCausalLM, temperature: float) -> dict[tuple[int, ...], float]:
+    """The target's probability of every continuation of LENGTH tokens."""
+    texts = list(product(range(VOCAB), repeat=LENGTH))
+    logits = target(torch.tensor([[*PROMPT, *text] for text in texts])).logits
+    chances = torch.log_softmax(logits[:, len(PROMPT) - 1 : -1].double() / temperature, dim=-1)
+    total = chances.gather(2, torch.tensor(texts)[:, :, None]).sum(dim=(1, 2)).exp()
+    return dict(zip(texts, total.tolist(), strict=True))
+
+
+def sample(target: LlamaForCausalLM, draft: Eagle3Draft | None, seed: int) -> tuple[Counter[tuple[int, ...]], float]:
+    """How often each continuation came, and the part of the drafted tokens that was kept."""
+    generations = generate_all(
+        target,
+        draft,
+        [PROMPT] * SAMPLES,
+        draft_tokens=2,
+        max_new_tokens=LENGTH,
+        temperature=TEMPERATURE,
+        generator=torch.Generator().manual_seed(seed),
+        batch_size=2000,
+    )
+    kept = [count / 2 for generation in generations for count in generation.accepted]
+    return Counter(tuple(generation.tokens) for generation in generations), sum(kept) / max(1, len(kept))
+
+
+def chi_square(found: Counter[tuple[int, ...]], wanted: dict[tuple[int, ...], float]) -> float:
+    """Deviation of the counts in standard deviations of chi-square; texts that are expected under 5 times pooled."""
+    pooled_found, pooled_wanted, statistic, cells = 0, 0.0, 0.0, -1
+    for text, chance in wanted.items():
+        if chance * SAMPLES < 5:
+            pooled_found, pooled_wanted = pooled_found + found[text], pooled_wanted + chance * SAMPLES
+        else:
+            statistic += (found[text] - chance * SAMPLES) ** 2 / (chance * SAMPLES)
+            cells += 1
+    if pooled_wanted > 0:
+        statistic += (pooled_found - pooled_wanted) ** 2 / pooled_wanted
+        cells += 1
+    return (statistic - cells) / (2 * cells) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["unlike the target", "small vocabulary", "the target's own words", "none"])
+def test_the_distribution_is_the_targets(small: LlamaForCausalLM, kind: str) -> None:
+    drafts = {
+        "unlike the target": lambda: make_draft(small, initializer_range=0.4),
+        "small vocabulary": lambda: make_draft(small, draft_vocab=3, initializer_range=0.4),
+        "the target's own words": lambda: make_draft(small, initializer_range=1e-4),
+        "none": lambda: None,
+    }
+
+    found, kept = sample(small, drafts[kind](), seed=11)
+
+    assert chi_square(found, exact(small, TEMPERATURE)) < 4.0
+    assert chi_square(found, exact(small, TEMPERATURE * 1.2)) > 15.0, "the test can tell distributions apart"
+    assert (0.02 < kept < 0.98) is (kind != "none")
+
+
+def test_a_seed_repeats_the_output(small: LlamaForCausalLM) -> None:
+    draft = make_draft(small, initializer_range=0.4)
+
+    def run(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return speculative_generate(
+            small, draft, PROMPT, max_new_tokens=30, temperature=1.0, generator=generator
+        ).tokens
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
