@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from disagg_core.store.library import require_mooncake
     from disagg_core.store.master import StoreHealth
-    from disagg_core.store.mooncake import MooncakeFeatureStore, NewSample
+    from disagg_core.store.mooncake import MooncakeFeatureStore
+    from disagg_core.store.references import NewSample
     from disagg_core.store.services import StoreServices, managed_store, probe_store, running_store
 
 _HOMES = {
     "MooncakeFeatureStore": "mooncake",
-    "NewSample": "mooncake",
+    "NewSample": "references",
     "StoreHealth": "master",
     "StoreServices": "services",
     "managed_store": "services",

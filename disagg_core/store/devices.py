@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from disagg_core.store.packing import Layout, pack_into
+from disagg_core.contracts import FeatureSpec
+from disagg_core.store.packing import Layout, pack_into, unpack
+from disagg_core.store.staging import StagingPool
 
 
 class DeviceCopies:
@@ -18,24 +20,38 @@ class DeviceCopies:
         self._lock = threading.Lock()
         self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
 
-    def to_device(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Return copies of staged `tensors` on `device`; the staging memory is free again on return."""
-        stream = self._stream(device, "in")
-        with torch.cuda.stream(stream):
-            copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        stream.synchronize()
-        for copy in copies.values():
-            copy.record_stream(torch.cuda.default_stream(device))
-        return copies
-
-    def pack(self, buffer: Tensor, tensors: Mapping[str, Tensor], layout: Layout, ready: torch.cuda.Event) -> None:
-        """Pack `tensors` of a GPU into staging memory once `ready` has happened."""
-        device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)
-        stream = self._stream(device, "out")
+    def pack(
+        self,
+        pool: StagingPool,
+        buffer: Tensor,
+        tensors: Mapping[str, Tensor],
+        layout: Layout,
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        """Pack `tensors` into `buffer`, a part of `pool`, once `ready` (the work that writes them) has happened."""
+        if ready is None:
+            pack_into(buffer, tensors, layout)
+            return
+        pool.pin()
+        stream = self._stream(_gpu_of(tensors), "out")
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             pack_into(buffer, tensors, layout, non_blocking=True)
         stream.synchronize()
+
+    def hand_out(
+        self, pool: StagingPool, buffer: Tensor, specs: Mapping[str, FeatureSpec], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return the tensors in `buffer`, a part of `pool`, as copies on `device`; the buffer is free on return."""
+        if device.type != "cuda":
+            return unpack(buffer.to(device, copy=True), specs)
+        pool.pin()
+        stream = self._stream(device, "in")
+        with torch.cuda.stream(stream):
+            copy = buffer.to(device, non_blocking=True)
+        stream.synchronize()
+        copy.record_stream(torch.cuda.default_stream(device))
+        return unpack(copy, specs)
 
     def _stream(self, device: torch.device, direction: str) -> torch.cuda.Stream:
         with self._lock:
@@ -45,16 +61,14 @@ class DeviceCopies:
             return self._streams[key]
 
 
-def on_gpu(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether any of `tensors` lies on a GPU."""
-    return any(tensor.is_cuda for tensor in tensors.values())
-
-
 def written_so_far(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
     """Return an event that happens when the work queued so far on the tensors' GPU is done; None without a GPU."""
-    if not on_gpu(tensors):
+    if not any(tensor.is_cuda for tensor in tensors.values()):
         return None
-    device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    event.record(torch.cuda.current_stream(_gpu_of(tensors)))
     return event
+
+
+def _gpu_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(tensor.device for tensor in tensors.values() if tensor.is_cuda)

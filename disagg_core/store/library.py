@@ -20,8 +20,10 @@ ENVIRONMENT = {
     "MC_TCP_SLICE_SIZE": "1048576",
     "MC_STORE_CLIENT_SETUP_RETRIES": "3",
     "MC_RPC_TIMEOUT_MS": "10000",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "10",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "10",
 }
-"""Set before the first import unless the machine says otherwise: quiet, pooled, and bounded in time."""
+"""Set before the first import unless the machine says otherwise: quiet, pooled, and no call takes over 10 seconds."""
 
 _SYSTEM_LIBRARIES = {"ibverbs": "libibverbs1", "numa": "libnuma1", "rdmacm": "librdmacm1"}
 _INSTALL_WHEEL = "pip install 'draftline[cpu]' (or [cuda12], [cuda13] on a GPU machine)"

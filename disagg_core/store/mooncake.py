@@ -12,26 +12,32 @@ What it holds:
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from disagg_core.contracts import SCHEMA_VERSION, RunIdentity, SampleRef
-from disagg_core.errors import BadInput, StoreMisuse
+from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.errors import BadInput, DraftlineError, StoreMisuse
 from disagg_core.plan import StoreEndpoints
 from disagg_core.store.codes import Verdict, error_from_code, verdict_of
 from disagg_core.store.devices import DeviceCopies, written_so_far
 from disagg_core.store.master import MasterView, StoreHealth
-from disagg_core.store.packing import Layout, check_layout, pack_into, plan_layout, unpack
+from disagg_core.store.packing import grouped, in_a_row, plan_layout, unpack
 from disagg_core.store.reclaimer import Reclaimer
+from disagg_core.store.references import (
+    Metadata,
+    NewSample,
+    check_identity,
+    check_key,
+    check_reference,
+    make_reference,
+    pattern_of,
+)
 from disagg_core.store.session import Session
 from disagg_core.store.staging import StagingPool
 from disagg_core.store.transfers import Link, Reader, Writer
@@ -39,24 +45,7 @@ from disagg_core.store.transfers import Link, Reader, Writer
 log = logging.getLogger(__name__)
 
 STAGING_BYTES = 64 << 20
-BATCH_BYTES = 8 << 20
-BATCH_SAMPLES = 64
 LENT_FROM_BYTES = 256 << 10
-_REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
-
-T = TypeVar("T")
-Metadata = Mapping[str, str | int | float | bool | None]
-
-
-@dataclass(frozen=True)
-class NewSample:
-    """One sample to be put; the fields mean what they mean in `MooncakeFeatureStore.put`."""
-
-    sample_id: str
-    tensors: Mapping[str, Tensor]
-    source_task_id: str
-    num_tokens: int
-    metadata: Metadata = field(default_factory=dict)
 
 
 class MooncakeFeatureStore:
@@ -91,7 +80,7 @@ class MooncakeFeatureStore:
         protocol: str = "tcp",
         checksum: bool = True,
         put_timeout_s: float = 300.0,
-        retry_timeout_s: float = 30.0,
+        retry_timeout_s: float = 25.0,
         connect_timeout_s: float = 10.0,
         staging_bytes: int = STAGING_BYTES,
         threads: int = 2,
@@ -100,10 +89,11 @@ class MooncakeFeatureStore:
     ) -> None:
         if not namespace or namespace.startswith("/") or namespace.endswith("/"):
             raise BadInput(f"namespace: expected run/attempt such as nightly/1, found {namespace!r}")
-        if staging_bytes <= 0 or threads <= 0:
+        if min(staging_bytes, threads) <= 0:
             raise BadInput(f"expected staging_bytes and threads above 0, found {staging_bytes} and {threads}")
         self.endpoints = endpoints
         self.namespace = namespace
+        self._uri = f"mooncake://{endpoints.master_address}/{namespace}"
         self._expected = expected
         self._master = MasterView(endpoints)
         self._session = Session(endpoints, host=host, protocol=protocol, connect_timeout_s=connect_timeout_s, wrap=wrap)
@@ -156,7 +146,8 @@ class MooncakeFeatureStore:
             BadInput: a tensor cannot be stored.
         """
         sample = NewSample(sample_id, tensors, source_task_id, num_tokens, metadata or {})
-        return self._put(sample, identity, written_so_far(tensors))
+        with self._session.operation():
+            return self._put(sample, identity, written_so_far(tensors))
 
     def put_many(self, samples: Iterable[NewSample], *, identity: RunIdentity) -> list[SampleRef]:
         """Store many samples, small ones several to a call; return their references in order.
@@ -164,12 +155,14 @@ class MooncakeFeatureStore:
         If one of them fails, those stored before it are removed again and its error is raised (see `put`).
         """
         refs: list[SampleRef] = []
-        try:
-            for batch in _batches(samples):
-                refs += self._put_batch(batch, identity)
-        except Exception:
-            self._reclaimer.park([ref.key for ref in refs])
-            raise
+        listed = list(samples)
+        with self._session.operation():
+            try:
+                for batch in grouped(listed, [plan_layout(sample.tensors).size_bytes for sample in listed]):
+                    refs += self._put_batch(batch, identity)
+            except DraftlineError:
+                self._reclaimer.park([ref.key for ref in refs])
+                raise
         return refs
 
     def submit_put(
@@ -191,76 +184,48 @@ class MooncakeFeatureStore:
         self._session.check()
         self._submitted.acquire()
         try:
-            future = self._putters.submit(self._put, sample, identity, ready)
+            future = self._putters.submit(self._put_submitted, sample, identity, ready)
         except RuntimeError as error:
             self._submitted.release()
             raise StoreMisuse("the feature store was closed while a put was submitted") from error
         future.add_done_callback(lambda _: self._submitted.release())
         return future
 
+    def _put_submitted(self, sample: NewSample, identity: RunIdentity, ready: torch.cuda.Event | None) -> SampleRef:
+        with self._session.operation():
+            return self._put(sample, identity, ready)
+
     def _put(self, sample: NewSample, identity: RunIdentity, ready: torch.cuda.Event | None) -> SampleRef:
-        self._check_identity(identity)
-        self._session.check()
+        check_identity(identity, self.namespace)
         layout = plan_layout(sample.tensors)
         begin = time.perf_counter()
         with self._out.acquire(layout.size_bytes, self._link.retry_timeout_s) as slot:
-            self._pack(slot.buffer, sample.tensors, layout, ready)
+            self._copies.pack(self._out, slot.buffer, sample.tensors, layout, ready)
             crc = self._link.checksum_of(slot.memory)
             key = self._writer.write(slot, sample.sample_id)
         self._link.counters.add(puts=1, put_bytes=layout.size_bytes, put_seconds=time.perf_counter() - begin)
-        return self._ref(sample, layout, key, crc, identity)
+        return make_reference(sample, layout, key, crc, identity, self._uri)
 
     def _put_batch(self, batch: Sequence[NewSample], identity: RunIdentity) -> list[SampleRef]:
         if len(batch) == 1:
             return [self._put(batch[0], identity, written_so_far(batch[0].tensors))]
-        self._check_identity(identity)
-        self._session.check()
+        check_identity(identity, self.namespace)
         begin = time.perf_counter()
         layouts = [plan_layout(sample.tensors) for sample in batch]
-        offsets, total = _in_a_row([layout.size_bytes for layout in layouts])
+        offsets, total = in_a_row([layout.size_bytes for layout in layouts])
         crcs: list[int | None] = []
         with self._out.acquire(total, self._link.retry_timeout_s) as slot:
             for sample, layout, offset in zip(batch, layouts, offsets, strict=True):
                 part = slice(offset, offset + layout.size_bytes)
-                self._pack(slot.buffer[part], sample.tensors, layout, written_so_far(sample.tensors))
+                self._copies.pack(self._out, slot.buffer[part], sample.tensors, layout, written_so_far(sample.tensors))
                 crcs.append(self._link.checksum_of(slot.memory[part]))
             rows = zip(batch, offsets, layouts, strict=True)
             keys = self._writer.write_batch(slot, [(s.sample_id, offset, lay.size_bytes) for s, offset, lay in rows])
         self._link.counters.add(puts=len(batch), put_bytes=total, put_seconds=time.perf_counter() - begin)
         return [
-            self._ref(sample, layout, key, crc, identity)
+            make_reference(sample, layout, key, crc, identity, self._uri)
             for sample, layout, key, crc in zip(batch, layouts, keys, crcs, strict=True)
         ]
-
-    def _pack(
-        self, buffer: Tensor, tensors: Mapping[str, Tensor], layout: Layout, ready: torch.cuda.Event | None
-    ) -> None:
-        if ready is None:
-            pack_into(buffer, tensors, layout)
-        else:
-            self._out.pin()
-            self._copies.pack(buffer, tensors, layout, ready)
-
-    def _ref(self, sample: NewSample, layout: Layout, key: str, crc: int | None, identity: RunIdentity) -> SampleRef:
-        return SampleRef(
-            sample_id=sample.sample_id,
-            run_id=identity.run_id,
-            attempt=identity.attempt,
-            source_task_id=sample.source_task_id,
-            feature_store_uri=f"mooncake://{self.endpoints.master_address}/{self.namespace}",
-            key=key,
-            size_bytes=layout.size_bytes,
-            crc32=crc,
-            feature_specs=layout.specs,
-            strategy=identity.strategy,
-            schema_version=SCHEMA_VERSION,
-            target_model_version=identity.target_model_version,
-            draft_weight_version=identity.draft_weight_version,
-            tokenizer_version=identity.tokenizer_version,
-            vocab_map_version=identity.vocab_map_version,
-            num_tokens=sample.num_tokens,
-            metadata=dict(sample.metadata),
-        )
 
     # --- get ------------------------------------------------------------------------------------------------------
 
@@ -275,10 +240,10 @@ class MooncakeFeatureStore:
             StoreMisuse: `ref` is of another run or attempt; or fork, or use after close.
             BadInput: `ref` is of another schema or identity, or its layout disagrees with its size.
         """
-        self.check_ref(ref)
-        self._session.check()
+        check_reference(ref, self.namespace, self._expected)
         begin = time.perf_counter()
-        tensors = self._get(ref, torch.device(device))
+        with self._session.operation():
+            tensors = self._get(ref, torch.device(device))
         self._link.counters.add(gets=1, get_bytes=ref.size_bytes, get_seconds=time.perf_counter() - begin)
         return tensors
 
@@ -286,12 +251,12 @@ class MooncakeFeatureStore:
         """Return the tensors of many samples in order, small ones read several at a time; errors as in `get`."""
         where = torch.device(device)
         for ref in refs:
-            self.check_ref(ref)
-        self._session.check()
+            check_reference(ref, self.namespace, self._expected)
         begin = time.perf_counter()
         samples: list[dict[str, Tensor]] = []
-        for batch in _grouped(refs, [ref.size_bytes for ref in refs]):
-            samples += self._get_batch(batch, where) if len(batch) > 1 else [self._get(batch[0], where)]
+        with self._session.operation():
+            for batch in grouped(refs, [ref.size_bytes for ref in refs]):
+                samples += self._get_batch(batch, where) if len(batch) > 1 else [self._get(batch[0], where)]
         total = sum(ref.size_bytes for ref in refs)
         self._link.counters.add(gets=len(refs), get_bytes=total, get_seconds=time.perf_counter() - begin)
         return samples
@@ -311,10 +276,10 @@ class MooncakeFeatureStore:
         if slot is to_lend:
             return unpack(slot.lend(), ref.feature_specs)
         with slot:
-            return self._hand_out(slot.buffer, ref, device)
+            return self._copies.hand_out(self._in, slot.buffer, ref.feature_specs, device)
 
     def _get_batch(self, refs: Sequence[SampleRef], device: torch.device) -> list[dict[str, Tensor]]:
-        offsets, total = _in_a_row([ref.size_bytes for ref in refs])
+        offsets, total = in_a_row([ref.size_bytes for ref in refs])
         samples: dict[int, dict[str, Tensor]] = {}
         slot = self._in.acquire(total, self._link.retry_timeout_s)
         try:
@@ -322,19 +287,13 @@ class MooncakeFeatureStore:
             for index, ref in enumerate(refs):
                 if whole[index]:
                     part = slot.buffer[offsets[index] : offsets[index] + ref.size_bytes]
-                    samples[index] = self._hand_out(part, ref, device)
+                    samples[index] = self._copies.hand_out(self._in, part, ref.feature_specs, device)
         finally:
             if len(samples) == len(refs):
                 slot.release()
             else:
                 slot.retire()
         return [samples[index] if index in samples else self._get(ref, device) for index, ref in enumerate(refs)]
-
-    def _hand_out(self, buffer: Tensor, ref: SampleRef, device: torch.device) -> dict[str, Tensor]:
-        if device.type == "cuda":
-            self._in.pin()
-            return unpack(self._copies.to_device({"": buffer}, device)[""], ref.feature_specs)
-        return unpack(buffer.to(device, copy=True), ref.feature_specs)
 
     # --- lifetime -------------------------------------------------------------------------------------------------
 
@@ -344,18 +303,20 @@ class MooncakeFeatureStore:
 
     def release_many(self, refs: Sequence[SampleRef]) -> None:
         """Free many samples with one call."""
-        self._free(refs)
+        with self._session.operation():
+            self._free(refs)
         self._link.counters.add(released=len(refs))
 
     def abort(self, ref: SampleRef) -> None:
         """Free a sample that nobody will consume, whoever has put it."""
-        self._free([ref])
+        with self._session.operation():
+            self._free([ref])
         self._link.counters.add(aborted=1)
 
     def gc(self) -> int:
         """Try the parked removals now; return how many objects are known to be gone."""
-        self._session.check()
-        return self._reclaimer.retry()
+        with self._session.operation():
+            return self._reclaimer.retry()
 
     def sweep(self, prefix: str | None = None) -> int:
         """Remove every object under `prefix` (by default this store's namespace); return how many there were.
@@ -365,8 +326,8 @@ class MooncakeFeatureStore:
         Raises:
             StoreUnavailable: the master does not answer.
         """
-        pattern = f"^{_escaped(self.namespace if prefix is None else prefix.rstrip('/'))}/"
-        with self._session.raw() as client:
+        pattern = pattern_of(self.namespace if prefix is None else prefix)
+        with self._session.operation(), self._session.raw() as client:
             found = client.remove_by_regex(pattern, True)
         if found < 0:
             raise error_from_code(found, operation="sweep", key=pattern)
@@ -388,65 +349,36 @@ class MooncakeFeatureStore:
     @property
     def counters(self) -> dict[str, int | float]:
         """Counts, bytes and seconds since the store was opened, for metrics and the report."""
-        names = ("puts", "gets", "released", "aborted", "put_retries", "get_retries", "damaged_reads", "samples_lost")
-        return {
-            **dict.fromkeys((*names, "full_answers", "swept"), 0),
-            **self._link.counters.snapshot(),
-            "parked_removals": len(self._reclaimer),
-        }
+        return {**self._link.counters.snapshot(), "parked_removals": len(self._reclaimer)}
 
     def close(self) -> None:
-        """End transfers and parked removals as far as they get in a few seconds, then disconnect."""
-        if self._session.is_closed or not self._session.is_here:
+        """Let the transfers in progress end, try parked removals for a few seconds, then disconnect.
+
+        Does nothing in a forked child, or a second time. Waiting puts end with `StoreMisuse`.
+        """
+        if not self._session.end_operations():
             return
-        self._putters.shutdown(wait=False, cancel_futures=True)
-        self._getters.shutdown(wait=False, cancel_futures=True)
+        self._putters.shutdown(cancel_futures=True)
+        self._getters.shutdown(cancel_futures=True)
         left = self._reclaimer.stop(timeout_s=5.0)
         if left:
             log.warning("%d objects under %s could not be removed; they are left to the sweep", left, self.namespace)
         self._session.close()
-        self._link.summers.shutdown(wait=False)
+        self._link.summers.shutdown()
         for pool in (self._out, self._in, self._lent):
             pool.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def check_ref(self, ref: SampleRef) -> None:
-        """Refuse a reference that this store may not read; errors as in `get`."""
-        if not ref.key.startswith(f"{self.namespace}/") or f"{ref.run_id}/{ref.attempt}" != self.namespace:
-            raise StoreMisuse(
-                f"sample {ref.sample_id}: expected a reference of {self.namespace}, found run {ref.run_id!r} attempt "
-                f"{ref.attempt} with key {ref.key}; a reference lives as long as its attempt"
-            )
-        if ref.schema_version != SCHEMA_VERSION:
-            raise BadInput(
-                f"sample {ref.sample_id}: expected schema version {SCHEMA_VERSION}, found {ref.schema_version}; "
-                "run the same version of draftline on both sides"
-            )
-        if self._expected is not None:
-            _check_versions(ref, self._expected)
-        check_layout(ref)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _check_identity(self, identity: RunIdentity) -> None:
-        if f"{identity.run_id}/{identity.attempt}" != self.namespace:
-            raise StoreMisuse(
-                f"expected an identity of {self.namespace}, found run {identity.run_id!r} attempt {identity.attempt}; "
-                "open a store with the namespace of the attempt"
-            )
-
     def _free(self, refs: Sequence[SampleRef]) -> None:
         for ref in refs:
-            if not ref.key.startswith(f"{self.namespace}/"):
-                raise StoreMisuse(f"expected a key under {self.namespace}/, found {ref.key}; it is not ours to remove")
-        self._session.check()
+            check_key(ref, self.namespace)
         keys = [ref.key for ref in refs]
         codes = self._remove_codes(keys)
         failed = [key for key, code in zip(keys, codes, strict=True) if verdict_of(code) not in _GONE]
@@ -468,45 +400,3 @@ class MooncakeFeatureStore:
 
 
 _GONE = (Verdict.DONE, Verdict.LOST)
-
-
-def _check_versions(ref: SampleRef, expected: RunIdentity) -> None:
-    for name in ("strategy", "target_model_version", "tokenizer_version", "vocab_map_version"):
-        wanted, found = getattr(expected, name), getattr(ref, name)
-        if found != wanted:
-            raise BadInput(
-                f"sample {ref.sample_id}: expected {name} {wanted!r}, found {found!r}; producer and consumer of a run "
-                "must use the same target, tokenizer and vocabulary map"
-            )
-
-
-def _escaped(text: str) -> str:
-    return _REGEX_SPECIAL.sub(r"\\\1", text)
-
-
-def _in_a_row(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where objects of `sizes` begin when they lie one behind the other, and their total."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += size
-    return offsets, end
-
-
-def _batches(samples: Iterable[NewSample]) -> Iterator[list[NewSample]]:
-    listed = list(samples)
-    return _grouped(listed, [sum(t.numel() * t.element_size() for t in s.tensors.values()) for s in listed])
-
-
-def _grouped(items: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
-    """Cut `items` into groups of at most `BATCH_SAMPLES` items and `BATCH_BYTES` bytes, or of one."""
-    group: list[T] = []
-    total = 0
-    for item, size in zip(items, sizes, strict=True):
-        if group and (total + size > BATCH_BYTES or len(group) == BATCH_SAMPLES):
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += size
-    if group:
-        yield group

@@ -8,8 +8,8 @@ are zeroed: equal tensors give equal bytes and an equal checksum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from torch import Tensor
 from disagg_core.contracts import FeatureSpec, SampleRef
 from disagg_core.errors import BadInput
 
+T = TypeVar("T")
+
 ALIGNMENT = 64
+GROUP_BYTES = 8 << 20
+GROUP_ITEMS = 64
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -113,6 +117,29 @@ def check_layout(ref: SampleRef) -> None:
         end = _aligned(end + nbytes)
     if ref.size_bytes != max(end, ALIGNMENT):
         raise _damaged(ref, f"the features fill {max(end, ALIGNMENT)} bytes, the reference says {ref.size_bytes}")
+
+
+def in_a_row(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where objects of `sizes` begin when they lie one behind the other, and the end of the last."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += size
+    return offsets, end
+
+
+def grouped(items: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
+    """Cut `items` into groups for one call: of at most `GROUP_ITEMS` and `GROUP_BYTES`, or of one larger item."""
+    group: list[T] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if group and (total + size > GROUP_BYTES or len(group) == GROUP_ITEMS):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size
+    if group:
+        yield group
 
 
 def _damaged(ref: SampleRef, found: str) -> BadInput:

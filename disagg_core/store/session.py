@@ -20,7 +20,8 @@ from disagg_core.store.master import MasterView, wait_for_port
 
 LOCAL_BUFFER_BYTES = 16 << 20
 METADATA = "P2PHANDSHAKE"
-LONGEST_CALL_S = 60.0
+LONGEST_OPERATION_S = 60.0
+_CLOSED = "the feature store was used after close(); open a new one"
 
 
 class Session:
@@ -58,30 +59,36 @@ class Session:
         self._native = native
         self._client = wrap(native)
         self._pid = os.getpid()
+        self._operations = 0
         self._calls = 0
-        self._closed = False
+        self._ending = False
         self._idle = threading.Condition()
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this is the process that opened the client."""
-        return os.getpid() == self._pid
-
     @contextmanager
-    def raw(self) -> Iterator[Any]:
-        """Yield the client for one call.
+    def operation(self) -> Iterator[None]:
+        """Count an operation of a caller while it runs, so that closing waits for it.
 
         Raises:
-            StoreMisuse: in a forked child, or after `close`.
+            StoreMisuse: in a forked child, or once closing has begun.
         """
         self.check()
         with self._idle:
             self.check()
+            self._operations += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._operations -= 1
+                self._idle.notify_all()
+
+    @contextmanager
+    def raw(self) -> Iterator[Any]:
+        """Yield the client for one call; `StoreMisuse` in a forked child, or after `close`."""
+        self._check_process()
+        with self._idle:
+            if self._native is None:
+                raise StoreMisuse(_CLOSED)
             self._calls += 1
         try:
             yield self._client
@@ -91,29 +98,43 @@ class Session:
                 self._idle.notify_all()
 
     def check(self) -> None:
-        """Raise `StoreMisuse` if the client may not be used here and now."""
+        """Raise `StoreMisuse` if no operation may begin or go on here and now."""
+        self._check_process()
+        if self._ending:
+            raise StoreMisuse(_CLOSED)
+
+    def end_operations(self) -> bool:
+        """Refuse new operations and wait for those in progress; False if there is nothing to end here.
+
+        Raises:
+            StoreUnavailable: an operation does not come back; the client cannot be closed then.
+        """
+        if os.getpid() != self._pid:
+            return False
+        with self._idle:
+            if self._ending:
+                return False
+            self._ending = True
+            if not self._idle.wait_for(lambda: not self._operations, LONGEST_OPERATION_S):
+                raise StoreUnavailable(
+                    f"{self._operations} operations of the feature store did not end in {LONGEST_OPERATION_S:g} s"
+                )
+        return True
+
+    def close(self) -> None:
+        """Wait for the calls in progress, then close the client."""
+        with self._idle:
+            native, self._native, self._client = self._native, None, None
+            if not self._idle.wait_for(lambda: not self._calls, LONGEST_OPERATION_S):
+                raise StoreUnavailable(f"{self._calls} Mooncake calls did not return in {LONGEST_OPERATION_S:g} s")
+        native.close()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise StoreMisuse(
                 f"the feature store was opened in process {self._pid} and used in its forked child {os.getpid()}; "
                 "open it in the child, or start the child with the 'spawn' method"
             )
-        if self._closed:
-            raise StoreMisuse("the feature store was used after close(); open a new one")
-
-    def close(self) -> None:
-        """Wait for the calls in progress, then close the client. Does nothing in a forked child or a second time."""
-        if os.getpid() != self._pid:
-            return
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            deadline = time.monotonic() + LONGEST_CALL_S
-            while self._calls and time.monotonic() < deadline:
-                self._idle.wait(deadline - time.monotonic())
-            if self._calls:
-                raise StoreUnavailable(f"{self._calls} Mooncake calls did not return in {LONGEST_CALL_S:g} s")
-        self._native.close()
 
 
 def wait_until_ready(master: MasterView, timeout_s: float) -> None:

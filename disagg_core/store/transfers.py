@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -33,21 +32,41 @@ PIPELINE_BYTES = 8 << 20
 """A larger sample is read in parts of this size, each summed while the next one is on its way."""
 
 
+COUNTERS = (
+    "puts",
+    "put_bytes",
+    "put_seconds",
+    "put_retries",
+    "full_answers",
+    "full_wait_seconds",
+    "gets",
+    "get_bytes",
+    "get_seconds",
+    "get_retries",
+    "damaged_reads",
+    "samples_lost",
+    "released",
+    "aborted",
+    "failed_removals",
+    "swept",
+)
+
+
 class Counters:
-    """Named counts and seconds that several threads add to."""
+    """Named counts, bytes and seconds that several threads add to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: Counter[str] = Counter()
+        self._values: dict[str, int | float] = dict.fromkeys(COUNTERS, 0)
 
-    def add(self, **amounts: float) -> None:
+    def add(self, **amounts: int | float) -> None:
         """Add to the counters named."""
         with self._lock:
             for name, amount in amounts.items():
-                self._values[name] += amount  # type: ignore[assignment]
+                self._values[name] += amount
 
     def snapshot(self) -> dict[str, int | float]:
-        """Return all counters that were ever added to."""
+        """Return all counters."""
         with self._lock:
             return dict(self._values)
 
@@ -73,21 +92,24 @@ class Link:
 
 
 class Patience:
-    """Pauses that double, and one deadline for each kind of trouble, counted from its first occurrence."""
+    """Pauses that double, and one deadline for each kind of trouble, counted from the first try that met it.
+
+    A try counts from its beginning: a call on a paused process takes many seconds to fail.
+    """
 
     def __init__(self, link: Link) -> None:
         self._limits = {Verdict.FULL: link.full_timeout_s}
         self._other = link.retry_timeout_s
         self._session = link.session
         self._since: dict[Verdict, float] = {}
+        self._try_began = time.monotonic()
         self._pause = FIRST_PAUSE_S
         self._sleep = threading.Event()
 
     def allows(self, verdict: Verdict) -> bool:
         """Tell whether there is time for another try after trouble of this kind."""
-        now = time.monotonic()
         limit = self._limits.get(verdict, self._other)
-        return now - self._since.setdefault(verdict, now) < limit
+        return time.monotonic() - self._since.setdefault(verdict, self._try_began) < limit
 
     def pause(self) -> float:
         """Wait before the next try; return the seconds waited.
@@ -98,6 +120,7 @@ class Patience:
         self._sleep.wait(self._pause)
         waited, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_S)
         self._session.check()
+        self._try_began = time.monotonic()
         return waited
 
 
@@ -202,11 +225,11 @@ class Reader:
         """
         link, patience = self._link, Patience(self._link)
         damaged = lost = 0
-        slot = first_slot
+        slot, in_parts = first_slot, True  # a call in parts takes longer to fail
         while True:
             slot = slot or self._pool.acquire(ref.size_bytes, link.retry_timeout_s)
             try:
-                code, crc = self._fetch(slot, ref)
+                code, crc = self._fetch(slot, ref, in_parts)
             except BaseException:
                 slot.retire()
                 raise
@@ -216,7 +239,7 @@ class Reader:
                 slot.release()
             else:
                 slot.retire()
-            slot = None
+            slot, in_parts = None, False
             verdict = verdict_of(code)
             link.counters.add(get_retries=1)
             if verdict is Verdict.DONE:
@@ -247,9 +270,9 @@ class Reader:
             for ref, offset, code in zip(refs, offsets, codes, strict=True)
         ]
 
-    def _fetch(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
+    def _fetch(self, slot: Slot, ref: SampleRef, in_parts: bool) -> tuple[int, int | None]:
         """Return the answer and, for a whole read, the checksum of what arrived."""
-        if self._link.checksum and ref.size_bytes >= 2 * PIPELINE_BYTES:
+        if in_parts and self._link.checksum and ref.size_bytes >= 2 * PIPELINE_BYTES:
             return self._fetch_in_parts(slot, ref)
         with self._link.session.raw() as client:
             code = client.get_into(ref.key, slot.address, ref.size_bytes)
