@@ -22,7 +22,7 @@ def _processes(plan: RunPlan) -> Table:
     spec = plan.spec
     pools = spec.orchestration.pools
     table = Table("process", "pool", "count", "GPUs each", title="What would run", title_justify="left")
-    table.add_row("parent flow: attempts, completion, evaluation, archive", pools.orchestrator, "1", "0")
+    table.add_row("parent flow: attempts, completion, archive", pools.orchestrator, "1", "0")
     if spec.store.mode == "managed":
         table.add_row("mooncake_master", f"{pools.orchestrator} (parent)", "1", "0")
         table.add_row(
@@ -42,6 +42,9 @@ def _processes(plan: RunPlan) -> Table:
     table.add_row(
         f"training ranks: {training.nodes} node(s) of {training.processes}", pools.train, str(spec.world_size), each
     )
+    if spec.evaluation.prompts:
+        each = "0" if spec.target.device == "cpu" else "1"
+        table.add_row("evaluation, after the two roles", pools.rollout, "1", each)
     return table
 
 

@@ -26,6 +26,7 @@ from prefect.workers.process import ProcessWorker
 from disagg_core.run_spec import PoolsSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.spec_file import load_spec
+from flows.draft_evaluation import draft_evaluation
 from flows.online_disagg_training import online_disagg_training
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
@@ -58,6 +59,7 @@ async def _register(pools: PoolsSection) -> None:
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy="ENQUEUE"),
     )
     await _deploy(rollout_producer, pools.rollout, pools.rollout, tags=["draftline", "role:producer", "gpu"])
+    await _deploy(draft_evaluation, pools.rollout, pools.rollout, tags=["draftline", "role:evaluation", "gpu"])
     await _deploy(train_consumer, pools.train, pools.train, tags=["draftline", "role:consumer", "gpu"])
 
 

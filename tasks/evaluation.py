@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-
 import msgspec
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.plan import RunPlan
-from disagg_core.processes import describe_exit, spawn, stop_tree, tail
 from disagg_core.report import EvaluationFigures
 from disagg_core.run_dir import write_atomically
+from tasks.children import Supervision, run_child, state_name
 from tasks.completion import Completion
 
 
@@ -23,10 +20,22 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
     section = plan.spec.evaluation
     if section.prompts == 0:
         return None
-    request = plan.dir.evaluation / "request.json"
     checkpoints = [("before", str(completion.first_checkpoint)), ("after", str(completion.checkpoint))]
-    write_atomically(request, msgspec.json.encode({"plan": plan.model_dump(mode="json"), "checkpoints": checkpoints}))
-    await _run([sys.executable, "-m", "disagg_core.evaluation.role", str(request)], plan)
+    write_atomically(
+        plan.dir.evaluation / "request.json",
+        msgspec.json.encode({"plan": plan.model_dump(mode="json"), "checkpoints": checkpoints}),
+    )
+    orchestration = plan.spec.orchestration
+    run = await run_child(
+        "draft-evaluation",
+        orchestration.pools.rollout,
+        {"plan": plan.model_dump(mode="json")},
+        tags=["draftline", "role:evaluation", f"run:{plan.run_id}", "gpu", *orchestration.tags],
+        start_timeout_s=orchestration.stall_timeout_s,
+        supervision=Supervision(),
+    )
+    if state_name(run) != "Completed":
+        raise RoleFailed(f"the evaluation ended as {state_name(run)}: {run.state.message if run.state else ''}")
     before, after = (
         msgspec.json.decode((plan.dir.evaluation / f"{name}.json").read_bytes()) for name, _ in checkpoints
     )
@@ -55,15 +64,3 @@ def judge_draft(plan: RunPlan, figures: EvaluationFigures | None) -> None:
             f"accept length {figures.accept_length_after:.3f} is below evaluation.min_accept_length {minimum}; "
             "the checkpoint is kept"
         )
-
-
-async def _run(command: list[str], plan: RunPlan) -> None:
-    log = plan.dir.evaluation / "evaluation.log"
-    process = spawn(command, log)
-    try:
-        while process.poll() is None:
-            await asyncio.sleep(0.1)
-    finally:
-        code = stop_tree(process, grace_s=5)
-    if code != 0:
-        raise RoleFailed(f"the evaluation failed ({describe_exit(code)}); the end of {log}:\n{tail(log)}")

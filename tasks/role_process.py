@@ -10,7 +10,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -48,14 +48,9 @@ def run_role_process(
     """
     logger = get_run_logger()
     logger.info("starting the %s, its output goes to %s", role, log)
-    process = spawn(command, log)
     progress = _ProgressArtifact(role, assignment)
-    try:
-        code = _wait(process, progress)
-    finally:
-        with _uninterrupted():
-            stop_tree(process, grace_s=STOP_GRACE_S)
-            progress.publish()
+    code = _run_tree(command, log, progress.publish_if_due)
+    progress.publish()
     outcome = read_outcome(assignment.dir.state / f"{role}-outcome.json")
     if outcome is None and code == 0 and not leaves_outcome:
         return None
@@ -73,11 +68,28 @@ def run_role_process(
     return outcome
 
 
-def _wait(process: subprocess.Popen[bytes], progress: _ProgressArtifact) -> int:
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(1.0)
-        progress.publish_if_due()
+def run_evaluation_process(command: list[str], log: Path) -> None:
+    """Run the evaluation's `command` to its end.
+
+    Raises:
+        RoleFailed: it failed; the message has the end of its log.
+    """
+    code = _run_tree(command, log, lambda: None)
+    if code != 0:
+        raise RoleFailed(f"the evaluation failed ({describe_exit(code)}); the end of {log}:\n{tail(log)}")
+
+
+def _run_tree(command: list[str], log: Path, every_second: Callable[[], None]) -> int:
+    """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises."""
+    process = spawn(command, log)
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(1.0)
+            every_second()
+    finally:
+        with _uninterrupted():
+            stop_tree(process, grace_s=STOP_GRACE_S)
 
 
 @contextlib.contextmanager

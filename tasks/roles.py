@@ -12,14 +12,9 @@ from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
-import httpx
-from prefect import get_client, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
-from prefect.deployments import arun_deployment
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, Cancelling
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.attempts import AttemptOutcome
@@ -28,12 +23,9 @@ from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import RoleOutcome, read_outcome
 from disagg_core.plan import RoleAssignment
 from disagg_core.run_dir import write_atomically
+from tasks.children import Supervision, run_child, state_name
 
 Role = Literal["producer", "consumer"]
-
-_POLL_S = 1.0
-_SERVER_AWAY_S = 60.0
-_STOP_S = 60.0
 
 
 class RoleRun(BaseModel):
@@ -55,24 +47,6 @@ class RoleRun(BaseModel):
     def completed(self) -> bool:
         """Whether the role did all its work."""
         return self.state == "Completed"
-
-
-class Supervision:
-    """What the two watchers of an attempt tell each other: the order to stop, and why."""
-
-    def __init__(self) -> None:
-        self.stop = asyncio.Event()
-        self.reason = ""
-        self.failure_class: FailureClass | None = None
-
-    def request_stop(self, reason: str, failure_class: FailureClass | None = None) -> None:
-        """Ask both watchers to cancel their role; the first reason counts.
-
-        `failure_class` is given where the attempt's failure is the watchers' own finding and no role's.
-        """
-        if not self.stop.is_set():
-            self.reason, self.failure_class = reason, failure_class
-            self.stop.set()
 
 
 async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
@@ -166,81 +140,24 @@ async def _run_role(
     spec = assignment.plan.spec
     pool = spec.orchestration.pools.rollout if role == "producer" else spec.orchestration.pools.train
     flow_name = "rollout-producer" if role == "producer" else "train-consumer"
-    started = await arun_deployment(
-        f"{flow_name}/{pool}",
-        parameters={"assignment": assignment.model_dump(mode="json"), **(parameters or {})},
-        timeout=0,
-        as_subflow=True,
+    flow_run = await run_child(
+        flow_name,
+        pool,
+        {"assignment": assignment.model_dump(mode="json"), **(parameters or {})},
         tags=["draftline", f"role:{role}", f"run:{assignment.plan.run_id}", "gpu", *spec.orchestration.tags],
+        start_timeout_s=spec.orchestration.stall_timeout_s,
+        supervision=supervision,
     )
-    async with get_client() as client:
-        flow_run = await _watch(client, started.id, pool, supervision, spec.orchestration.stall_timeout_s)
     if role == "consumer" and flow_run.state and not flow_run.state.is_completed():
         supervision.request_stop(f"the consumer ended as {flow_run.state.name}")
     return RoleRun(
         role=role,
         flow_run_id=flow_run.id,
         work_pool=pool,
-        state=_state_name(flow_run),
+        state=state_name(flow_run),
         message=(flow_run.state.message or "") if flow_run.state else "",
         started=flow_run.start_time,
         ended=flow_run.end_time,
         restarts=restarts,
         outcome=read_outcome(assignment.dir.state / f"{role}-outcome.json"),
     )
-
-
-def _state_name(flow_run: FlowRun) -> str:
-    return flow_run.state.type.value.capitalize() if flow_run.state else "Unknown"
-
-
-async def _watch(
-    client: PrefectClient, run_id: UUID, pool: str, supervision: Supervision, start_timeout_s: float
-) -> FlowRun:
-    """Follow a flow run to its end; cancel it when the attempt is to stop, or when no worker takes it in time."""
-    waited = 0.0
-    while True:
-        flow_run = await _read(client, run_id)
-        if flow_run.state and flow_run.state.is_final():
-            return flow_run
-        if supervision.stop.is_set():
-            return await _cancel(client, run_id, supervision.reason)
-        if flow_run.start_time is None and waited > start_timeout_s:
-            supervision.request_stop(
-                f"no worker of pool {pool} started its run in {start_timeout_s:.0f} s "
-                "(orchestration.stall_timeout_s); start one: prefect worker start --pool " + pool,
-                "stalled",
-            )
-            continue
-        await asyncio.sleep(_POLL_S)
-        waited += _POLL_S
-
-
-async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
-    """Cancel a flow run and wait, bounded, until it has ended."""
-    flow_run = await _read(client, run_id)
-    for waited in range(int(_STOP_S / _POLL_S)):
-        if flow_run.state and flow_run.state.is_final():
-            return flow_run
-        if waited == 0:
-            running = flow_run.start_time is not None
-            await client.set_flow_run_state(
-                run_id, Cancelling(message=reason) if running else Cancelled(message=reason)
-            )
-        await asyncio.sleep(_POLL_S)
-        flow_run = await _read(client, run_id)
-    await client.set_flow_run_state(run_id, Cancelled(message=f"{reason}; did not end in {_STOP_S:.0f} s"), force=True)
-    return await _read(client, run_id)
-
-
-async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Read a flow run; ride out a server that is away for up to a minute."""
-    deadline = asyncio.get_running_loop().time() + _SERVER_AWAY_S
-    while True:
-        try:
-            return await client.read_flow_run(run_id)
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
-            refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-            if refused or asyncio.get_running_loop().time() > deadline:
-                raise
-            await asyncio.sleep(_POLL_S)

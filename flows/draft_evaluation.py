@@ -1,0 +1,19 @@
+"""The evaluation: real speculative decoding with target and draft, where the target's GPU is. Pool ``gpu-rollout``."""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow
+
+from disagg_core.plan import RunPlan
+from tasks.role_process import run_evaluation_process
+
+
+@flow(name="draft-evaluation", flow_run_name="{plan.run_id} evaluation", validate_parameters=True)
+def draft_evaluation(plan: RunPlan) -> None:
+    """Decode the run's held-out prompts with the drafts named in evaluation/request.json."""
+    folder = plan.dir.evaluation
+    run_evaluation_process(
+        [sys.executable, "-m", "disagg_core.evaluation.role", str(folder / "request.json")], folder / "evaluation.log"
+    )

@@ -1,0 +1,118 @@
+"""Flow runs that the parent starts on other pools: dispatched, watched to their end, cancelled when they must stop.
+
+A child that ends badly raises nothing here; whoever dispatched it looks at the state it ended in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+import httpx
+from prefect import get_client
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import arun_deployment
+from prefect.states import Cancelled, Cancelling
+
+from disagg_core.errors import FailureClass
+
+_POLL_S = 1.0
+_SERVER_AWAY_S = 60.0
+_STOP_S = 60.0
+
+
+class Supervision:
+    """What the two watchers of an attempt tell each other: the order to stop, and why."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.reason = ""
+        self.failure_class: FailureClass | None = None
+
+    def request_stop(self, reason: str, failure_class: FailureClass | None = None) -> None:
+        """Ask both watchers to cancel their role; the first reason counts.
+
+        `failure_class` is given where the attempt's failure is the watchers' own finding and no role's.
+        """
+        if not self.stop.is_set():
+            self.reason, self.failure_class = reason, failure_class
+            self.stop.set()
+
+
+async def run_child(
+    flow_name: str,
+    pool: str,
+    parameters: Mapping[str, object],
+    *,
+    tags: Sequence[str],
+    start_timeout_s: float,
+    supervision: Supervision,
+) -> FlowRun:
+    """Run the deployment of `flow_name` on `pool` as a child of this run; return it as it ended.
+
+    It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds.
+    """
+    started = await arun_deployment(
+        f"{flow_name}/{pool}", parameters=dict(parameters), timeout=0, as_subflow=True, tags=list(tags)
+    )
+    async with get_client() as client:
+        return await _watch(client, started.id, pool, supervision, start_timeout_s)
+
+
+def state_name(flow_run: FlowRun) -> str:
+    """Return the type of the state a flow run is in: Completed, Failed, Cancelled, Crashed, ..."""
+    return flow_run.state.type.value.capitalize() if flow_run.state else "Unknown"
+
+
+async def _watch(
+    client: PrefectClient, run_id: UUID, pool: str, supervision: Supervision, start_timeout_s: float
+) -> FlowRun:
+    """Follow a flow run to its end; cancel it when the attempt is to stop, or when no worker takes it in time."""
+    waited = 0.0
+    while True:
+        flow_run = await _read(client, run_id)
+        if flow_run.state and flow_run.state.is_final():
+            return flow_run
+        if supervision.stop.is_set():
+            return await _cancel(client, run_id, supervision.reason)
+        if flow_run.start_time is None and waited > start_timeout_s:
+            supervision.request_stop(
+                f"no worker of pool {pool} started its run in {start_timeout_s:.0f} s "
+                "(orchestration.stall_timeout_s); start one: prefect worker start --pool " + pool,
+                "stalled",
+            )
+            continue
+        await asyncio.sleep(_POLL_S)
+        waited += _POLL_S
+
+
+async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
+    """Cancel a flow run and wait, bounded, until it has ended."""
+    flow_run = await _read(client, run_id)
+    for waited in range(int(_STOP_S / _POLL_S)):
+        if flow_run.state and flow_run.state.is_final():
+            return flow_run
+        if waited == 0:
+            running = flow_run.start_time is not None
+            await client.set_flow_run_state(
+                run_id, Cancelling(message=reason) if running else Cancelled(message=reason)
+            )
+        await asyncio.sleep(_POLL_S)
+        flow_run = await _read(client, run_id)
+    await client.set_flow_run_state(run_id, Cancelled(message=f"{reason}; did not end in {_STOP_S:.0f} s"), force=True)
+    return await _read(client, run_id)
+
+
+async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
+    """Read a flow run; ride out a server that is away for up to a minute."""
+    deadline = asyncio.get_running_loop().time() + _SERVER_AWAY_S
+    while True:
+        try:
+            return await client.read_flow_run(run_id)
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+            if refused or asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_POLL_S)
