@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from disagg_core.errors import CheckpointError
+from disagg_core.ordinals import OrdinalSet
 
 FORMAT = 1
 DRAFT_FILE = "draft.safetensors"
@@ -239,3 +240,13 @@ def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None, ve
         rng=load_file(path / RNG_FILE),
         state=state,
     )
+
+
+def covered_ordinals(root: Path) -> OrdinalSet:
+    """Return the prompts that the newest whole checkpoint below `root` covers; empty without one.
+
+    These are what was trained or given up for good: an attempt that restores the checkpoint must not capture them.
+    """
+    newest = newest_complete(root)
+    cursor = read_state(newest).cursor if newest is not None else DataCursor()
+    return OrdinalSet([*cursor.trained, *cursor.quarantined])
