@@ -208,7 +208,7 @@ def _wait_for_vocab_map(
             _check_producer(channel, path)
         if time.monotonic() > deadline:
             raise ChannelStalled(
-                f"expected the producer to write {path} within {limit_s:.0f} s (orchestration.stall_timeout_s), "
+                f"expected the producer to write {path} within {limit_s:g} s (orchestration.stall_timeout_s), "
                 "found nothing; see the producer's log"
             )
         stop.wait(POLL_S)

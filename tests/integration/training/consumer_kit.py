@@ -74,7 +74,7 @@ def draft_and_head(seed: int = 0) -> tuple[Eagle3Draft, Tensor]:
 
 
 def publish(
-    client: MooncakeFeatureStore, channel: StreamingRefChannel, run_id: str, ordinals: Iterable[int], attempt: int = 1
+    client: MooncakeFeatureStore, channel: StreamingRefChannel, identity: RunIdentity, ordinals: Iterable[int]
 ) -> list[SampleRef]:
     """Store and publish the samples of `ordinals`, as the producer does; the stream stays open."""
     refs = []
@@ -84,7 +84,7 @@ def publish(
             client.put(
                 sample_id_of(ordinal),
                 tensors,
-                identity=identity_of(run_id, attempt),
+                identity=identity,
                 source_task_id=sample_id_of(ordinal),
                 num_tokens=len(tensors["input_ids"]),
             )
@@ -102,7 +102,7 @@ class Attempt:
     """One attempt's channel and store, from both sides, with a rank to train on."""
 
     def __init__(self, endpoints, root, run_id, number=1):
-        self.run_id, self.number = run_id, number
+        self.run_id, self.identity = run_id, identity_of(run_id, number)
         self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
         self.url = root / "attempts" / str(number) / "channel"
         self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
@@ -118,7 +118,7 @@ class Attempt:
         self.store.close()
 
     def publish(self, ordinals, *, ended=True):
-        refs = publish(self.store, self.writer, self.run_id, ordinals, self.number)
+        refs = publish(self.store, self.writer, self.identity, ordinals)
         if ended:
             end(self.writer, refs)
         return refs
