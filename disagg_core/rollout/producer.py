@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _PUBLISH_TOGETHER = 256
 _WAIT_S = 0.05
 _LOOK_S = 0.25
+_GLANCE_S = 0.02
 _PUBLISH_RETRY_S = 60.0
 _JOIN_S = 60.0
 
@@ -156,9 +157,9 @@ class Drive:
                 self._wait()
 
     def _wait(self) -> None:
-        """Wait until something is ready, or, when all workers wait for the consumer, until it has moved."""
-        if self._pipeline.blocked == len(self._workers) and not self._pipeline.admitted:
-            self._channel.wait_for_reader_change(_LOOK_S)
+        """Wait until something is ready to publish, or, when a worker waits for room, until the consumer has moved."""
+        if self._pipeline.blocked:
+            self._channel.wait_for_reader_change(_GLANCE_S if self._pipeline.admitted else _LOOK_S)
             self._pipeline.wake()
             return
         with self._pipeline.changed:

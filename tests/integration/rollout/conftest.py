@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +13,17 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.contracts import RunIdentity
 from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.rollout.chat import template_text, tokenizer_version
 from disagg_core.rollout.prompts import validate_prompts
 from disagg_core.run_spec import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target_facts import read_target_facts
+
+sys.path.insert(0, str(Path(__file__).parent))  # for rollout_kit
+
+from rollout_kit import write_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -57,23 +61,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(tokenizer), max_position_embeddings=256, eos_token_id=2, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-def write_prompts(path: Path, count: int) -> Path:
-    """Write `count` short conversations of different lengths."""
-    lines = [
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": f"question {number}?"},
-                    {"role": "assistant", "content": "so it is " * (1 + number % 4) + str(number)},
-                ]
-            }
-        )
-        for number in range(count)
-    ]
-    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -134,10 +121,3 @@ def bench(tmp_path: Path, endpoints: StoreEndpoints) -> Iterator[SimpleNamespace
         for channel in opened:
             channel.disconnect()
         store.sweep()
-
-
-def tasks_of(count: int, tokens: int = 8) -> list[PromptTask]:
-    return [
-        PromptTask(ordinal=n, source=f"test:{n}", input_ids=[n % 50] * tokens, loss_mask=[1] * tokens)
-        for n in range(count)
-    ]
