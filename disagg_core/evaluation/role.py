@@ -96,18 +96,18 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     device = torch.device(_device(plan))
     if request.threads is not None and device.type == "cpu":
         torch.set_num_threads(request.threads)
+    drafts = [(name, checkpoint, read_draft(checkpoint, plan)) for name, checkpoint in request.checkpoints]
     target = load_target(plan, device)
     progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
     results = []
-    for name, checkpoint in request.checkpoints:
-        draft = load_draft(checkpoint, plan, target)
+    for name, checkpoint, draft in drafts:
 
         def report(done: int, total: int, name: str = name) -> None:
             progress.update(draft=name, done=done, total=total)
 
         result = measure_accept_length(
             target,
-            draft,
+            _place_beside(draft, target),
             prompts,
             draft_tokens=section.draft_tokens,
             max_new_tokens=section.max_new_tokens,
@@ -161,29 +161,34 @@ def load_target(plan: RunPlan, device: torch.device) -> nn.Module:
     return model
 
 
-def load_draft(path: Path, plan: RunPlan, target: Any) -> Eagle3Draft:
-    """Return the draft in `path` beside `target`: same device, fp32 on a CPU, with the target's embedding.
+def read_draft(path: Path, plan: RunPlan) -> Eagle3Draft:
+    """Return the draft in `path`, in fp32 on the CPU, without the target's embedding.
 
     Raises:
-        IncompatibleDraft: the draft was made for other sizes or layers than the run's target has.
+        IncompatibleDraft: no draft is there, or it was made for other sizes or layers than the run's target has.
     """
     config, state = import_draft(path)
     facts = plan.target
+    layers = tuple(facts.aux_layers)
     pairs = {
         "target_hidden_size": (facts.hidden_size, config.target_hidden_size),
         "vocab_size": (facts.vocab_size, config.vocab_size),
-        "aux layers": (tuple(facts.aux_layers), config.aux_layer_ids or tuple(facts.aux_layers)),
+        "aux layers": (layers, config.aux_layer_ids or layers),
     }
     faults = [f"{field}: expected {want}, found {found}" for field, (want, found) in pairs.items() if want != found]
     if faults:
         raise IncompatibleDraft(f"{path}: made for another target than {facts.model}: " + "; ".join(faults))
-    draft = Eagle3Draft(config.model_copy(update={"aux_layer_ids": tuple(facts.aux_layers)}))
+    draft = Eagle3Draft(config.model_copy(update={"aux_layer_ids": layers}))
     draft.load_serving_state_dict(state)
-    embedding = target.get_input_embeddings().weight
-    draft.to(device=embedding.device, dtype=embedding.dtype)
-    if not config.owns_embedding:
-        draft.set_embedding(embedding)
     return draft.eval().requires_grad_(False)
+
+
+def _place_beside(draft: Eagle3Draft, target: Any) -> Eagle3Draft:
+    """Move `draft` to the target's device and dtype and give it the target's embedding."""
+    embedding = target.get_input_embeddings().weight
+    if not draft.config.owns_embedding:
+        draft.set_embedding(embedding)
+    return draft.to(device=embedding.device, dtype=embedding.dtype)
 
 
 def main(arguments: Sequence[str]) -> int:

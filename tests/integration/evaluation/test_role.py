@@ -1,0 +1,181 @@
+"""The evaluation process: a target and two drafts on disk in, one result file for each draft out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
+from disagg_core.drafts.export import export_draft
+from disagg_core.errors import IncompatibleDraft, PromptError
+from disagg_core.evaluation.role import EvaluationRequest, main, read_draft, read_prompts, run_evaluation
+from disagg_core.plan import RunPlan
+from disagg_core.run_spec import RunSpec
+from disagg_core.target_facts import read_target_facts
+from tests.unit.evaluation.models import make_target
+
+pytestmark = pytest.mark.integration
+
+VOCAB = 64
+
+
+def train(draft: Eagle3Draft, target: LlamaForCausalLM, *, steps: int) -> None:
+    """A few steps on the target's own greedy continuations."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(3, VOCAB, (64, 4), generator=generator)
+    ids = target.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    weights = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=5e-3)
+    for _ in range(steps):
+        rows = ids[torch.randperm(len(ids), generator=generator)[:8]]
+        with torch.no_grad():
+            hidden = target(rows, output_hidden_states=True).hidden_states
+        batch = {
+            "input_ids": rows,
+            "attention_mask": torch.ones_like(rows),
+            "loss_mask": torch.ones_like(rows),
+            "aux_hidden_states": torch.cat([hidden[layer + 1] for layer in draft.config.aux_layer_ids or ()], dim=-1),
+            "last_hidden_state": hidden[-1],
+        }
+        lm_head = target.get_output_embeddings().weight
+        training_time_test(draft, batch, lm_head=lm_head, ttt_length=3).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save_checkpoint(draft: Eagle3Draft, path: Path) -> Path:
+    path.mkdir(parents=True)
+    save_file(draft.serving_state_dict(), path / "draft.safetensors")
+    (path / "config.json").write_text(json.dumps(draft.config.to_dict()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
+    """A run over a saved target with the drafts of step 0 and step 30."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("run")
+    target = make_target(VOCAB, context=0.01)
+    target.save_pretrained(root / "target")
+    spec = RunSpec.model_validate(
+        {
+            "target": {"model": str(root / "target"), "device": "cpu", "dtype": "float32"},
+            "data": {"prompts": "unused.jsonl"},
+            "evaluation": {"prompts": 6, "max_new_tokens": 24, "draft_tokens": 4},
+        }
+    )
+    facts = read_target_facts(spec.target)
+    plan = RunPlan(
+        run_id="test",
+        root=root,
+        spec=spec,
+        target=facts,
+        tokenizer_version="none",
+        draft_vocab_size=VOCAB,
+        prompts_per_epoch=None,
+        total_prompts=None,
+        total_steps=None,
+        store_capacity=1,
+        max_sample_bytes=1,
+        high_watermark_refs=1,
+        low_watermark_refs=0,
+        high_watermark_bytes=1,
+        low_watermark_bytes=0,
+    )
+    torch.manual_seed(1)
+    draft = Eagle3Draft(Eagle3Config.for_target(facts, spec.draft).model_copy(update={"initializer_range": 0.1}))
+    draft.reset_parameters()
+    draft.set_embedding(target.get_input_embeddings().weight)
+    save_checkpoint(draft, plan.dir.checkpoints / "step-0")
+    train(draft, target, steps=30)
+    save_checkpoint(draft, plan.dir.checkpoints / "step-30")
+    prompts = torch.randint(3, VOCAB, (8, 5), generator=torch.Generator().manual_seed(9)).tolist()
+    plan.dir.evaluation.mkdir()
+    lines = [json.dumps({"input_ids": ids}) for ids in prompts]
+    (plan.dir.evaluation / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return plan
+
+
+def test_training_raises_the_accept_length_and_both_results_are_lossless(plan: RunPlan, tmp_path: Path) -> None:
+    request = EvaluationRequest(
+        plan=plan,
+        checkpoints=(("before", plan.dir.checkpoints / "step-0"), ("after", plan.dir.checkpoints / "step-30")),
+        outputs={"after": tmp_path / "elsewhere.json"},
+        threads=1,
+    )
+    (tmp_path / "request.json").write_text(request.model_dump_json())
+
+    command = [sys.executable, "-m", "disagg_core.evaluation.role", str(tmp_path / "request.json")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+    assert process.returncode == 0, process.stderr
+    before = json.loads((plan.dir.evaluation / "before.json").read_text())
+    after = json.loads((tmp_path / "elsewhere.json").read_text())
+    assert before["lossless"] is after["lossless"] is True
+    assert (before["prompts"], before["draft_tokens"], len(before["per_position"])) == (6, 4, 4)
+    assert before["tokens"] / before["target_passes"] == before["accept_length"]
+    assert 1.0 <= before["accept_length"] < 1.2
+    assert after["accept_length"] > before["interval"][1] + 0.3
+    assert after["interval"][0] <= after["accept_length"] <= after["interval"][1]
+    progress = json.loads((plan.dir.evaluation / "progress.json").read_text())
+    assert (progress["draft"], progress["done"], progress["total"]) == ("after", 12, 12)
+
+
+def test_an_exported_draft_decodes_like_its_checkpoint(plan: RunPlan, tmp_path: Path) -> None:
+    """Through bf16 and back the same drafts come out, but for tokens that were about as likely."""
+    export_draft(plan.dir.checkpoints / "step-30", tmp_path / "out", "speculators")
+
+    trained = run_evaluation(plan, plan.dir.checkpoints / "step-30", "trained")
+    exported = run_evaluation(plan, tmp_path / "out", "exported")
+
+    assert exported["lossless"]
+    assert exported["accept_length"] == pytest.approx(trained["accept_length"], abs=0.3)
+    assert json.loads((plan.dir.evaluation / "exported.json").read_text()) == exported
+
+
+def test_a_request_that_cannot_be_met_ends_the_process_with_its_reason(
+    plan: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = EvaluationRequest(plan=plan, checkpoints=(("before", tmp_path / "nowhere"),))
+    (tmp_path / "request.json").write_text(request.model_dump_json())
+    (tmp_path / "broken.json").write_text('{"plan": {}}')
+
+    assert main([str(tmp_path / "request.json")]) == 1
+    assert "IncompatibleDraft" in caplog.messages[-1]
+    assert str(tmp_path / "nowhere") in caplog.messages[-1]
+    assert main([str(tmp_path / "broken.json")]) == 1
+    assert "expected an evaluation request" in caplog.messages[-1]
+    assert main([]) == 2
+
+
+def test_a_result_cannot_go_to_an_unknown_name(plan: RunPlan) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint is called \['afer'\]"):
+        EvaluationRequest(plan=plan, checkpoints=(("after", Path("x")),), outputs={"afer": Path("y")})
+
+
+def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
+    facts = plan.target.model_copy(update={"aux_layers": (0, 1, 3), "vocab_size": 70})
+
+    with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; aux layers: expected \(0, 1, 3\)"):
+        read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update={"target": facts}))
+
+
+def test_prompts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    with pytest.raises(PromptError, match="no such file"):
+        read_prompts(file, 4)
+    file.write_text('{"input_ids": [1, 2]}\n{"input_ids": []}\n')
+    with pytest.raises(PromptError, match="line 2"):
+        read_prompts(file, 4)
+    file.write_text("")
+    with pytest.raises(PromptError, match="at least one prompt"):
+        read_prompts(file, 4)
