@@ -35,6 +35,8 @@ from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.serving_format import check_tensors
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_dir import write_atomically
+from disagg_core.run_spec import TargetSection
+from disagg_core.target_facts import load_target_config
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,16 @@ class VerifierInfo:
 
     name_or_path: str | None = None
     architectures: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, target: TargetSection) -> VerifierInfo:
+        """Return what a config says about `target`; the speculators library loads the target by this name.
+
+        Raises:
+            TargetError: the target's config cannot be read.
+        """
+        config = load_target_config(target)
+        return cls(target.model, tuple(config.architectures or ()))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.export import VerifierInfo, export_draft, import_draft
 from disagg_core.drafts.serving_format import expected_shapes
 from disagg_core.errors import IncompatibleDraft
+from disagg_core.run_spec import TargetSection
 
 pytestmark = pytest.mark.unit
 
@@ -113,14 +114,10 @@ def test_what_sglang_loads(tmp_path: Path) -> None:
 def test_what_vllm_loads(tmp_path: Path) -> None:
     """Names of vLLM's module tree, its count of layers from one, and the sections that it insists on."""
     a_checkpoint(tmp_path / "step-3")
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "target")
+    verifier = VerifierInfo.of(TargetSection(model=str(tmp_path / "target")))
 
-    export_draft(
-        tmp_path / "step-3",
-        tmp_path / "out",
-        "speculators",
-        verifier=VerifierInfo("org/target", ("LlamaForCausalLM",)),
-        draft_tokens=4,
-    )
+    export_draft(tmp_path / "step-3", tmp_path / "out", "speculators", verifier=verifier, draft_tokens=4)
 
     stored = load_file(tmp_path / "out/model.safetensors")
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -131,7 +128,10 @@ def test_what_vllm_loads(tmp_path: Path) -> None:
     assert config["norm_before_residual"] is False
     assert config["draft_vocab_size"] == 40
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
-    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/target"
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": str(tmp_path / "target"),
+        "architectures": ["LlamaForCausalLM"],
+    }
     assert config["transformer_layer_config"]["vocab_size"] == 96
     assert "draft_vocab_size" not in config["transformer_layer_config"]
 
