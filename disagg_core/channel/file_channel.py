@@ -96,7 +96,7 @@ class FileBackend:
 
     def _cut_torn_tail(self, end: int, size: int) -> None:
         assert self._writing is not None
-        tail = os.pread(self._writing, size - end, end).split(b"\n")
+        tail = os.pread(self._writing, size - end, end).split(b"\n")[:-1]  # the last one has no newline
         if any(is_intact(line) for line in tail):
             raise ChannelDamaged(
                 f"{self._log} is damaged at offset {end}: expected record {self._tally.last.seq + 1}, found a hole "

@@ -152,7 +152,6 @@ class Writer:
         for batch in group:
             for ref, encoded in zip(batch.refs, batch.encoded, strict=True):
                 if ref.key in self._landed:
-                    self._landed.remove(ref.key)
                     continue
                 seq += 1
                 record = RefRecord(seq=seq, attempt=ref.attempt, epoch=epoch, ref=ref)
@@ -160,6 +159,8 @@ class Writer:
         if framed:
             self._append(framed, self._heartbeat)
             self._idle.stop_waiting()
+        if self._landed:
+            self._landed.difference_update(ref.key for batch in group for ref in batch.refs)
 
     def _append(self, framed: list[Framed], heartbeat: Heartbeat) -> None:
         self._appendable = False  # until we know that all of it landed
