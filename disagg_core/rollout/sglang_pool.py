@@ -53,6 +53,7 @@ class ServerPool:
         concurrency: requests in flight per server.
         check: raises `TargetError` if a server is not the run's target, `ServerFailure` if it does not answer.
         start_timeout_s: how long a server may take until it is healthy.
+        place_timeout_s: how long a request may wait for a place before the servers count as unavailable to it.
         health_timeout_s: a suspected server that does not answer its health check for so long hangs.
     """
 
@@ -63,11 +64,13 @@ class ServerPool:
         concurrency: int,
         check: Callable[[SglangClient], None],
         start_timeout_s: float,
+        place_timeout_s: float,
         health_timeout_s: float = 20.0,
     ) -> None:
         self._members = {member.name: member for member in members}
         self._check = check
         self._start_timeout_s = start_timeout_s
+        self._place_timeout_s = place_timeout_s
         self._health_timeout_s = health_timeout_s
         self._changed = threading.Condition()
         self._breakers = CircuitBreakers(self._members, concurrency=concurrency, clock=time.monotonic)
@@ -116,10 +119,13 @@ class ServerPool:
         """Wait for a place on a usable server and take it; end it with `succeeded` or `failed`.
 
         Raises:
-            TargetUnavailable: every server is out at present.
+            TargetUnavailable: every server is out at present, or busy for too long.
         """
+        deadline = time.monotonic() + self._place_timeout_s
         with self._changed:
             while True:
+                if time.monotonic() > deadline:
+                    raise TargetUnavailable(f"no SGLang server had a place within {self._place_timeout_s:g} s")
                 if not self._breakers.any_usable or self._stop.is_set():
                     raise TargetUnavailable(f"no SGLang server is usable at present: {self._reasons()}")
                 name = self._breakers.acquire(avoid)
@@ -239,12 +245,13 @@ class ServerPool:
             suspect = member.suspect.wait(_WATCH_INTERVAL_S)
             if self._stop.is_set():
                 return None
-            if member.managed is not None and (ended := member.managed.exit_reason()) is not None:
-                return f"died: {ended}"
+            if (ended := _ended(member)) is not None:
+                return ended
             if suspect:
                 member.suspect.clear()
-                if not member.client.healthy(self._health_timeout_s) and not self._stop.is_set():
-                    return f"hangs: it did not answer its health check within {self._health_timeout_s:g} s"
+                if not member.client.healthy(self._health_timeout_s) and not self._stop.wait(_POLL_S):
+                    hangs = f"hangs: no good answer to a health check of {self._health_timeout_s:g} s"
+                    return _ended(member) or hangs
         return None
 
     def _in(self, member: PoolMember, event: str) -> None:
@@ -263,3 +270,9 @@ class ServerPool:
         with self._changed:
             self._breakers.take_away(member.name, reason)
             self._changed.notify_all()
+
+
+def _ended(member: PoolMember) -> str | None:
+    """Return how a server of ours ended; None while it runs, and for an external one."""
+    ended = None if member.managed is None else member.managed.exit_reason()
+    return None if ended is None else f"died: {ended}"

@@ -64,6 +64,7 @@ class WritableStore(Protocol):
         identity: RunIdentity,
         source_task_id: str,
         num_tokens: int,
+        metadata: Mapping[str, str | int | float | bool | None] | None = None,
     ) -> SampleRef:
         """Store one sample and return its reference."""
         ...
@@ -263,6 +264,8 @@ class _Writer:
             "aux_hidden_states": _gather(recording.aux),
             "last_hidden_state": _gather(recording.last),
         }
+        if not bool(torch.isfinite(tensors["last_hidden_state"]).all()):
+            return RefusedReply(reason="the target's last hidden states are not finite", retryable=False)
         copied = time.perf_counter()
         ref = store.put(
             order.sample_id,
@@ -270,6 +273,7 @@ class _Writer:
             identity=order.identity,
             source_task_id=order.source_task_id,
             num_tokens=order.num_tokens,
+            metadata={"server": order.server},
         )
         if self._clock() > order.deadline:
             store.abort(ref)

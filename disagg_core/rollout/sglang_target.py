@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import TargetError, TargetUnavailable
 from disagg_core.plan import StoreEndpoints
-from disagg_core.rollout.prompts_order import seed_of
+from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.sglang_client import PromptRefused, ServerFailure, SglangClient
 from disagg_core.rollout.sglang_pool import PoolMember, ServerPool
 from disagg_core.rollout.sglang_probe import Reference, check_probe, probe_ids, reference_states
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _REPLY_MARGIN_S = 5.0
 _SETTLE_TIMEOUT_S = 10.0
+_FEWEST_TOKENS = 3
 
 
 class SweepableStore(Protocol):
@@ -89,7 +90,7 @@ class SGLangTarget:
         self._max_tokens = max_tokens
         self._log_dir = log_dir
         self._settings = settings
-        self._generate = generate
+        self._sampling = None if generate is None else Sampling.of(generate, max_tokens=max_tokens, seed=seed)
         self._seed = seed
         self._health_timeout_s = health_timeout_s
         self._identity: RunIdentity | None = None
@@ -115,6 +116,7 @@ class SGLangTarget:
                 concurrency=self._section.server_concurrency,
                 check=self._check,
                 start_timeout_s=self._section.unavailable_timeout_s,
+                place_timeout_s=self._section.request_timeout_s,
                 health_timeout_s=self._health_timeout_s,
             )
             self._pool.start()
@@ -157,7 +159,7 @@ class SGLangTarget:
             cpu=_without_gpu(self._section),
             host=self._settings.host,
             seed=self._seed,
-            sampled=self._generate is not None and self._generate.temperature > 0,
+            sampled=self._sampling is not None and self._sampling.temperature > 0,
         )
         servers = [ManagedServer(launch, index=index, log_dir=self._log_dir) for index in range(self._section.servers)]
         return [
@@ -217,24 +219,26 @@ class SGLangTarget:
     def _capture(self, client: SglangClient, task: PromptTask) -> Stored | Failed:
         def work() -> Stored | Failed:
             input_ids, loss_mask = task.input_ids, task.loss_mask
-            if self._generate is not None:
-                tokens = self._continuation(client, task, self._generate)
-                input_ids, loss_mask = input_ids + tokens, loss_mask + [1] * len(tokens)
+            if self._sampling is not None:
+                tokens = self._continuation(client, task, self._sampling)
+                input_ids, loss_mask = input_ids + tokens, [0] * len(input_ids) + [1] * len(tokens)
             return self._store_sample(client, task, input_ids, loss_mask)
 
         return self._attempt(client, task, work)
 
     def _continue(self, client: SglangClient, task: PromptTask) -> Generated | Failed:
-        section = self._generate or GenerateSection()
+        sampling = self._sampling
+        if sampling is None:
+            raise ValueError("this target was made without sampling; give it the run's data.generate section")
         return self._attempt(
-            client, task, lambda: Generated(task, self._continuation(client, task, section), client.name)
+            client, task, lambda: Generated(task, self._continuation(client, task, sampling), client.name)
         )
 
     def _attempt(self, client: SglangClient, task: PromptTask, work: Callable[[], _Outcome]) -> _Outcome | Failed:
         """Run `work` on the place that was taken on `client`, and say whose failure a failure is."""
         pool = self._prepared()
         try:
-            self._check_tokens(task)
+            self._check_task(task)
             outcome = work()
         except PromptRefused as refused:
             pool.succeeded(client.name)
@@ -250,31 +254,29 @@ class SGLangTarget:
         pool.succeeded(client.name)
         return outcome
 
-    def _check_tokens(self, task: PromptTask) -> None:
-        """A token id that the model does not have would kill the server: SGLang does not look."""
-        highest = max(task.input_ids, default=-1)
-        if not task.input_ids or min(task.input_ids) < 0 or highest >= self._facts.vocab_size:
+    def _check_task(self, task: PromptTask) -> None:
+        """Refuse what SGLang does not look at itself: a token id that the model does not have kills the server."""
+        highest, lowest = max(task.input_ids, default=-1), min(task.input_ids, default=-1)
+        if not 0 <= lowest <= highest < self._facts.vocab_size:
+            wrong = highest if lowest >= 0 else lowest
             raise PromptRefused(
-                f"expected token ids from 0 to {self._facts.vocab_size - 1}, found "
-                f"{f'{highest}' if task.input_ids else 'an empty prompt'}",
-                retryable=False,
+                f"token id {wrong} is not of the target, whose vocabulary has {self._facts.vocab_size}", retryable=False
             )
+        if self._sampling is not None and self._sampling.room(task) < 1:
+            raise PromptRefused(f"no room for a continuation after {len(task.input_ids)} tokens", retryable=False)
 
-    def _continuation(self, client: SglangClient, task: PromptTask, section: GenerateSection) -> list[int]:
-        room = min(section.max_new_tokens, self._max_tokens - len(task.input_ids))
-        if room < 1:
-            raise PromptRefused(
-                f"the prompt has {len(task.input_ids)} tokens and leaves no room for a continuation within "
-                f"data.max_tokens = {self._max_tokens}",
-                retryable=False,
-            )
-        sampling: dict[str, Any] = {"max_new_tokens": room, "temperature": section.temperature, "top_p": section.top_p}
-        sampling["stop_token_ids"] = list(self._facts.eos_token_ids)
-        if section.temperature > 0:
-            sampling["sampling_seed"] = seed_of(self._seed, task.ordinal) % 2**31
-        tokens = client.generate(task.input_ids, sampling)
-        if not tokens:
-            raise PromptRefused("the target's continuation is empty: no live position", retryable=False)
+    def _continuation(self, client: SglangClient, task: PromptTask, sampling: Sampling) -> list[int]:
+        parameters: dict[str, Any] = {
+            "max_new_tokens": sampling.room(task),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": list(self._facts.eos_token_ids),
+        }
+        if sampling.temperature > 0:
+            parameters["sampling_seed"] = sampling.seed_for(task.ordinal) % 2**31
+        tokens = client.generate(task.input_ids, parameters)
+        if len(task.input_ids) + len(tokens) < _FEWEST_TOKENS:
+            raise PromptRefused(f"prompt and continuation have less than {_FEWEST_TOKENS} tokens", retryable=False)
         return tokens
 
     def _store_sample(
@@ -284,7 +286,8 @@ class SGLangTarget:
         timeout_s = self._section.request_timeout_s
         order = CaptureOrder(
             sample_id=task.task_id,
-            source_task_id=task.task_id,
+            source_task_id=task.source,
+            server=client.name,
             num_tokens=len(input_ids),
             loss_spans=spans_of(loss_mask),
             identity=self._identity,

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from disagg_core.contracts import SampleRef
 from disagg_core.errors import TargetError
 from disagg_core.rollout.sglang_client import SglangClient
 from disagg_core.rollout.sglang_target import SGLangTarget
 from disagg_core.rollout.sglang_wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
-from disagg_core.rollout.target import Failed, Generated, Stored
+from disagg_core.rollout.target import Captured, Failed, Generated, Stored
+from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec import GenerateSection
-from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store import MooncakeFeatureStore, NewSample
 from tests.sglang.support import MAX_TOKENS, VOCABULARY, Served, identity_of, random_tokens, task_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -60,6 +62,37 @@ def test_states_are_those_of_transformers(
         store.release(outcome.ref)
 
 
+def test_a_consumer_cannot_tell_the_backends_apart(
+    served: ServedOf, target_of: TargetOf, store: MooncakeFeatureStore
+) -> None:
+    server = served("qwen3")
+    identity = identity_of(server.facts, store)
+    local = TransformersTarget(server.section, server.facts, batch_tokens=256, sampling=None)
+    local.prepare(identity)
+    task = task_of(3, random_tokens(50, seed=5))
+
+    [captured] = local.capture([task], avoid={})
+    [stored] = target_of(server).capture([task], avoid={})
+
+    assert isinstance(captured, Captured)
+    assert isinstance(stored, Stored)
+    [ours] = store.put_many(
+        [NewSample(task.task_id, captured.tensors, task.source, captured.num_tokens, {"server": captured.server})],
+        identity=identity,
+    )
+    different = {"key", "crc32", "metadata"}  # the numbers may differ in their last bits, and so the checksum
+    fields = [name for name in SampleRef.__struct_fields__ if name not in different]
+    assert {name: getattr(ours, name) for name in fields} == {name: getattr(stored.ref, name) for name in fields}
+    assert ours.metadata.keys() == stored.ref.metadata.keys()
+    left, right = store.get(ours), store.get(stored.ref)
+    assert list(left) == list(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        torch.testing.assert_close(left[name], right[name], atol=1e-5, rtol=1e-5)
+    store.release_many([ours, stored.ref])
+    local.close()
+
+
 def test_prompt_and_greedy_continuation_are_captured_together(
     served: ServedOf, target_of: TargetOf, store: MooncakeFeatureStore
 ) -> None:
@@ -77,7 +110,7 @@ def test_prompt_and_greedy_continuation_are_captured_together(
     assert isinstance(outcome, Stored)
     sample = store.get(outcome.ref)
     assert sample["input_ids"].tolist() == greedy
-    assert sample["loss_mask"].tolist() == task.loss_mask + [1] * len(continuation.tokens)
+    assert sample["loss_mask"].tolist() == [0] * 20 + [1] * len(continuation.tokens)
     store.release(outcome.ref)
 
 
@@ -117,6 +150,7 @@ def test_an_error_in_the_capture_is_an_answer_and_not_the_end_of_the_server(
     order = CaptureOrder(
         sample_id="s000000000",
         source_task_id="s000000000",
+        server="raw",
         num_tokens=3,
         loss_spans=[(0, 3)],
         identity=identity_of(server.facts, store),
@@ -148,6 +182,7 @@ def test_a_sample_that_comes_too_late_is_removed_again(
     order = CaptureOrder(
         sample_id="s000000000",
         source_task_id="s000000000",
+        server="raw",
         num_tokens=3,
         loss_spans=[(0, 3)],
         identity=identity_of(server.facts, store),
