@@ -75,6 +75,7 @@ class TargetSection(Section):
         "auto", description="Data type of the weights and of the captured hidden states; auto: as the model says."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where a transformers target runs.")
+    cpu_threads: int | None = Field(None, ge=1, description="Threads of a transformers target on the CPU.")
     aux_layers: tuple[int, int, int] | None = Field(
         None, description="Decoder layers (0-based) whose outputs are captured; by default chosen from the depth."
     )

@@ -49,7 +49,6 @@ class TargetFacts(BaseModel):
         """Stored bytes of one token: int32 id, uint8 mask, three aux states and the last hidden state."""
         return 4 + 1 + 4 * self.hidden_size * _DTYPE_BYTES[self.dtype]
 
-
     def describe(self) -> str:
         """Return one line about the target, for people."""
         return (

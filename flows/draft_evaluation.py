@@ -10,7 +10,7 @@ from disagg_core.plan import RunPlan
 from tasks.role_process import run_evaluation_process
 
 
-@flow(name="draft-evaluation", flow_run_name="{plan.run_id} evaluation", validate_parameters=True)
+@flow(name="draft-evaluation")
 def draft_evaluation(plan: RunPlan) -> None:
     """Decode the run's held-out prompts with the drafts named in evaluation/request.json."""
     folder = plan.dir.evaluation

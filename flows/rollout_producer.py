@@ -10,11 +10,7 @@ from disagg_core.plan import RoleAssignment
 from tasks.role_process import run_role_process, write_assignment
 
 
-@flow(
-    name="rollout-producer",
-    flow_run_name="{assignment.plan.run_id} producer, attempt {assignment.attempt}",
-    validate_parameters=True,
-)
+@flow(name="rollout-producer")
 def rollout_producer(assignment: RoleAssignment) -> None:
     """Run the rollout producer of one attempt until the stream has its end."""
     document = write_assignment(assignment, "producer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -26,12 +27,13 @@ INTERRUPTED = 130
 
 
 def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up: bool) -> int:
-    """Run one training; return the exit code: 0 completed, 1 failed, 130 interrupted.
+    """Run one training; return the exit code: 0 completed, 1 failed, 130 interrupted (Ctrl-C or SIGTERM).
 
     Raises:
         BadInput: something in the spec or its files is wrong; nothing was started.
     """
     check_run(spec, settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     was_up = local.find_platform(settings) is not None
     try:
         platform = local.up(settings, console.print)

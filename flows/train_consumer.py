@@ -11,11 +11,7 @@ from tasks.rendezvous import meet
 from tasks.role_process import run_role_process, write_assignment
 
 
-@flow(
-    name="train-consumer",
-    flow_run_name="{assignment.plan.run_id} consumer, attempt {assignment.attempt}, node {node_rank}",
-    validate_parameters=True,
-)
+@flow(name="train-consumer")
 def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
     """Run one node of the training consumer of one attempt: a ``torchrun`` tree, or one plain process."""
     role = "consumer" if node_rank == 0 else f"consumer-node{node_rank}"

@@ -46,16 +46,22 @@ async def run_child(
     pool: str,
     parameters: Mapping[str, object],
     *,
+    name: str,
     tags: Sequence[str],
     start_timeout_s: float,
     supervision: Supervision,
 ) -> FlowRun:
-    """Run the deployment of `flow_name` on `pool` as a child of this run; return it as it ended.
+    """Run the deployment of `flow_name` on `pool` as a child called `name` of this run; return it as it ended.
 
     It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds.
     """
     started = await arun_deployment(
-        f"{flow_name}/{pool}", parameters=dict(parameters), timeout=0, as_subflow=True, tags=list(tags)
+        f"{flow_name}/{pool}",
+        parameters=dict(parameters),
+        flow_run_name=name,
+        timeout=0,
+        as_subflow=True,
+        tags=list(tags),
     )
     async with get_client() as client:
         return await _watch(client, started.id, pool, supervision, start_timeout_s)

@@ -23,13 +23,20 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
     checkpoints = [("before", str(completion.first_checkpoint)), ("after", str(completion.checkpoint))]
     write_atomically(
         plan.dir.evaluation / "request.json",
-        msgspec.json.encode({"plan": plan.model_dump(mode="json"), "checkpoints": checkpoints}),
+        msgspec.json.encode(
+            {
+                "plan": plan.model_dump(mode="json"),
+                "checkpoints": checkpoints,
+                "threads": plan.spec.target.cpu_threads,
+            }
+        ),
     )
     orchestration = plan.spec.orchestration
     run = await run_child(
         "draft-evaluation",
         orchestration.pools.rollout,
         {"plan": plan.model_dump(mode="json")},
+        name=f"{plan.run_id} evaluation",
         tags=["draftline", "role:evaluation", f"run:{plan.run_id}", "gpu", *orchestration.tags],
         start_timeout_s=orchestration.stall_timeout_s,
         supervision=Supervision(),

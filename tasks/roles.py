@@ -104,7 +104,7 @@ async def run_producer(assignment: RoleAssignment, supervision: Supervision) -> 
     allowed = assignment.plan.spec.orchestration.producer_restarts
     restarts = 0
     while True:
-        run = await _run_role("producer", assignment, supervision, restarts)
+        run = await _run_role("producer", assignment, supervision, restarts=restarts)
         died = not run.completed and run.outcome is None and not supervision.stop.is_set()
         if not died or restarts >= allowed:
             break
@@ -121,9 +121,7 @@ async def run_producer(assignment: RoleAssignment, supervision: Supervision) -> 
 async def run_consumer(assignment: RoleAssignment, supervision: Supervision) -> RoleRun:
     """Run the training consumer on its pool, one flow run for each training node."""
     nodes = assignment.plan.spec.training.nodes
-    runs = await asyncio.gather(
-        *(_run_role("consumer", assignment, supervision, 0, {"node_rank": rank}) for rank in range(nodes))
-    )
+    runs = await asyncio.gather(*(_run_role("consumer", assignment, supervision, node=rank) for rank in range(nodes)))
     failed = [run for run in runs if not run.completed]
     if failed:
         supervision.request_stop(f"the consumer ended as {failed[0].state}")
@@ -134,8 +132,9 @@ async def _run_role(
     role: Role,
     assignment: RoleAssignment,
     supervision: Supervision,
-    restarts: int,
-    parameters: dict[str, int] | None = None,
+    *,
+    restarts: int = 0,
+    node: int = 0,
 ) -> RoleRun:
     spec = assignment.plan.spec
     pool = spec.orchestration.pools.rollout if role == "producer" else spec.orchestration.pools.train
@@ -143,7 +142,8 @@ async def _run_role(
     flow_run = await run_child(
         flow_name,
         pool,
-        {"assignment": assignment.model_dump(mode="json"), **(parameters or {})},
+        {"assignment": assignment.model_dump(mode="json"), **({"node_rank": node} if role == "consumer" else {})},
+        name=f"{assignment.plan.run_id} {role}, attempt {assignment.attempt}" + (f", node {node}" if node else ""),
         tags=["draftline", f"role:{role}", f"run:{assignment.plan.run_id}", "gpu", *spec.orchestration.tags],
         start_timeout_s=spec.orchestration.stall_timeout_s,
         supervision=supervision,

@@ -147,6 +147,8 @@ def _assemble(
 ) -> tuple[Drive, Target, PromptSource]:
     """Load tokenizer and target, derive the vocabulary map, open the prompts; return the producer ready to run."""
     plan, spec = assignment.plan, assignment.plan.spec
+    if spec.target.cpu_threads is not None:
+        torch.set_num_threads(spec.target.cpu_threads)
 
     def enter(phase: str, **fields: int | None) -> None:
         stop.check()
