@@ -6,9 +6,11 @@ after its ``close`` (it crashes the process). Every call goes through `Session.r
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,7 @@ from disagg_core.store.master import MasterView, wait_for_port
 LOCAL_BUFFER_BYTES = 16 << 20
 METADATA = "P2PHANDSHAKE"
 LONGEST_OPERATION_S = 60.0
+_LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
 _CLOSED = "the feature store was used after close(); open a new one"
 
 
@@ -57,6 +60,7 @@ class Session:
         self.hard_pin = mooncake.ReplicateConfig()
         self.hard_pin.with_hard_pin = True
         self._native = native
+        _LIVE.add(self)
         self._client = wrap(native)
         self._pid = os.getpid()
         self._operations = 0
@@ -135,6 +139,15 @@ class Session:
                 f"the feature store was opened in process {self._pid} and used in its forked child {os.getpid()}; "
                 "open it in the child, or start the child with the 'spawn' method"
             )
+
+
+def _keep_native_clients() -> None:
+    """Keep a forked child from destroying the clients that it has inherited: their destructors crash it."""
+    for session in _LIVE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._native))
+
+
+os.register_at_fork(after_in_child=_keep_native_clients)
 
 
 def wait_until_ready(master: MasterView, timeout_s: float) -> None:

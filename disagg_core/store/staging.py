@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 RETIRED_FOR_S = 60.0
+MOST_REGIONS = 4
+"""A request waits for room in one region; while memory is set aside, it may get so many."""
 POLL_S = 0.001
 MADV_POPULATE_WRITE = 23
 """Linux 5.14; the `mmap` module has no name for it."""
@@ -208,7 +210,8 @@ class StagingPool:
                 found = region.take(wanted)
                 if found is not None:
                     return Slot(self, region, found, nbytes)
-            if any(len(region.memory) >= wanted for region in self._regions):
+            large_enough = sum(len(region.memory) >= wanted for region in self._regions)
+            if large_enough and not (self._set_aside and large_enough < MOST_REGIONS):
                 return None
             region = self._new_region(max(wanted, self._region_bytes))
             found = region.take(wanted)

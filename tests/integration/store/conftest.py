@@ -1,7 +1,10 @@
 """A real store for the tests of this room: one for all that only read and write, their own for those that kill."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +59,54 @@ def identity_of(run_id: str, attempt: int = 1) -> RunIdentity:
         run_id=run_id, attempt=attempt, strategy="eagle3", target_model_version="target-1", tokenizer_version="tok-1",
         vocab_map_version="vocab-1", draft_weight_version=0, aux_layers=(1, 2, 3), dtype="bfloat16",
     )  # fmt: skip
+
+
+class Faults:
+    """Stands between the store and the real client and spoils the calls it is told to spoil, in turn.
+
+    ``faults.on("put_from", answer(-900), damage())`` spoils the first call one way and the second another; what comes
+    after runs unspoiled. A fault is called with the real method and its arguments.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._client: Any = None
+        self._faults: dict[str, list[Callable[..., Any]]] = {}
+        self._lock = threading.Lock()
+
+    def on(self, method: str, *faults: Callable[..., Any]) -> None:
+        self._faults.setdefault(method, []).extend(faults)
+
+    def wrap(self, client: Any) -> "Faults":
+        self._client = client
+        return self
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        real = getattr(self._client, method)
+
+        def call(*args: Any) -> Any:
+            with self._lock:
+                self.calls.append((method, args))
+                waiting = self._faults.get(method)
+                fault = waiting.pop(0) if waiting else None
+            return fault(real, *args) if fault else real(*args)
+
+        return call
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait until `condition` holds, and fail if it does not in time."""
+    deadline, pause = time.monotonic() + timeout_s, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen in {timeout_s} s"
+        pause.wait(0.02)
+
+
+@pytest.fixture(name="eventually")
+def eventually_fixture() -> Callable[..., None]:
+    return eventually
