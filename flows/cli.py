@@ -14,6 +14,7 @@ from rich.console import Console
 
 from disagg_core.channel_cli import app as channel_app
 from disagg_core.doctor_cli import doctor
+from disagg_core.drafts_cli import evaluate, export
 from disagg_core.errors import BadInput, DraftlineError
 from disagg_core.rollout_cli import regenerate
 from disagg_core.settings import get_settings
@@ -31,6 +32,8 @@ app.add_typer(channel_app, name="channel", help="Look into a reference channel."
 app.add_typer(store_app, name="store", help="Look into a feature store.")
 app.command(name="doctor")(doctor)
 app.command(name="regenerate")(regenerate)
+app.command(name="export")(export)
+app.command(name="evaluate")(evaluate)
 
 SpecFile = Annotated[Path, typer.Argument(help="Run document (YAML).", show_default=False)]
 Overrides = Annotated[

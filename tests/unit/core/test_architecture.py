@@ -21,8 +21,8 @@ FLOORS = [
     {"plan", "plan_view"},
     {"drafts", "channel", "store", "observability"},
     {"rollout", "training", "evaluation"},
-    {"preflight"},
-    {"channel_cli", "store_cli", "rollout_cli", "doctor_cli"},
+    {"preflight", "doctor"},
+    {"channel_cli", "store_cli", "rollout_cli", "doctor_cli", "drafts_cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,0 +1,100 @@
+"""``draftline export`` and ``draftline evaluate``: what to do with a trained draft after its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from disagg_core.errors import BadInput
+from disagg_core.plan import RunPlan
+from disagg_core.run_dir import RunDir
+from disagg_core.settings import get_settings
+
+Run = Annotated[str, typer.Argument(help="Id of a run.", show_default=False)]
+DraftDir = Annotated[
+    Path | None, typer.Option("--draft", help="Checkpoint or exported draft; by default the run's newest checkpoint.")
+]
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    layout: Annotated[
+        Literal["sglang", "hf", "speculators"], typer.Option("--format", help="What will load the draft.")
+    ] = "sglang",
+    draft: DraftDir = None,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the weights.")] = (
+        "bfloat16"
+    ),
+) -> None:
+    """Write a run's draft in a serving format, checked and read back."""
+    from disagg_core.drafts.export import VerifierInfo, export_draft
+
+    plan = load_run(run)
+    verifier = VerifierInfo.of(plan.spec.target) if layout == "speculators" else None
+    written = export_draft(
+        draft or newest_checkpoint(plan),
+        out,
+        layout,
+        dtype=dtype,
+        verifier=verifier,
+        draft_tokens=plan.spec.evaluation.draft_tokens,
+    )
+    Console().print(
+        f"{written.path}: {written.tensors} tensors, {written.bytes} bytes, {written.dtype}", soft_wrap=True
+    )
+
+
+def evaluate(
+    run: Run,
+    draft: DraftDir = None,
+    server: Annotated[
+        str | None, typer.Option(help="SGLang server that serves target and draft; measured by its own counters.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the result in the run's evaluation folder.")] = "again",
+) -> None:
+    """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server."""
+    from disagg_core.evaluation.role import run_evaluation, run_server_evaluation
+
+    if draft is not None and server is not None:
+        raise BadInput("--draft and --server: a server serves the draft that it was started with; give one of the two")
+    plan = load_run(run)
+    if server is not None:
+        result = run_server_evaluation(plan, server, name)
+    else:
+        result = run_evaluation(plan, draft or newest_checkpoint(plan), name)
+    Console().print(
+        f"accept length {result['accept_length']:.3f} on {result['prompts']} prompts, "
+        f"{result['target_passes']} target passes; written to {plan.dir.evaluation / name}.json",
+        soft_wrap=True,
+    )
+
+
+def load_run(run: str) -> RunPlan:
+    """Return the plan of the run with id `run`.
+
+    Raises:
+        BadInput: there is no such run under DRAFTLINE_HOME.
+    """
+    runs = get_settings().runs_dir
+    known = sorted(path.parent.name for path in runs.glob("*/run.json"))
+    if run not in known:
+        raise BadInput(f"no run {run!r} in {runs}; there are: {', '.join(known) or 'none'}")
+    return RunPlan.model_validate_json(RunDir.of(runs, run).document.read_bytes())
+
+
+def newest_checkpoint(plan: RunPlan) -> Path:
+    """Return the newest whole checkpoint of a run.
+
+    Raises:
+        BadInput: it has none.
+    """
+    from disagg_core.training.checkpoint import newest_complete
+
+    newest = newest_complete(plan.dir.checkpoints)
+    if newest is None:
+        raise BadInput(f"run {plan.run_id} has no whole checkpoint in {plan.dir.checkpoints}")
+    return newest
