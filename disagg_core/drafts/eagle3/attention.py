@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
+from disagg_core.drafts.eagle3.linear import outer, product
 
 AttentionKernel = Literal["chunked", "flash"]
 
-_SCORE_BYTES = {"cpu": 2 * 1024**2, "cuda": 256 * 1024**2}
+_SCORE_BYTES = {"cpu": 1 * 1024**2, "cuda": 256 * 1024**2}
 """Bytes of one slice of scores: on CPU about what a core's cache holds."""
 _EMPTY = -1e30
 """Stands for the largest score of a row that may attend to nothing."""
@@ -64,14 +65,18 @@ class _Slice:
     keys: slice
     open_keys: int  # so many of the keys are seen by every row of the slice
 
+    def queries(self, group: int) -> slice:
+        """The slice's rows where each row stands `group` times."""
+        return slice(self.rows.start * group, self.rows.stop * group)
 
-def _slices(plan: StepPlan, heads: int, device: str) -> Iterator[_Slice]:
-    """Cut the query rows so that a slice's scores keep to the budget."""
+
+def _slices(plan: StepPlan, group: int, device: str) -> Iterator[_Slice]:
+    """Cut the query rows so that a slice's scores for one key head, `group` query heads, keep to the budget."""
     row, first_key = 0, 0
     for bounds, keys in zip(plan.row_bounds, plan.key_counts, strict=True):
         at = 0
         while at < len(bounds):
-            per_row = 4 * heads * min(keys, bounds[at] + 128)
+            per_row = 4 * group * min(keys, bounds[at] + 128)
             end = min(len(bounds), at + max(16, _SCORE_BYTES[device] // per_row))
             yield _Slice(
                 slice(row + at, row + end), slice(first_key, first_key + bounds[end - 1] + 1), open_keys=bounds[at]
@@ -81,28 +86,26 @@ def _slices(plan: StepPlan, heads: int, device: str) -> Iterator[_Slice]:
         first_key += keys
 
 
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """Turn ``[n, heads, d]`` into ``[kv_heads, n * group, d]``."""
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Turn ``[n, heads, d]`` into ``[kv_heads, n * group, d]``, contiguous."""
     n, heads, dim = x.shape
     return x.view(n, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
 
 
-def _ungrouped(x: Tensor, rows: int) -> Tensor:
+def _by_row(x: Tensor, rows: int) -> Tensor:
     """Turn ``[kv_heads, n * group, d]`` back into ``[n, heads, d]``."""
     kv_heads, _, dim = x.shape
     return x.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, -1, dim)
 
 
-def _scores(plan: StepPlan, piece: _Slice, query: Tensor, key: Tensor) -> Tensor:
-    """Return masked scores ``[kv_heads, n, group, keys]`` of grouped `query` (scaled) against `key`."""
-    rows = piece.rows.stop - piece.rows.start
-    scores = torch.bmm(query, key[piece.keys].permute(1, 2, 0)).view(query.shape[0], rows, -1, key[piece.keys].shape[0])
+def _mask(plan: StepPlan, piece: _Slice, scores: Tensor) -> None:
+    """Exclude later and padded keys from `scores` ``[n * group, keys]`` in place."""
     positions = plan.row_positions[piece.rows]
-    late = torch.arange(piece.open_keys, scores.shape[-1], device=query.device) > positions[:, None]
-    scores[..., piece.open_keys :].masked_fill_(late[:, None, :], -math.inf)
+    late = torch.arange(piece.open_keys, scores.shape[-1], device=scores.device) > positions[:, None]
+    by_row = scores.view(positions.numel(), -1, scores.shape[-1])
+    by_row[..., piece.open_keys :].masked_fill_(late[:, None, :], -math.inf)
     if plan.key_padding is not None:
         scores.masked_fill_(plan.key_padding[piece.keys], -math.inf)
-    return scores
 
 
 def _own_scores(query: Tensor, own_key: Tensor, scale: float) -> Tensor:
@@ -127,31 +130,38 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, plan: StepPlan, query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
         kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[2])
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
+        heads, rows = query.shape[1], query.shape[0]
+        scaled, keys, values = (
+            _by_kv_head(query * scale, kv_heads),
+            _by_kv_head(key, kv_heads),
+            _by_kv_head(value, kv_heads),
+        )
+        block = torch.empty_like(scaled)
+        top = scaled.new_empty(kv_heads, rows * (heads // kv_heads), 1, dtype=work)
+        total = torch.empty_like(top)
+        for piece in _slices(plan, heads // kv_heads, query.device.type):
+            for head in range(kv_heads):
+                at = piece.queries(heads // kv_heads)
+                scores = product(scaled[head, at], keys[head, piece.keys].t()).to(work)
+                _mask(plan, piece, scores)
+                largest = scores.amax(-1, keepdim=True).clamp_(min=_EMPTY)
+                weights = scores.sub_(largest).exp_()
+                top[head, at], total[head, at] = largest, weights.sum(-1, keepdim=True)
+                block[head, at] = product(weights.to(query.dtype), values[head, piece.keys])
+        sums, largest = _by_row(total, rows), _by_row(top, rows)  # [rows, heads, 1]
+        output = _by_row(block, rows)
         own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
-        output = torch.empty_like(query)
-        logsumexp = query.new_empty(query.shape[:2], dtype=work)
-        for piece in _slices(plan, query.shape[1], query.device.type):
-            part = query[piece.rows]
-            rows, heads = part.shape[:2]
-            scores = _scores(plan, piece, _grouped(part * scale, kv_heads), key).to(work)
-            own_scores = [_own_scores(part, k[piece.rows], scale).to(work) for k in own_keys]
-            top = _ungrouped(scores.amax(-1).view(kv_heads, -1, 1), rows).squeeze(-1)
-            for score in own_scores:
-                top = torch.maximum(top, score)
-            top = top.clamp(min=_EMPTY)
-            weights = scores.sub_(_grouped(top.unsqueeze(-1), kv_heads).view(kv_heads, rows, -1, 1)).exp_()
-            total = _ungrouped(weights.sum(-1).view(kv_heads, -1, 1), rows).squeeze(-1)
-            mixed = torch.bmm(
-                weights.view(kv_heads, -1, weights.shape[-1]).to(value.dtype), value[piece.keys].transpose(0, 1)
-            )
-            result = _ungrouped(mixed, rows)
-            for score, own_value in zip(own_scores, own_values, strict=True):
-                weight = (score - top).exp()
-                total = total + weight
-                result = result + weight.unsqueeze(-1).to(value.dtype) * _spread(own_value[piece.rows], heads)
-            total = total.clamp(min=torch.finfo(work).tiny)
-            output[piece.rows] = result / total.unsqueeze(-1).to(value.dtype)
-            logsumexp[piece.rows] = top + total.log()
+        own_scores = [_own_scores(query, k, scale).to(work).unsqueeze(-1) for k in own_keys]
+        highest = torch.stack([largest, *own_scores]).amax(0)
+        fade = (largest - highest).exp()
+        sums, output = sums * fade, output * fade.to(query.dtype)
+        for score, own_value in zip(own_scores, own_values, strict=True):
+            weight = (score - highest).exp()
+            sums += weight
+            output += weight.to(query.dtype) * _spread(own_value, heads)
+        sums = sums.clamp_(min=torch.finfo(work).tiny)
+        output /= sums.to(query.dtype)
+        logsumexp = (highest + sums.log()).squeeze(-1)
         ctx.plan, ctx.scale = plan, scale
         ctx.save_for_backward(query, key, value, output, logsumexp, *own)
         return output
@@ -161,25 +171,27 @@ class _Chunked(torch.autograd.Function):
         plan, scale = ctx.plan, ctx.scale
         query, key, value, output, logsumexp, *own = ctx.saved_tensors
         (grad_output,) = grads
-        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
         kv_heads, work = key.shape[1], logsumexp.dtype
+        group, rows = query.shape[1] // kv_heads, query.shape[0]
         inner = (grad_output * output).sum(-1).to(work)  # [rows, heads]
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for piece in _slices(plan, query.shape[1], query.device.type):
-            part, keys = query[piece.rows], key[piece.keys]
-            rows = part.shape[0]
-            grouped, grad = _grouped(part, kv_heads), _grouped(grad_output[piece.rows], kv_heads)
-            scores = _scores(plan, piece, grouped * scale, key).view(kv_heads, -1, keys.shape[0]).to(work)
-            weights = scores.sub_(_grouped(logsumexp[piece.rows].unsqueeze(-1), kv_heads)).exp_()
-            cast = weights.to(query.dtype)
-            grad_value[piece.keys] += torch.bmm(cast.transpose(1, 2), grad).transpose(0, 1)
-            slope = torch.bmm(grad, value[piece.keys].permute(1, 2, 0)).to(work)
-            slope.sub_(_grouped(inner[piece.rows].unsqueeze(-1), kv_heads)).mul_(weights).mul_(scale)
-            slope = slope.to(query.dtype)
-            grad_query[piece.rows] = _ungrouped(torch.bmm(slope, keys.transpose(0, 1)), rows)
-            grad_key[piece.keys] += torch.bmm(slope.transpose(1, 2), grouped).transpose(0, 1)
-        own_grads = _own_backward(query, grad_output, inner, logsumexp, own_keys, own_values, grad_query, scale)
-        return None, grad_query, grad_key, grad_value, *own_grads
+        plain, grad, keys, values = (_by_kv_head(x, kv_heads) for x in (query, grad_output, key, value))
+        limits, inners = (_by_kv_head(x.unsqueeze(-1), kv_heads) for x in (logsumexp, inner))
+        by_query, by_key, by_value = torch.empty_like(plain), torch.zeros_like(keys), torch.zeros_like(values)
+        for piece in _slices(plan, group, query.device.type):
+            for head in range(kv_heads):
+                at, seen = piece.queries(group), piece.keys
+                scores = product(plain[head, at], keys[head, seen].t()).to(work).mul_(scale)
+                _mask(plan, piece, scores)
+                weights = scores.sub_(limits[head, at]).exp_()
+                by_value[head, seen] += outer(weights.to(query.dtype), grad[head, at])
+                slope = product(grad[head, at], values[head, seen].t()).to(work)
+                slope = slope.sub_(inners[head, at]).mul_(weights).mul_(scale).to(query.dtype)
+                by_query[head, at] = product(slope, keys[head, seen])
+                by_key[head, seen] += outer(slope, plain[head, at])
+        grad_query = _by_row(by_query, rows)
+        half = len(own) // 2
+        own_grads = _own_backward(query, grad_output, inner, logsumexp, own[:half], own[half:], grad_query, scale)
+        return None, grad_query, by_key.transpose(0, 1), by_value.transpose(0, 1), *own_grads
 
 
 def _own_backward(

@@ -23,12 +23,23 @@ def _onednn_fits(*operands: Tensor) -> bool:
     )
 
 
+def _packed(x: Tensor) -> Tensor:
+    """Return `x`, copied if neither it nor its transpose is contiguous: oneDNN has only a slow path for that."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` for ``[m, k]`` and ``[k, n]`` of one dtype; not recorded by autograd on the oneDNN path."""
     if _onednn_fits(a, b):
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).t(), None, "none", [], "")
         return result
     return torch.mm(a, b)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a.T @ b`` for ``[m, k]`` and ``[m, n]``; oneDNN copies the operand that it takes transposed, so the
+    narrower one is."""
+    return product(a.t(), b) if a.shape[1] <= b.shape[1] else product(b.t(), a).t()
 
 
 class _LinearRows(torch.autograd.Function):
@@ -44,7 +55,7 @@ class _LinearRows(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (grad,) = grads
         grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
+        grad_weight = outer(grad, x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
-from disagg_core.drafts.eagle3.linear import product
+from disagg_core.drafts.eagle3.linear import outer, product
 from disagg_core.run_spec import LossSection
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
@@ -50,6 +50,13 @@ class Slopes:
 
     cross_entropy: Tensor | None
     accepted: Tensor | None
+
+    def of_step(self, k: int) -> Slopes:
+        """Return those of step k, scalars."""
+        return Slopes(
+            None if self.cross_entropy is None else self.cross_entropy[k],
+            None if self.accepted is None else self.accepted[k],
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ class _LmLoss(torch.autograd.Function):
             if gradients is not None:
                 walk.run(objective.slopes(sums), gradients)
         if gradients is not None:
-            ctx.save_for_backward(gradients.lm_head.to(lm_head.dtype), *(g.to(lm_head.dtype) for g in gradients.normed))
+            ctx.save_for_backward(
+                gradients.lm_head.t().to(lm_head.dtype), *(g.to(lm_head.dtype) for g in gradients.normed)
+            )
         total = (objective.decays(sums.live) * objective.step_losses(sums)).sum()
         figures = (sums.cross_entropy, sums.accepted, sums.correct, sums.live)
         ctx.mark_non_differentiable(*figures)
@@ -142,13 +151,13 @@ class _LmLoss(torch.autograd.Function):
 class _Gradients:
     """Gradients of the total while slices add to them."""
 
-    lm_head: Tensor  # [K, H]
+    lm_head: Tensor  # [H, K], transposed
     normed: list[Tensor]  # L times [rows, H]
 
     @classmethod
     def like(cls, lm_head: Tensor, normed: Sequence[Tensor]) -> _Gradients:
         work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
-        return cls(torch.zeros_like(lm_head, dtype=work), [torch.zeros_like(x) for x in normed])
+        return cls(lm_head.new_zeros(lm_head.shape[::-1], dtype=work), [torch.zeros_like(x) for x in normed])
 
 
 @dataclass(frozen=True)
@@ -183,24 +192,26 @@ class _Walk:
     def run(self, slopes: Slopes | None, gradients: _Gradients | None) -> StepSums:
         """Return the sums of all slices; with `slopes`, add the gradients of ``slopes . sums``."""
         steps = self._plan.ttt_length
-        sums = torch.zeros(4, steps, dtype=self._work, device=self._lm_head.device)
+        sums = torch.zeros(steps, 4, dtype=self._work, device=self._lm_head.device)
         for start in range(0, self._plan.teacher_flat.numel(), self._slice_rows):
             at = slice(start, start + self._slice_rows)
             teacher = self._teach(at)
-            mask = self._plan.teacher_valid[:, at] & teacher.live  # [L, n]
+            weight = (self._plan.teacher_valid[:, at] & teacher.live).to(self._work)  # [L, n]
             rows = self._plan.teacher_row[:, at]
             inputs = torch.cat([normed[row] for normed, row in zip(self._normed, rows, strict=True)])
             logits = product(inputs, self._lm_head.t()).view(steps, -1, self._lm_head.shape[0]).to(self._work)
-            figures, slope = _vocabulary(logits, teacher, mask, slopes)
-            sums += figures
-            if gradients is not None and slope is not None:
-                self._add(gradients, slope, inputs, rows)
-        return StepSums(*sums)
+            for k in range(steps):
+                sums[k] += _figures(logits[k], teacher, weight[k])
+                if slopes is not None:
+                    _to_slope(logits[k], teacher, weight[k], slopes.of_step(k))
+            if gradients is not None:
+                self._add(gradients, logits, inputs, rows)
+        return StepSums(*sums.unbind(1))
 
     def _add(self, gradients: _Gradients, slope: Tensor, inputs: Tensor, rows: Tensor) -> None:
         """Add the slice's gradients, given the slope of the total by its logits ``[L, n, K]``."""
         flat = slope.view(-1, slope.shape[-1]).to(inputs.dtype)
-        gradients.lm_head += product(flat.t(), inputs)
+        gradients.lm_head += outer(inputs, flat)
         for normed, row, grad in zip(
             gradients.normed, rows, product(flat, self._lm_head).chunk(len(rows)), strict=True
         ):
@@ -226,32 +237,36 @@ class _Walk:
         return _TeacherSlice(chosen / within, chosen / everything, target, live)
 
 
-def _vocabulary(
-    logits: Tensor, teacher: _TeacherSlice, mask: Tensor, slopes: Slopes | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the slice's sums ``[4, L]`` and, with `slopes`, the gradient by `logits` ``[L, n, K]`` (in its memory).
+def _figures(logits: Tensor, teacher: _TeacherSlice, weight: Tensor) -> Tensor:
+    """Return the weighted sums of one step, ``[4]``, and leave ``q = softmax(logits)`` in the memory of `logits`.
 
-    Cross entropy by logits: ``q sum(p) - p``. Accepted mass ``sum_v min(p_full, q)`` by logits, with
-    ``below = [q < p_full]``: ``q (below - sum_v below q)``.
+    ``logits`` is ``[n, K]``; ``weight`` ``[n]`` is 1 for live positions and 0 for dead ones.
     """
-    weight = mask.to(logits.dtype)
     top, token = logits.max(dim=-1)
     logits.sub_(top.unsqueeze(-1))
-    agreement = (logits * teacher.probabilities).sum(-1)
+    agreement = torch.bmm(logits.unsqueeze(1), teacher.probabilities.unsqueeze(2)).flatten()
     q = logits.exp_()
     total = q.sum(-1)
-    cross_entropy = total.log() - agreement
     q.div_(total.unsqueeze(-1))
     accepted = torch.minimum(teacher.full, q).sum(-1)
-    correct = (token == teacher.target).to(logits.dtype)
-    figures = torch.stack([(x * weight).sum(-1) for x in (cross_entropy, accepted, correct, torch.ones_like(correct))])
-    if slopes is None:
-        return figures, None
-    slope: Tensor | None = None
+    correct = (token == teacher.target).to(weight.dtype)
+    return torch.stack((total.log() - agreement, accepted, correct, torch.ones_like(correct))) @ weight
+
+
+def _to_slope(q: Tensor, teacher: _TeacherSlice, weight: Tensor, slopes: Slopes) -> None:
+    """Turn `q` ``[n, K]`` into the slope of the total by the logits of one step, in place.
+
+    Cross entropy by logits: ``q - p``. Accepted mass ``sum_v min(p_full, q)`` by logits, with ``below = [q < p_full]``:
+    ``q (below - sum_v below q)``.
+    """
+    by_accepted: Tensor | None = None
     if slopes.accepted is not None:
         below = q.lt(teacher.full)
-        slope = (below - (below * q).sum(-1, keepdim=True)).mul_(q).mul_((slopes.accepted[:, None] * weight)[..., None])
-    if slopes.cross_entropy is not None:
-        pull = q.sub_(teacher.probabilities).mul_((slopes.cross_entropy[:, None] * weight)[..., None])
-        slope = pull if slope is None else slope.add_(pull)
-    return figures, slope
+        kept = torch.where(below, q, 0)
+        by_accepted = kept.sub_(q * kept.sum(-1, keepdim=True)).mul_((slopes.accepted * weight).unsqueeze(-1))
+    if slopes.cross_entropy is None:
+        q.zero_()
+    else:
+        q.sub_(teacher.probabilities).mul_((slopes.cross_entropy * weight).unsqueeze(-1))
+    if by_accepted is not None:
+        q.add_(by_accepted)

@@ -57,7 +57,7 @@ class _Steps:
         attention = self._layer.self_attn
         hidden = draft.config.hidden_size
         projections = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
-        embedding_half, self._state_half = projections[:, :hidden], projections[:, hidden:]
+        embedding_half, self._state_half = projections[:, :hidden].contiguous(), projections[:, hidden:].contiguous()
         self._dtype = projections.dtype
         self._query_width = attention.q_proj.out_features
         ids = torch.where(plan.token_inside, batch.input_ids.flatten()[plan.token_flat].long(), 0)
@@ -90,8 +90,8 @@ class _Steps:
         else:
             projected = self._heads(linear(normed, self._state_half) + self._sliding[token])
             config = self._draft.config
-            sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-            query, own_key, own_value = torch.split(projected, sizes, dim=1)  # type: ignore[no-untyped-call]
+            sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+            query, own_key, own_value = torch.split(projected, sizes, dim=1)
             own_key = rotate(own_key, cos, sin)
             own_keys, own_values = [*own_keys, own_key], [*own_values, own_value]
         attended = own_column_attention(plan, self._kernel, rotate(query, cos, sin), key, value, own_keys, own_values)
