@@ -94,7 +94,6 @@ class TrainingWindow:
 class _Pending:
     refs: list[SampleRef]
     shares: list[list[tuple[SampleRef, Future[dict[str, Tensor]]]]]
-    own_bytes: int
 
 
 def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
@@ -252,12 +251,12 @@ class FeatureDataLoader:
         return _Command(windows, self._ending)
 
     def _has_room_after(self, windows: list[list[SampleRef]]) -> bool:
-        """Whether another window may be fetched on top of what is pending and `windows`."""
-        refs = [ref for window in windows for ref in window]
+        """Whether another window may be fetched: beyond the first, which is trained next, the bounds hold."""
+        ahead = [pending.refs for pending in self._pending] + windows
+        samples = sum(len(refs) for refs in ahead[1:]) + self._quantum
+        waiting = sum(ref.size_bytes for refs in ahead[1:] for ref in refs)
         size = self._ranks.size
-        samples = sum(len(pending.refs) for pending in self._pending) + len(refs) + self._quantum
-        waiting = sum(pending.own_bytes for pending in self._pending) + sum(ref.size_bytes for ref in refs) / size
-        return samples <= self._prefetch_samples * size and waiting < self._prefetch_bytes
+        return samples <= self._prefetch_samples * size and waiting < self._prefetch_bytes * size
 
     def _take(self, timeout: float) -> list[SampleRef]:
         """Return the next window's references, or [] if there is none within `timeout` seconds."""
@@ -298,7 +297,6 @@ class FeatureDataLoader:
         return _Pending(
             refs,
             [[(ref, self._store.submit_get(ref)) for ref in share] for share in own],
-            sum(ref.size_bytes for share in own for ref in share),
         )
 
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:

@@ -91,6 +91,58 @@ def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoin
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "read"),
+    [({}, 12), ({"prefetch_samples": 8}, 12), ({"prefetch_samples": 4}, 8), ({"prefetch_samples": 1}, 4)],
+)
+def test_no_more_is_fetched_ahead_than_allowed(attempt, ranks, bounds, read):
+    """With the first window in hand, at most `prefetch_samples` of the next ones have been asked for."""
+    attempt.publish(range(12))
+    _trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section(**bounds))
+
+    next(iter(loader))
+
+    assert attempt.reader.delivered == read
+    loader.close()
+
+
+def test_bytes_bound_what_is_fetched_ahead_too(attempt, ranks):
+    refs = attempt.publish(range(40))
+    _trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    loader._prefetch_bytes = sum(ref.size_bytes for ref in refs[4:9])
+
+    next(iter(loader))
+
+    assert attempt.reader.delivered == 12
+    loader.close()
+
+
+def test_bf16_computes_on_fp32_masters(attempt, ranks):
+    attempt.publish(range(8))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section(precision="bfloat16"))
+
+    outcome = trainer.fit(loader)
+
+    assert outcome.steps == 2
+    weights = weights_of(trainer)
+    assert weights["fc.weight"].dtype == torch.float32
+    assert not torch.equal(weights["fc.weight"], weights["fc.weight"].bfloat16().float())
+
+
+def test_activations_computed_again_give_the_same_weights(attempt, endpoints, ranks, tmp_path, run_id):
+    attempt.publish(range(8))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    trainer.fit(loader)
+    with Attempt(endpoints, tmp_path, run_id, 2) as other:
+        other.publish(range(8))
+        training = section(activation_checkpointing=True)
+        again, loader = consumer(other.reader, other.store, ranks, training=training)
+        again.fit(loader)
+
+    expected = weights_of(trainer)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(again).items())
+
+
 def test_a_lost_sample_weighs_zero_and_is_quarantined_with_its_reason(attempt, ranks, tmp_path):
     refs = attempt.publish(range(8))
     for ref in (refs[1], refs[6]):
@@ -216,16 +268,17 @@ def test_the_untrained_draft_is_kept_as_step_0(attempt, ranks, tmp_path):
     assert all(torch.equal(saved[name], before[name]) for name in saved)
 
 
-def test_a_failed_producer_ends_training_with_its_reason(attempt, ranks):
+def test_what_a_failed_producer_left_is_trained_and_saved_first(attempt, ranks, tmp_path):
     attempt.publish(range(4), ended=False)
     attempt.writer.fail("the target ran out of memory", "out_of_memory")
-    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
 
     with pytest.raises(ProducerFailed, match="the target ran out of memory") as caught:
         trainer.fit(loader)
 
     assert caught.value.failure_class == "out_of_memory"
     assert trainer.progress.step == 1
+    assert read_state(newest_complete(tmp_path)).cursor.trained == [(0, 3)]
     assert attempt.writer.reader_status().state == "failed"
 
 
