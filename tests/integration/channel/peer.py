@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 from disagg_core.channel import FlowControl, StreamingRefChannel, StreamingRefQueue, Watermarks
@@ -76,3 +77,8 @@ def trained(log: Path) -> tuple[list[str], tuple[int, int] | None]:
         else:
             totals = (int(words[0]), int(words[1]))
     return ids, totals
+
+
+if __name__ == "__main__":
+    side, address, path = sys.argv[1:]
+    {"produce": produce, "consume": consume}[side](address, Path(path))
