@@ -1,0 +1,348 @@
+"""Prompts: formats, files, encoding, hold-out, order, and what is said about bad input."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import templates
+
+from disagg_core.contracts import PromptTask
+from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.ordinals import OrdinalSet
+from disagg_core.rollout.chat import template_text, tokenizer_version
+from disagg_core.rollout.prompts import PromptSource, heldout_prompts, validate_prompts
+from disagg_core.rollout.prompts_encode import PromptEncoder
+from disagg_core.rollout.prompts_files import JsonlFile
+from disagg_core.rollout.prompts_pool import EncodedPrompts
+from disagg_core.rollout.prompts_records import (
+    Conversation,
+    PlainText,
+    PromptResponse,
+    RecordError,
+    Tokenized,
+    parse_record,
+    prompt_key,
+)
+from disagg_core.run_spec import RunSpec
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def chatty(tokenizer, tmp_path):
+    """The tokenizer with a ChatML template."""
+    tokenizer.chat_template = templates.CHATML
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+def spec_of(prompts, **sections):
+    document = {"target": {"model": "./target"}, "data": {"prompts": str(prompts), "max_tokens": 64}}
+    for name, section in sections.items():
+        document[name] = {**document.get(name, {}), **section}
+    return RunSpec.model_validate(document)
+
+
+def write(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def conversations(count):
+    return [
+        {"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
+        for n in range(count)
+    ]
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_formats_are_told_by_their_keys():
+    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], "system": "S"}
+    found = parse_record(sharegpt, "auto")
+    assert found == Conversation(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    )
+    assert parse_record({"prompt": "a", "completion": "b"}, "auto") == PromptResponse("a", "b")
+    assert parse_record({"prompt": "a"}, "auto") == PromptResponse("a", None)
+    assert parse_record({"text": "t"}, "auto") == PlainText("t")
+    assert parse_record({"input_ids": [1, 2]}, "auto") == Tokenized([1, 2], [1, 1])
+
+
+def test_parts_and_calls_of_messages_are_made_plain():
+    found = parse_record(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+            ]
+        },
+        "auto",
+    )
+    assert found.messages[0]["content"] == "ab"
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert found.tool_call_turns == {1}
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ([1], "expected a JSON object, found a list"),
+        ({"other": 1}, "expected one of the keys input_ids, messages, conversations, prompt, text; found other"),
+        ({"messages": []}, "empty conversation"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
+        ({"messages": [{"role": "user"}]}, "expected content or tool_calls, found neither"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "found 'image_url'"),
+        ({"text": "  "}, "found an empty string"),
+        ({"prompt": 3}, "prompt: expected a string, found a number"),
+        ({"input_ids": [1, -1]}, "0 and above"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "expected 2 numbers"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 7]}, "0 and 1 only"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(record, what):
+    with pytest.raises(RecordError, match=what.replace("(", r"\(")):
+        parse_record(record, "auto")
+
+
+def test_equal_questions_have_equal_keys():
+    one, two = conversations(2)
+    key = prompt_key(parse_record(one, "auto"))
+    other_answer = {"messages": [one["messages"][0], {"role": "assistant", "content": "else"}]}
+    assert key == prompt_key(parse_record(other_answer, "auto"))
+    assert key == prompt_key(parse_record({"prompt": "question 0", "response": "x"}, "auto"))
+    assert key != prompt_key(parse_record(two, "auto"))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_found_by_position_and_named_as_an_editor_counts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n   \n{"text": "b"}\r\n{"text": "c"}')
+    file = JsonlFile(path)
+    assert [file.read(index)["text"] for index in range(len(file))] == ["a", "b", "c"]
+    assert [file.where(index) for index in range(3)] == ["prompts.jsonl:1", "prompts.jsonl:4", "prompts.jsonl:5"]
+
+
+def test_a_broken_line_is_named_before_anything_starts(tmp_path):
+    path = write(tmp_path / "p.jsonl", conversations(40))
+    with path.open("a") as file:
+        file.write('\n{"messages": [\n')
+    with pytest.raises(PromptError, match=r"p\.jsonl, line 42: no JSON"):
+        validate_prompts(spec_of(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(None, "no such file"), ("\n\n", "expected at least one prompt, found an empty file")]
+)
+def test_missing_and_empty_files_are_named(tmp_path, content, what):
+    path = tmp_path / "p.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PromptError, match=what):
+        validate_prompts(spec_of(path))
+
+
+def test_a_dataset_directory_is_streamed_in_a_seeded_order(tmp_path, chatty):
+    write(tmp_path / "train.jsonl", conversations(60))
+    spec = spec_of(f"hf:{tmp_path}", evaluation={"prompts": 5}, data={"epochs": 2})
+    facts = validate_prompts(spec, chatty)
+    assert facts.held_out == 5
+
+    def sources(skip):
+        source = PromptSource.from_spec(spec, chatty, group=8, skip=skip)
+        found = []
+        while (batch := source.lease("w")) is not None:
+            found += [task for task in batch.tasks if task.ordinal in batch.leases]
+            for lease in batch.leases.values():
+                source.complete(lease)
+        assert source.drained
+        return found
+
+    whole = sources(None)
+    assert [task.ordinal for task in whole] == list(range(110))
+    first, second = ([tuple(task.input_ids) for task in part] for part in (whole[:55], whole[55:]))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    resumed = sources(OrdinalSet([(0, 70)]))
+    assert [task.input_ids for task in resumed] == [task.input_ids for task in whole[71:]]
+
+
+def test_a_missing_split_is_named(tmp_path):
+    write(tmp_path / "train.jsonl", conversations(3))
+    with pytest.raises(PromptError, match="split 'test'"):
+        validate_prompts(spec_of(f"hf:{tmp_path}:test"))
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def encoder(tokenizer, **data):
+    return PromptEncoder(spec_of("p.jsonl", data=data).data, tokenizer)
+
+
+def live(tokenizer, encoded):
+    return tokenizer.decode([t for t, m in zip(encoded.input_ids, encoded.loss_mask, strict=True) if m])
+
+
+def test_a_conversation_is_truncated_on_the_right_or_rejected(chatty):
+    record = parse_record({"prompt": "question", "response": "answer " * 60}, "auto")
+    encoded = encoder(chatty).encode(record)
+    assert len(encoded.input_ids) == len(encoded.loss_mask) == 64
+    with pytest.raises(PromptRejected, match=r"at most 64 tokens \(data.max_tokens\), found"):
+        encoder(chatty, truncation="reject").encode(record)
+
+
+def test_a_sample_without_a_live_position_is_rejected(chatty):
+    record = parse_record({"prompt": "question " * 60, "response": "answer"}, "auto")
+    with pytest.raises(PromptRejected, match="no position to train on"):
+        encoder(chatty).encode(record)
+
+
+def test_without_a_template_pairs_are_running_text_and_conversations_are_refused(tokenizer):
+    tokenizer.chat_template = None
+    encoded = encoder(tokenizer).encode(parse_record({"prompt": "question", "response": "answer"}, "auto"))
+    assert live(tokenizer, encoded).replace(" ", "") == "answer</s>"
+    with pytest.raises(PromptError, match="no chat template; name a Jinja file"):
+        encoder(tokenizer).encode(parse_record(conversations(1)[0], "auto"))
+
+
+def test_an_own_template_replaces_the_tokenizers(chatty, tmp_path):
+    (tmp_path / "own.jinja").write_text(templates.GEMMA)
+    own = encoder(chatty, chat_template=str(tmp_path / "own.jinja"))
+    ids = own.encode(parse_record(conversations(1)[0], "auto")).input_ids
+    assert chatty.decode(ids).startswith("<bos>")
+    assert tokenizer_version(chatty, own.chat.source) != tokenizer_version(chatty, template_text(chatty, None))
+
+
+def test_generation_starts_where_the_target_goes_on(chatty):
+    several = parse_record(
+        {"messages": [*conversations(1)[0]["messages"], *conversations(2)[1]["messages"]]}, "messages"
+    )
+    encoded = encoder(chatty, generate={"max_new_tokens": 8}).encode(several)
+    text = "".join(chatty.convert_ids_to_tokens(encoded.input_ids))
+    assert text.endswith("<|im_start|>assistant\n")
+    assert "answer" in text, "earlier answers are part of the prompt"
+    assert not any(encoded.loss_mask)
+    with pytest.raises(PromptRejected, match="leaves nothing of"):
+        encoder(chatty, generate={}).encode(parse_record({"text": "hello " * 99}, "auto"))
+
+
+def test_token_ids_of_another_tokenizer_are_rejected(chatty):
+    with pytest.raises(PromptRejected, match="token id 99999"):
+        encoder(chatty).encode(parse_record({"input_ids": [1, 2, 99999]}, "auto"))
+
+
+# --- hold-out and order ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_prompts_are_kept_out_of_training_in_every_epoch(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(40))
+    spec = spec_of(path, evaluation={"prompts": 6}, data={"epochs": 2})
+    facts = validate_prompts(spec, chatty)
+    assert (facts.rows, facts.held_out, facts.count, facts.total) == (40, 6, 34, 68)
+    held_out = {tuple(ids) for ids in heldout_prompts(spec, chatty, 6)}
+    assert len(held_out) == 6
+    pool = EncodedPrompts(spec, chatty)
+    asked = [tuple(pool.encoder.encode_prompt(parse_record(pool.order.place(0, n).raw, "auto"))) for n in range(34)]
+    assert not held_out & set(asked)
+    assert len(set(asked)) == 34
+
+
+def test_a_prompt_that_asks_the_same_as_a_held_out_one_is_rejected(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", [*conversations(20), *conversations(20)])
+    source = PromptSource.from_spec(spec_of(path, evaluation={"prompts": 4}), chatty)
+    while (batch := source.lease("w")) is not None:
+        for lease in batch.leases.values():
+            source.complete(lease)
+    assert source.rejected == 4
+
+
+def test_a_given_holdout_must_not_be_among_the_prompts(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(20))
+    good, bad = write(tmp_path / "good.jsonl", conversations(25)[20:]), write(tmp_path / "bad.jsonl", conversations(1))
+    spec = spec_of(path, data={"holdout": str(good)})
+    assert validate_prompts(spec, chatty).count == 20
+    assert len(heldout_prompts(spec, chatty, 3)) == 3
+    with pytest.raises(PromptError, match=r"p\.jsonl:1 asks the same as the held-out prompt at bad\.jsonl:1"):
+        validate_prompts(spec_of(path, data={"holdout": str(bad)}), chatty)
+
+
+def test_the_order_is_seeded_and_limited(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(50))
+
+    def order(**sections):
+        pool = EncodedPrompts(spec_of(path, evaluation={"prompts": 0}, **sections), chatty)
+        return [pool.task(n).source for n in range(pool.end)]
+
+    assert order() == order()
+    assert order() != order(run={"seed": 1})
+    assert order(data={"shuffle": False, "limit": 3}) == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]
+    twice = order(data={"limit": 10, "epochs": 2})
+    assert sorted(twice[:10]) == sorted(twice[10:])
+    assert twice[:10] != twice[10:]
+
+
+def test_an_unmaskable_template_is_named_before_anything_starts(tmp_path, chatty):
+    chatty.chat_template = templates.SHUFFLING
+    turns = conversations(2)[0]["messages"] + conversations(2)[1]["messages"]
+    path = write(tmp_path / "p.jsonl", [{"messages": turns}] * 8)
+    with pytest.raises(PromptError, match=r"p\.jsonl:\d+: the assistant turn at message 1 cannot be found"):
+        validate_prompts(spec_of(path, evaluation={"prompts": 0}), chatty)
+
+
+def test_prompts_that_are_all_unusable_are_named_before_anything_starts(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"question {n}"} for n in range(8)])
+    with pytest.raises(PromptError, match=r"none of the first \d+ prompts can be trained on; .*set data.generate"):
+        validate_prompts(spec_of(path), chatty)
+    assert validate_prompts(spec_of(path, data={"generate": {}}), chatty).count == 6
+
+
+def test_tokenizer_versions_differ_by_vocabulary_and_template(chatty):
+    version = tokenizer_version(chatty, "a")
+    chatty("some text", truncation=True, max_length=4, padding="max_length") if chatty.pad_token else None
+    assert version == tokenizer_version(chatty, "a")
+    assert version != tokenizer_version(chatty, "b")
+
+
+# --- leasing by groups -----------------------------------------------------------------------------------------------
+
+
+def tasks(count):
+    return [PromptTask(ordinal=n, source=str(n), input_ids=[1, 2, 3], loss_mask=[1, 1, 1]) for n in range(count)]
+
+
+def test_a_group_is_whole_whatever_is_covered():
+    source = PromptSource.of_tasks(tasks(10), group=4, skip=OrdinalSet([(0, 4)]))
+    batch = source.lease("w")
+    assert [task.ordinal for task in batch.tasks] == [4, 5, 6, 7]
+    assert sorted(batch.leases) == [5, 6, 7]
+    assert [task.ordinal for task in source.lease("w").tasks] == [8, 9]
+    assert source.lease("w") is None
+    assert not source.drained
+
+
+def test_tasks_may_have_any_different_ordinals():
+    some = [PromptTask(ordinal=n, source="", input_ids=[1], loss_mask=[1]) for n in (2, 7)]
+    source = PromptSource.of_tasks(some, group=4)
+    assert [sorted(source.lease("w").leases) for _ in range(2)] == [[2], [7]]
+    with pytest.raises(ValueError, match="2 different ordinals"):
+        PromptSource.of_tasks([some[0], some[0]])
+
+
+def test_half_a_million_prompts_need_little_memory(tmp_path):
+    path = tmp_path / "many.jsonl"
+    line = json.dumps({"text": "hello there " * 4}) + "\n"
+    with path.open("w") as file:
+        for _ in range(50):
+            file.write(line * 10_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file = JsonlFile(path)
+    assert len(file) == 500_000
+    assert file.read(499_999)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 100
