@@ -14,7 +14,7 @@ from disagg_core.settings import get_settings
 from tasks.completion import Completion
 
 
-@task(name="archive-run", cache_policy=NO_CACHE)
+@task(name="archive-run", task_run_name="archive", cache_policy=NO_CACHE)
 def archive_run(plan: RunPlan, completion: Completion) -> Archive:
     """Export the draft in serving format and copy the run's results to the archive."""
     from disagg_core.drafts.export import export_draft

@@ -33,7 +33,7 @@ class Completion(BaseModel):
     rejected_reasons: dict[str, int]
 
 
-@task(name="verify-completion", cache_policy=NO_CACHE)
+@task(name="verify-completion", task_run_name="completion", cache_policy=NO_CACHE)
 async def verify_completion(
     plan: RunPlan, attempt: int, endpoints: StoreEndpoints, runs: dict[Role, RoleRun]
 ) -> Completion:

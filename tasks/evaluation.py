@@ -14,7 +14,7 @@ from tasks.children import Supervision, run_child, state_name
 from tasks.completion import Completion
 
 
-@task(name="evaluate-draft", cache_policy=NO_CACHE)
+@task(name="evaluate-draft", task_run_name="evaluation", cache_policy=NO_CACHE)
 async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFigures | None:
     """Decode the held-out prompts with the first and the last checkpoint; None when switched off."""
     section = plan.spec.evaluation

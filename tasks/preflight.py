@@ -12,7 +12,7 @@ from disagg_core.run_spec import RunSpec
 from disagg_core.settings import get_settings
 
 
-@task(name="preflight", cache_policy=NO_CACHE)
+@task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
 def preflight(spec: RunSpec) -> RunPlan:
     """Resolve the run document into a plan and write it into the run's directory.
 

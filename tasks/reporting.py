@@ -47,7 +47,7 @@ def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> No
     )
 
 
-@task(name="publish-report", cache_policy=NO_CACHE)
+@task(name="publish-report", task_run_name="report", cache_policy=NO_CACHE)
 def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     """Write report.json, report.md and report.png, and show the same in the UI."""
     picture = plan.dir.root / "report.png"
