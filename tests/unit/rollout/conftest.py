@@ -30,6 +30,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         "answer",
         "hello",
         "there",
+        "user",
+        "assistant",
         *map(str, range(100)),
     ]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
