@@ -36,6 +36,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``a @ b`` in `dtype`; on CUDA a half-precision product is written in fp32 without rounding between."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return product(a, b).to(dtype)
+
+
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a.T @ b`` for ``[m, k]`` and ``[m, n]``; oneDNN copies the operand that it takes transposed, so the
     narrower one is."""

@@ -8,15 +8,16 @@ states ``[L, rows, H]`` and of its LM head ``[K, H]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
-from disagg_core.drafts.eagle3.linear import outer, product
+from disagg_core.drafts.eagle3.linear import product, wide_product
 from disagg_core.run_spec import LossSection
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
@@ -103,7 +104,13 @@ class Objective:
 
 
 def lm_loss(
-    plan: StepPlan, teacher: Teacher, objective: Objective, lm_head: Tensor, normed: Sequence[Tensor]
+    plan: StepPlan,
+    teacher: Teacher,
+    objective: Objective,
+    lm_head: Tensor,
+    normed: Sequence[Tensor],
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, StepSums]:
     """Return the total loss (scalar, differentiable by `lm_head` and `normed`) and the sums it was made of.
 
@@ -113,20 +120,27 @@ def lm_loss(
         objective: the loss.
         lm_head: the draft's, ``[K, H]``.
         normed: states of the L steps after the final norm, each ``[rows, H]``.
+        compiled: fuse the passes over the vocabulary with `torch.compile`.
     """
-    total, *sums = _LmLoss.apply(plan, teacher, objective, lm_head, *normed)  # type: ignore[no-untyped-call]
+    total, *sums = _LmLoss.apply(plan, teacher, objective, compiled, lm_head, *normed)  # type: ignore[no-untyped-call]
     return total, StepSums(*sums)
 
 
 class _LmLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: StepPlan, teacher: Teacher, objective: Objective, lm_head: Tensor, *normed: Tensor
+        ctx: Any,
+        plan: StepPlan,
+        teacher: Teacher,
+        objective: Objective,
+        compiled: bool,
+        lm_head: Tensor,
+        *normed: Tensor,
     ) -> tuple[Tensor, ...]:
         work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
         empty = StepSums(*torch.zeros(4, plan.ttt_length, dtype=work, device=lm_head.device))
         gradients = _Gradients.like(lm_head, normed) if any(ctx.needs_input_grad) else None
-        walk = _Walk(plan, teacher, lm_head, normed, work)
+        walk = _Walk(plan, teacher, lm_head, normed, work, compiled)
         if objective.section.type == "soft_cross_entropy":
             sums = walk.run(objective.slopes(empty), gradients)
         else:
@@ -144,7 +158,7 @@ class _LmLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return None, None, None, None, *(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
 
 
 @dataclass
@@ -174,9 +188,18 @@ class _Walk:
     """Goes over the teacher rows in slices."""
 
     def __init__(
-        self, plan: StepPlan, teacher: Teacher, lm_head: Tensor, normed: Sequence[Tensor], work: torch.dtype
+        self,
+        plan: StepPlan,
+        teacher: Teacher,
+        lm_head: Tensor,
+        normed: Sequence[Tensor],
+        work: torch.dtype,
+        compiled: bool,
     ) -> None:
         self._plan, self._teacher, self._lm_head, self._normed, self._work = plan, teacher, lm_head, normed, work
+        passes = _compiled_passes() if compiled else (_figures, _to_slope)
+        self._figures: Callable[..., Tensor] = passes[0]
+        self._to_slope: Callable[..., None] = passes[1]
         vocabulary = teacher.lm_head.shape[0]
         self._draft_index: Tensor | None = None
         if teacher.draft_ids is not None:
@@ -199,11 +222,11 @@ class _Walk:
             weight = (self._plan.teacher_valid[:, at] & teacher.live).to(self._work)  # [L, n]
             rows = self._plan.teacher_row[:, at]
             inputs = torch.cat([normed[row] for normed, row in zip(self._normed, rows, strict=True)])
-            logits = product(inputs, self._lm_head.t()).view(steps, -1, self._lm_head.shape[0]).to(self._work)
+            logits = wide_product(inputs, self._lm_head.t(), self._work).view(steps, -1, self._lm_head.shape[0])
             for k in range(steps):
-                sums[k] += _figures(logits[k], teacher, weight[k])
+                sums[k] += self._figures(logits[k], teacher, weight[k])
                 if slopes is not None:
-                    _to_slope(logits[k], teacher, weight[k], slopes.of_step(k))
+                    self._to_slope(logits[k], teacher, weight[k], slopes.of_step(k))
             if gradients is not None:
                 self._add(gradients, logits, inputs, rows)
         return StepSums(*sums.unbind(1))
@@ -211,7 +234,7 @@ class _Walk:
     def _add(self, gradients: _Gradients, slope: Tensor, inputs: Tensor, rows: Tensor) -> None:
         """Add the slice's gradients, given the slope of the total by its logits ``[L, n, K]``."""
         flat = slope.view(-1, slope.shape[-1]).to(inputs.dtype)
-        gradients.lm_head += outer(inputs, flat)
+        gradients.lm_head += wide_product(inputs.t(), flat, self._work)
         for normed, row, grad in zip(
             gradients.normed, rows, product(flat, self._lm_head).chunk(len(rows)), strict=True
         ):
@@ -221,7 +244,7 @@ class _Walk:
         plan, teacher = self._plan, self._teacher
         inside = plan.teacher_inside[at]
         hidden = teacher.hidden[plan.teacher_flat[at]].to(teacher.lm_head.dtype) * inside.unsqueeze(-1)
-        logits = product(hidden, teacher.lm_head.t()).to(self._work)  # [n, V]
+        logits = wide_product(hidden, teacher.lm_head.t(), self._work)  # [n, V]
         top, token = logits.max(dim=-1)
         token = torch.where(inside, token, 0)
         if teacher.draft_ids is None or self._draft_index is None:
@@ -270,3 +293,8 @@ def _to_slope(q: Tensor, teacher: _TeacherSlice, weight: Tensor, slopes: Slopes)
         q.sub_(teacher.probabilities).mul_((slopes.cross_entropy * weight).unsqueeze(-1))
     if by_accepted is not None:
         q.add_(by_accepted)
+
+
+@cache
+def _compiled_passes() -> tuple[Callable[..., Tensor], Callable[..., None]]:
+    return torch.compile(_figures, dynamic=True), torch.compile(_to_slope, dynamic=True)

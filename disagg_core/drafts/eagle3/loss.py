@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ def training_time_test(
     return_logits: bool = False,
     attention: AttentionKernel | Literal["auto"] = "auto",
     activation_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> TttOutput:
     """Run the training-time test of a batch and return its loss and figures.
 
@@ -98,6 +99,7 @@ def training_time_test(
         return_logits: also return logits and states of every row.
         attention: ``auto`` takes the flash kernel on CUDA for half precision.
         activation_checkpointing: compute activations again in the backward pass.
+        compiled: fuse the passes over the vocabulary with `torch.compile`.
 
     Raises:
         BadInput: tensors are missing or misshapen.
@@ -123,7 +125,7 @@ def training_time_test(
     identity = draft.config.draft_vocab_size == draft.config.vocab_size
     draft_ids = None if identity else draft.d2t + torch.arange(draft.d2t.numel(), device=device)
     teacher = Teacher(batch.last_hidden_state.detach().flatten(0, 1), lm_head.detach(), draft_ids)
-    total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed)
+    total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
     shape = (ttt_length, *mask.shape, -1)
     return TttOutput(
         total=total,
@@ -215,6 +217,17 @@ class Eagle3Loss(nn.Module):
         self.section = section
         self.ttt_length = ttt_length
         self.activation_checkpointing = activation_checkpointing
+        self._compiled = False
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the parts of the step that fuse: norms, MLP and the passes over the vocabulary.
+
+        The loops around them depend on each batch's rows and stay eager. Arguments are `torch.compile`'s.
+        """
+        layer = self.draft.midlayer
+        for module in (layer.mlp, layer.hidden_norm, layer.post_attention_layernorm, self.draft.norm):
+            module.compile(*args, **options)
+        self._compiled = True
 
     def forward(
         self, batch: Eagle3Batch | Mapping[str, Tensor], *, normaliser: Tensor | float | None = None
@@ -228,6 +241,7 @@ class Eagle3Loss(nn.Module):
             loss=self.section,
             normaliser=normaliser,
             activation_checkpointing=self.activation_checkpointing,
+            compiled=self._compiled,
         )
 
 
