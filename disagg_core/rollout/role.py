@@ -38,9 +38,10 @@ from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.rollout.vocab_counts import vocab_map_of
-from disagg_core.run_spec import RolloutSection
+from disagg_core.run_spec import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.target_facts import TargetFacts
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _assemble(
     pool = EncodedPrompts(spec, tokenizer)
     stack.callback(pool.close)
     enter("loading the target")
-    target = make_target(assignment, store)
+    target = target_of(spec, plan.target, store=store, log_dir=assignment.dir.logs)
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
@@ -199,19 +200,22 @@ def _assemble(
     return drive, target, source
 
 
-def make_target(assignment: RoleAssignment, store: MooncakeFeatureStore) -> Target:
-    """Return the target that the run document asks for; nothing is loaded or started yet."""
-    plan, spec = assignment.plan, assignment.plan.spec
+def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore | None, log_dir: Path) -> Target:
+    """Return the target that a run document asks for; nothing is loaded or started yet.
+
+    Only servers write to `store` and `log_dir`.
+    """
     if spec.target.backend == "sglang":
         from disagg_core.rollout.sglang_target import SGLangTarget
 
+        assert store is not None, "servers write to a store"
         return SGLangTarget(
             spec.target,
-            plan.target,
+            facts,
             store=store,
             store_section=spec.store,
             max_tokens=spec.data.max_tokens,
-            log_dir=assignment.dir.logs,
+            log_dir=log_dir,
             settings=get_settings(),
             generate=spec.data.generate,
             seed=spec.run.seed,
@@ -219,7 +223,7 @@ def make_target(assignment: RoleAssignment, store: MooncakeFeatureStore) -> Targ
     sampling = None
     if spec.data.generate is not None:
         sampling = Sampling.of(spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed)
-    return TransformersTarget(spec.target, plan.target, batch_tokens=spec.rollout.batch_tokens, sampling=sampling)
+    return TransformersTarget(spec.target, facts, batch_tokens=spec.rollout.batch_tokens, sampling=sampling)
 
 
 def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
@@ -301,7 +305,8 @@ def main() -> int:
     stop = StopSignal()
     stop.install()
     assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
-    torch.set_grad_enabled(False)
+    if assignment.plan.spec.target.cpu_threads is not None:
+        torch.set_num_threads(assignment.plan.spec.target.cpu_threads)
     try:
         run_producer(assignment, stop=stop)
     except Preempted:
