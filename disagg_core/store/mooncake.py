@@ -95,6 +95,7 @@ class MooncakeFeatureStore:
         self.namespace = namespace
         self._uri = f"mooncake://{endpoints.master_address}/{namespace}"
         self._expected = expected
+        self._room_timeout_s = put_timeout_s + retry_timeout_s  # others wait for room with staging memory in hand
         self._master = MasterView(endpoints)
         self._session = Session(endpoints, host=host, protocol=protocol, connect_timeout_s=connect_timeout_s, wrap=wrap)
         self._reclaimer = Reclaimer(self._remove_codes)
@@ -111,7 +112,7 @@ class MooncakeFeatureStore:
         self._in = StagingPool(staging_bytes, self._register, "incoming")
         self._lent = StagingPool(staging_bytes, self._register, "lent")
         self._writer = Writer(self._link)
-        self._reader = Reader(self._link, self._in)
+        self._reader = Reader(self._link)
         self._copies = DeviceCopies()
         self._putters = ThreadPoolExecutor(threads, thread_name_prefix="store-put")
         self._getters = ThreadPoolExecutor(threads, thread_name_prefix="store-get")
@@ -199,7 +200,7 @@ class MooncakeFeatureStore:
         check_identity(identity, self.namespace)
         layout = plan_layout(sample.tensors)
         begin = time.perf_counter()
-        with self._out.acquire(layout.size_bytes, self._link.retry_timeout_s) as slot:
+        with self._out.acquire(layout.size_bytes, self._room_timeout_s) as slot:
             self._copies.pack(self._out, slot.buffer, sample.tensors, layout, ready)
             crc = self._link.checksum_of(slot.memory)
             key = self._writer.write(slot, sample.sample_id)
@@ -214,7 +215,7 @@ class MooncakeFeatureStore:
         layouts = [plan_layout(sample.tensors) for sample in batch]
         offsets, total = in_a_row([layout.size_bytes for layout in layouts])
         crcs: list[int | None] = []
-        with self._out.acquire(total, self._link.retry_timeout_s) as slot:
+        with self._out.acquire(total, self._room_timeout_s) as slot:
             for sample, layout, offset in zip(batch, layouts, offsets, strict=True):
                 part = slice(offset, offset + layout.size_bytes)
                 self._copies.pack(self._out, slot.buffer[part], sample.tensors, layout, written_so_far(sample.tensors))
@@ -243,7 +244,7 @@ class MooncakeFeatureStore:
         check_reference(ref, self.namespace, self._expected)
         begin = time.perf_counter()
         with self._session.operation():
-            tensors = self._get(ref, torch.device(device))
+            tensors = self._get(ref, torch.device(device), time.monotonic())
         self._link.counters.add(gets=1, get_bytes=ref.size_bytes, get_seconds=time.perf_counter() - begin)
         return tensors
 
@@ -256,7 +257,7 @@ class MooncakeFeatureStore:
         samples: list[dict[str, Tensor]] = []
         with self._session.operation():
             for batch in grouped(refs, [ref.size_bytes for ref in refs]):
-                samples += self._get_batch(batch, where) if len(batch) > 1 else [self._get(batch[0], where)]
+                samples += self._get_batch(batch, where, time.monotonic())
         total = sum(ref.size_bytes for ref in refs)
         self._link.counters.add(gets=len(refs), get_bytes=total, get_seconds=time.perf_counter() - begin)
         return samples
@@ -269,31 +270,27 @@ class MooncakeFeatureStore:
         except RuntimeError as error:
             raise StoreMisuse("the feature store was closed while a get was submitted") from error
 
-    def _get(self, ref: SampleRef, device: torch.device) -> dict[str, Tensor]:
+    def _get(self, ref: SampleRef, device: torch.device, began: float) -> dict[str, Tensor]:
         size = ref.size_bytes
         to_lend = self._lent.acquire_now(size) if device.type == "cpu" and size >= LENT_FROM_BYTES else None
-        slot = self._reader.read(ref, to_lend)
-        if slot is to_lend:
-            return unpack(slot.lend(), ref.feature_specs)
-        with slot:
+        with to_lend or self._in.acquire(size, self._link.retry_timeout_s) as slot:
+            self._reader.read(ref, slot, began)
+            if slot is to_lend and not slot.tainted:
+                return unpack(slot.lend(), ref.feature_specs)
             return self._copies.hand_out(self._in, slot.buffer, ref.feature_specs, device)
 
-    def _get_batch(self, refs: Sequence[SampleRef], device: torch.device) -> list[dict[str, Tensor]]:
+    def _get_batch(self, refs: Sequence[SampleRef], device: torch.device, began: float) -> list[dict[str, Tensor]]:
+        if len(refs) == 1:
+            return [self._get(refs[0], device, began)]
         offsets, total = in_a_row([ref.size_bytes for ref in refs])
         samples: dict[int, dict[str, Tensor]] = {}
-        slot = self._in.acquire(total, self._link.retry_timeout_s)
-        try:
+        with self._in.acquire(total, self._link.retry_timeout_s) as slot:
             whole = self._reader.read_batch(refs, slot, offsets)
             for index, ref in enumerate(refs):
                 if whole[index]:
                     part = slot.buffer[offsets[index] : offsets[index] + ref.size_bytes]
                     samples[index] = self._copies.hand_out(self._in, part, ref.feature_specs, device)
-        finally:
-            if len(samples) == len(refs):
-                slot.release()
-            else:
-                slot.retire()
-        return [samples[index] if index in samples else self._get(ref, device) for index, ref in enumerate(refs)]
+        return [samples[index] if index in samples else self._get(ref, device, began) for index, ref in enumerate(refs)]
 
     # --- lifetime -------------------------------------------------------------------------------------------------
 

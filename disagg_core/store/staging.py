@@ -4,7 +4,7 @@ Fresh memory for each transfer costs a page fault for every page, and a registra
 itself. So a pool keeps its regions for ever and lends slots of them. A slot comes back by `Slot.release`, or, when
 `Slot.lend` gave its memory to a caller as tensors, when the last of these tensors is gone: nobody can hold a tensor
 over memory that is in use again. After a failed read the memory may still be written to by the transfer that was given
-up, so such a slot is set aside (`Slot.retire`) before it is used again.
+up, so such a slot is set aside before it is used for anything else.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Region:
 
 
 class Slot:
-    """A span of a region, held by one transfer. `size` is what was asked for; `address` is for Mooncake."""
+    """A span of a region, held by one transfer. `size` is what was asked for; `address` is for Mooncake.
+
+    It is `tainted` when a transfer into it was given up: that may still write the bytes of its object into it.
+    """
 
     def __init__(self, pool: StagingPool, region: Region, offset: int, size: int) -> None:
         self._pool = pool
@@ -79,6 +82,7 @@ class Slot:
         self._offset = offset
         self._held = True
         self.size = size
+        self.tainted = False
         self.address = region.address + offset
         self.buffer = region.buffer[offset : offset + size]
 
@@ -88,16 +92,11 @@ class Slot:
         return memoryview(self._region.memory)[self._offset : self._offset + self.size]
 
     def release(self) -> None:
-        """Give the slot back; a second call does nothing."""
+        """Give the slot back; a second call does nothing. A tainted one is set aside for a while first."""
         if self._held:
             self._held = False
-            self._pool.returned(self._region, self._offset, self.size)
-
-    def retire(self) -> None:
-        """Set the slot aside until no transfer that was given up can still write into it."""
-        if self._held:
-            self._held = False
-            self._pool.set_aside(self._region, self._offset, self.size)
+            give_back = self._pool.set_aside if self.tainted else self._pool.returned
+            give_back(self._region, self._offset, self.size)
 
     def part(self, offset: int, size: int) -> Slot:
         """Return a slot over a part of this one; it is never given back by itself."""

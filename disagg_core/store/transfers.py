@@ -22,7 +22,7 @@ from disagg_core.store.codes import Verdict, error_from_code, is_settled, verdic
 from disagg_core.store.master import MasterView
 from disagg_core.store.reclaimer import Reclaimer
 from disagg_core.store.session import Session
-from disagg_core.store.staging import Slot, StagingPool
+from disagg_core.store.staging import Slot
 
 DAMAGE_TRIES = 4
 LOSS_TRIES = 2
@@ -97,12 +97,12 @@ class Patience:
     A try counts from its beginning: a call on a paused process takes many seconds to fail.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, began: float) -> None:
         self._limits = {Verdict.FULL: link.full_timeout_s}
         self._other = link.retry_timeout_s
         self._session = link.session
         self._since: dict[Verdict, float] = {}
-        self._try_began = time.monotonic()
+        self._try_began = began
         self._pause = FIRST_PAUSE_S
         self._sleep = threading.Event()
 
@@ -137,7 +137,7 @@ class Writer:
             StoreFull: no room came free before the deadline, or the sample can never fit.
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
-        link, patience = self._link, Patience(self._link)
+        link, patience = self._link, Patience(self._link, time.monotonic())
         while True:
             key = self.new_key(sample_id)
             with link.session.raw() as client:
@@ -161,7 +161,7 @@ class Writer:
             for index, code in enumerate(codes):
                 if code:
                     sample_id, offset, size = samples[index]
-                    self._after_failure(keys[index], code, size, Patience(link))
+                    self._after_failure(keys[index], code, size, Patience(link, time.monotonic()))
                     keys[index] = self.write(slot.part(offset, size), sample_id)
                     stored.append(keys[index])
         except StoreError:
@@ -210,36 +210,26 @@ class Writer:
 class Reader:
     """Gets of packed samples."""
 
-    def __init__(self, link: Link, pool: StagingPool) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._pool = pool
 
-    def read(self, ref: SampleRef, first_slot: Slot | None) -> Slot:
-        """Return a slot that holds the sample's verified bytes.
+    def read(self, ref: SampleRef, slot: Slot, began: float) -> None:
+        """Fill `slot` with the sample's verified bytes; `began` is when the caller began to wait.
 
-        `first_slot` is used for the first try; after a try that failed another slot may be taken.
+        All tries use the same slot: what a given-up one may still write are bytes of this sample.
 
         Raises:
             SampleLost: the object is gone, or its bytes are wrong every time.
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
-        link, patience = self._link, Patience(self._link)
+        link, patience = self._link, Patience(self._link, began)
         damaged = lost = 0
-        slot, in_parts = first_slot, True  # a call in parts takes longer to fail
+        in_parts = True
         while True:
-            slot = slot or self._pool.acquire(ref.size_bytes, link.retry_timeout_s)
-            try:
-                code, crc = self._fetch(slot, ref, in_parts)
-            except BaseException:
-                slot.retire()
-                raise
+            code, crc = self._fetch(slot, ref, in_parts)
             if code == ref.size_bytes and crc == self._expected(ref):
-                return slot
-            if is_settled(code):
-                slot.release()
-            else:
-                slot.retire()
-            slot, in_parts = None, False
+                return
+            in_parts = False  # a call in parts takes longer to fail
             verdict = verdict_of(code)
             link.counters.add(get_retries=1)
             if verdict is Verdict.DONE:
@@ -265,6 +255,7 @@ class Reader:
         sizes = [ref.size_bytes for ref in refs]
         with link.session.raw() as client:
             codes = client.batch_get_into([ref.key for ref in refs], addresses, sizes)
+        slot.tainted = not all(is_settled(code) for code in codes)
         return [
             code == ref.size_bytes and self._sum(slot.memory[offset : offset + code]) == self._expected(ref)
             for ref, offset, code in zip(refs, offsets, codes, strict=True)
@@ -273,10 +264,13 @@ class Reader:
     def _fetch(self, slot: Slot, ref: SampleRef, in_parts: bool) -> tuple[int, int | None]:
         """Return the answer and, for a whole read, the checksum of what arrived."""
         if in_parts and self._link.checksum and ref.size_bytes >= 2 * PIPELINE_BYTES:
-            return self._fetch_in_parts(slot, ref)
-        with self._link.session.raw() as client:
-            code = client.get_into(ref.key, slot.address, ref.size_bytes)
-        return code, self._sum(slot.memory) if code == ref.size_bytes else None
+            code, crc = self._fetch_in_parts(slot, ref)
+        else:
+            with self._link.session.raw() as client:
+                code = client.get_into(ref.key, slot.address, ref.size_bytes)
+            crc = self._sum(slot.memory) if code == ref.size_bytes else None
+        slot.tainted = slot.tainted or not is_settled(code)
+        return code, crc
 
     def _fetch_in_parts(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
         sums: list[tuple[Future[int], int]] = []

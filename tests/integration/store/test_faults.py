@@ -170,11 +170,17 @@ def test_memory_that_a_lost_transfer_may_still_write_to_is_not_used_again(
 ) -> None:
     store = open_store(wrap=faults.wrap)
     ref = put(store, identity)
-    faults.on("get_into", answer(-800))
-    for _ in range(5):
-        assert_whole(store.get(ref))
-    addresses = [args[1] for method, args in faults.calls if method == "get_into"]
-    assert addresses[0] not in addresses[1:]
+    large = {"x": torch.arange(100_000)}  # large enough to be lent
+    large_ref = put(store, identity, large)
+    for each, expected in ((ref, SAMPLE), (large_ref, large)):
+        faults.calls.clear()
+        faults.on("get_into", answer(-800))
+        for _ in range(5):
+            assert_whole(store.get(each), expected)
+        addresses = [args[1] for method, args in faults.calls if method == "get_into"]
+        assert addresses[0] == addresses[1], "what a late transfer writes are the bytes of the same sample"
+        assert addresses[0] not in addresses[2:]
+    store.release(large_ref)
     store.release(ref)
 
 
