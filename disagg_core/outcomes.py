@@ -34,6 +34,8 @@ def classify(error: BaseException) -> FailureClass:
         return error.failure_class
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
+        return "out_of_memory"
     return "bug"
 
 

@@ -73,10 +73,8 @@ def draft_and_head(seed: int = 0) -> tuple[Eagle3Draft, Tensor]:
     return draft, torch.randn(VOCAB, TARGET_HIDDEN)
 
 
-def publish(
-    client: MooncakeFeatureStore, channel: StreamingRefChannel, identity: RunIdentity, ordinals: Iterable[int]
-) -> list[SampleRef]:
-    """Store and publish the samples of `ordinals`, as the producer does; the stream stays open."""
+def store_samples(client: MooncakeFeatureStore, identity: RunIdentity, ordinals: Iterable[int]) -> list[SampleRef]:
+    """Store the samples of `ordinals`, as the producer does."""
     refs = []
     for ordinal in ordinals:
         tensors = sample(ordinal)
@@ -89,7 +87,6 @@ def publish(
                 num_tokens=len(tensors["input_ids"]),
             )
         )
-    channel.publish_many(refs)
     return refs
 
 
@@ -117,8 +114,12 @@ class Attempt:
         self.store.sweep()
         self.store.close()
 
+    def stored(self, ordinals):
+        return store_samples(self.store, self.identity, ordinals)
+
     def publish(self, ordinals, *, ended=True):
-        refs = publish(self.store, self.writer, self.identity, ordinals)
+        refs = self.stored(ordinals)
+        self.writer.publish_many(refs)
         if ended:
             end(self.writer, refs)
         return refs

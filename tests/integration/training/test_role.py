@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from consumer_kit import Attempt
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.integration
 
 SAMPLES = 38
 WINDOW = 4
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,8 @@ class Run:
         opened.identity = self.plan.identity(number, self.vocab_map.version)
         return opened
 
-    def start(self, attempt: int) -> subprocess.Popen:
-        """Start the role as its own process."""
+    def start(self, attempt: int, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+        """Start the role as its own process, under `launcher` if one is given."""
         assignment = self.assignment(attempt)
         document = assignment.dir.state / "consumer-assignment.json"
         document.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +92,10 @@ class Run:
         log = (assignment.dir.state / "consumer.log").open("wb")
         with log:
             return subprocess.Popen(
-                [sys.executable, "-m", "disagg_core.training.role", str(document)],
+                [sys.executable, *launcher, "-m", "disagg_core.training.role", str(document)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             )
 
     def wait_for_step(self, child: subprocess.Popen, attempt: int, step: int) -> None:
@@ -173,6 +175,50 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
     config = json.loads((run.plan.dir.checkpoints / "step-10" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["draft_vocab_size"] == 32
+
+
+@pytest.mark.slow
+def test_two_ranks_are_preempted_together(tmp_path, target_dir, endpoints):
+    """torchrun passes SIGTERM on to both; they stop at the same step, and rank 0 leaves the word."""
+    run = Run(tmp_path / "pair", target_dir, endpoints, training={"batch_size": 2, "processes": 2})
+    run.vocab_map.save(run.plan.dir.vocab_map)
+    with run.attempt(1) as attempt:
+        attempt.publish(range(3 * WINDOW), ended=False)
+        child = run.start(1, TORCHRUN)
+        try:
+            run.wait_for_step(child, 1, 3)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(60) != 0
+        finally:
+            child.kill()
+            child.wait(30)
+        assert attempt.writer.reader_status().reason == "preempted"
+    outcome = read_outcome(run.assignment(1).dir.state / "consumer-outcome.json")
+    assert (outcome.state, outcome.failure_class) == ("failed", "preempted")
+    state = read_state(newest_complete(run.plan.dir.checkpoints))
+    assert (state.step, state.cursor.trained) == (3, [(0, 11)])
+
+
+@pytest.mark.slow
+def test_rank_0_names_what_felled_another_rank(tmp_path, target_dir, endpoints):
+    """The sample that rank 1 is to read has another target's identity: rank 0 only sees the connection break."""
+    run = Run(tmp_path / "pair", target_dir, endpoints, training={"batch_size": 2, "processes": 2})
+    run.vocab_map.save(run.plan.dir.vocab_map)
+    with run.attempt(1) as attempt:
+        refs = [ref for ordinal in (1, 0) for ref in attempt.stored([ordinal])]
+        attempt.identity = msgspec.structs.replace(attempt.identity, target_model_version="another")
+        refs += attempt.stored([2, 3])
+        attempt.writer.publish_many(sorted(refs, key=lambda ref: -ref.num_tokens))
+        child = run.start(1, TORCHRUN)
+        try:
+            assert child.wait(120) != 0
+        finally:
+            child.kill()
+            child.wait(30)
+        assert attempt.writer.reader_status().state == "failed"
+    outcome = read_outcome(run.assignment(1).dir.state / "consumer-outcome.json")
+    assert (outcome.state, outcome.failure_class) == ("failed", "bad_input")
+    assert "another" in outcome.message
 
 
 def test_a_producer_that_fails_before_its_vocabulary_map_is_not_waited_for(tmp_path, target_dir, endpoints):

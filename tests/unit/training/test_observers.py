@@ -1,0 +1,79 @@
+"""What people see while training runs: metric lines, scalars, and one progress file."""
+
+import pytest
+
+from disagg_core.errors import MissingLibrary
+from disagg_core.observability.metrics import read_metrics
+from disagg_core.observability.progress import ProgressFile, read_progress
+from disagg_core.training import observers
+from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
+from disagg_core.training.trainer import TrainingProgress
+
+pytestmark = pytest.mark.unit
+
+RECORD = {
+    "step": 3,
+    "trained": 24,
+    "quarantined": 0,
+    "loss": 2.5,
+    "accuracies": [0.5, 0.25],
+    "learning_rate": 1e-3,
+    "samples_per_s": 100.0,
+    "tokens_per_s": 1000.0,
+    "data_wait_s": 0.01,
+    "in_flight": 8,
+    "simulated_accept_length": 1.6,
+    "sample_age_s": None,
+}
+
+
+def test_every_step_is_a_metric_line_and_the_progress_file_holds_the_last(tmp_path):
+    progress = ProgressFile(tmp_path / "consumer.json", interval_s=0.0)
+    both = Observers(MetricsObserver(tmp_path / "train.jsonl"), ProgressObserver(progress, 10))
+
+    both.on_phase("training", TrainingProgress())
+    both.on_step(RECORD)
+    both.on_step(RECORD | {"step": 4})
+
+    assert [record["step"] for record in read_metrics(tmp_path / "train.jsonl")] == [3, 4]
+    state = read_progress(tmp_path / "consumer.json")
+    assert (state["phase"], state["step"], state["total_steps"], state["loss"]) == ("training", 4, 10, 2.5)
+    both.on_wait()
+    assert read_progress(tmp_path / "consumer.json")["phase"] == "waiting for samples"
+    both.on_phase("finished", TrainingProgress(step=4, samples=32))
+    state = read_progress(tmp_path / "consumer.json")
+    assert (state["phase"], state["trained"]) == ("finished", 32)
+
+
+def test_progress_is_written_at_most_once_a_second(tmp_path):
+    now = [0.0]
+    file = ProgressFile(tmp_path / "consumer.json", clock=lambda: now[0])
+    observer = ProgressObserver(file, None)
+
+    observer.on_step(RECORD)
+    observer.on_step(RECORD | {"step": 4})
+
+    assert read_progress(tmp_path / "consumer.json")["step"] == 3
+    now[0] = 1.0
+    observer.on_step(RECORD | {"step": 5})
+    assert read_progress(tmp_path / "consumer.json")["step"] == 5
+
+
+def test_tensorboard_gets_scalars_and_one_curve_for_each_test_step(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    observer = TensorBoardObserver(tmp_path)
+
+    observer.on_step(RECORD)
+    observer.on_phase("finished", TrainingProgress())
+
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert {"loss", "accuracies/0", "accuracies/1", "in_flight"} <= set(events.Tags()["scalars"])
+    assert "sample_age_s" not in events.Tags()["scalars"]
+    assert events.Scalars("loss")[0].step == 3
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setattr(observers.importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(MissingLibrary, match=r"pip install 'draftline\[trackers\]'"):
+        observers.require_tensorboard()
