@@ -1,0 +1,100 @@
+"""The producer as a process: killed in the middle and started again, or asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rollout_kit import Consumer
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.errors import ProducerFailed
+from disagg_core.outcomes import read_outcome
+from disagg_core.rollout.role import PREEMPTED_EXIT_CODE
+from disagg_core.store import MooncakeFeatureStore
+
+pytestmark = pytest.mark.integration
+
+SLOW = {"data": {"generate": {"max_new_tokens": 40}}, "rollout": {"batch_tokens": 256, "high_watermark_refs": 8}}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start producer processes; those that still run at the end are killed."""
+    started = []
+
+    def start(assignment) -> subprocess.Popen:
+        document = tmp_path / "producer.json"
+        document.write_text(assignment.model_dump_json())
+        with (tmp_path / "producer.log").open("ab") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "disagg_core.rollout.role", str(document)],
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    cwd=Path(__file__).parents[3],
+                )
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def open_channel(assignment) -> StreamingRefChannel:
+    return StreamingRefChannel(assignment.channel_url, run_id=assignment.plan.run_id, attempt=assignment.attempt)
+
+
+def wait_until(condition, process, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the producer ended"
+        assert time.monotonic() < deadline, "waited too long"
+        threading.Event().wait(0.02)
+
+
+def test_a_killed_producer_is_started_again_and_nothing_is_lost_or_doubled(make_assignment, start):
+    assignment = make_assignment(40, **SLOW)
+    with (
+        MooncakeFeatureStore(assignment.store, namespace=assignment.namespace) as store,
+        open_channel(assignment) as channel,
+        open_channel(assignment) as watch,
+    ):
+        with Consumer(channel, store, window=2) as consumer:
+            process = start(assignment)
+            wait_until(lambda: watch.published >= 9, process)
+            process.kill()
+            process.wait()
+            assert start(assignment).wait(120) == 0
+        assert consumer.error is None
+        assert consumer.ordinals == list(range(40))
+        assert (channel.totals.refs, channel.totals.prompts) == (40, 40)
+        assert store.key_count() == 0
+
+
+def test_a_producer_that_is_asked_to_stop_says_so_in_the_stream(make_assignment, start):
+    assignment = make_assignment(40, **SLOW)
+    with (
+        MooncakeFeatureStore(assignment.store, namespace=assignment.namespace) as store,
+        open_channel(assignment) as watch,
+    ):
+        process = start(assignment)
+        wait_until(lambda: watch.published >= 1, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == PREEMPTED_EXIT_CODE
+        with pytest.raises(ProducerFailed) as failure:
+            list(watch.stream())
+        assert failure.value.failure_class == "preempted"
+        outcome = read_outcome(assignment.dir.state / "producer-outcome.json")
+        assert (outcome.state, outcome.failure_class) == ("failed", "preempted")
+        assert store.key_count() == watch.published, "what was stored and not published is freed"
+        store.sweep()
