@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from disagg_core.contracts import RunIdentity
 from disagg_core.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store.master import MasterView
 
 torch.set_num_threads(1)
 
@@ -34,9 +36,18 @@ def identity(run_id: str) -> RunIdentity:
     return identity_of(run_id)
 
 
+@pytest.fixture(scope="session")
+def closer(endpoints: StoreEndpoints) -> Iterator[ThreadPoolExecutor]:
+    """Closes clients beside the tests: Mooncake sleeps for a second in each close."""
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
 @pytest.fixture
-def open_store(endpoints: StoreEndpoints, run_id: str) -> Iterator[Callable[..., MooncakeFeatureStore]]:
-    """Open clients of the test's namespace; all are closed, and the namespace must be empty at the end."""
+def open_store(
+    endpoints: StoreEndpoints, run_id: str, closer: ThreadPoolExecutor
+) -> Iterator[Callable[..., MooncakeFeatureStore]]:
+    """Open clients of the test's namespace, which must be empty at the end; all are closed."""
     opened: list[MooncakeFeatureStore] = []
 
     def open_one(**options: object) -> MooncakeFeatureStore:
@@ -45,8 +56,10 @@ def open_store(endpoints: StoreEndpoints, run_id: str) -> Iterator[Callable[...,
         return opened[-1]
 
     yield open_one
+    left = MasterView(endpoints).keys(f"{run_id}/")
     for store in opened:
-        store.close()
+        closer.submit(store.close)
+    assert not left
 
 
 @pytest.fixture
