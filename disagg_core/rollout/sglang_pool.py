@@ -199,7 +199,7 @@ class ServerPool:
             began = time.monotonic()
             problem = self._bring_up(member)
             if problem is None:
-                self._in(member, "restarted" if member.checked.is_set() else "started")
+                self._in(member, "back" if member.checked.is_set() else "started")
                 problem = self._watch(member)
                 pause = 1.0 if time.monotonic() - began > _LONGEST_PAUSE_S else pause
             elif not member.checked.is_set():
@@ -230,6 +230,10 @@ class ServerPool:
                 return f"was not healthy within {self._start_timeout_s:g} s"
             if self._stop.wait(_POLL_S):
                 return "stopped"
+        return self._checked(member)
+
+    def _checked(self, member: PoolMember) -> str | None:
+        """Check that the server is the run's target; refuse it for good if not; return what else is wrong with it."""
         try:
             self._check(member.client)
         except TargetError as error:
@@ -249,9 +253,12 @@ class ServerPool:
                 return ended
             if suspect:
                 member.suspect.clear()
-                if not member.client.healthy(self._health_timeout_s) and not self._stop.wait(_POLL_S):
-                    hangs = f"hangs: no good answer to a health check of {self._health_timeout_s:g} s"
-                    return _ended(member) or hangs
+                if member.client.healthy(self._health_timeout_s):
+                    problem = self._checked(member)  # it may be another server by now
+                else:
+                    problem = f"hangs: no good answer to a health check of {self._health_timeout_s:g} s"
+                if problem is not None and not self._stop.wait(_POLL_S):
+                    return _ended(member) or problem
         return None
 
     def _in(self, member: PoolMember, event: str) -> None:

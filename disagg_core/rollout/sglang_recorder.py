@@ -304,6 +304,8 @@ def _attach(recording: Recording, request: CapturableRequest) -> None:
 
 def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> str | None:
     """Return what of the order's identity this server does not fulfil, if anything."""
+    if order.fingerprint != facts.fingerprint:
+        return f"expected the model {order.fingerprint}, this server runs {facts.fingerprint} ({facts.model_path})"
     if list(order.identity.aux_layers) != facts.aux_layers:
         return f"expected states of layers {list(order.identity.aux_layers)}, this server captures {facts.aux_layers}"
     found = str(dtype).removeprefix("torch.")

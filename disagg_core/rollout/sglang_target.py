@@ -22,7 +22,7 @@ from disagg_core.rollout.sglang_wire import CaptureOrder, StoreAddress, spans_of
 from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target_facts import TargetFacts, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class SGLangTarget:
         self._sampling = None if generate is None else Sampling.of(generate, max_tokens=max_tokens, seed=seed)
         self._seed = seed
         self._health_timeout_s = health_timeout_s
+        self._fingerprint = model_fingerprint(facts.model, section.revision)
         self._identity: RunIdentity | None = None
         self._pool: ServerPool | None = None
         self._reference: Reference | None = None
@@ -288,6 +289,7 @@ class SGLangTarget:
             sample_id=task.task_id,
             source_task_id=task.source,
             server=client.name,
+            fingerprint=self._fingerprint,
             num_tokens=len(input_ids),
             loss_spans=spans_of(loss_mask),
             identity=self._identity,

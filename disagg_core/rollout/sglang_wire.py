@@ -35,14 +35,15 @@ class StoreAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class CaptureOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="capture"):
     """Write the states of this request's prompt to the store as one sample.
 
-    `server` is what the producer calls this server. `loss_spans` are the half-open token ranges with loss mask 1.
-    `deadline` is in seconds since the epoch: whoever ordered has given up by then, so a sample that is finished later
-    is removed again.
+    `server` is what the producer calls this server, `fingerprint` that of the model it has to run. `loss_spans` are
+    the half-open token ranges with loss mask 1. `deadline` is in seconds since the epoch: whoever ordered has given
+    up by then, so a sample that is finished later is removed again.
     """
 
     sample_id: str
     source_task_id: str
     server: str
+    fingerprint: str
     num_tokens: int
     loss_spans: list[tuple[int, int]]
     identity: RunIdentity

@@ -19,6 +19,7 @@ from disagg_core.rollout.target import Captured, Failed, Generated, Stored
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec import GenerateSection
 from disagg_core.store import MooncakeFeatureStore, NewSample
+from disagg_core.target_facts import model_fingerprint
 from tests.sglang.support import MAX_TOKENS, VOCABULARY, Served, identity_of, random_tokens, task_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -151,6 +152,7 @@ def test_an_error_in_the_capture_is_an_answer_and_not_the_end_of_the_server(
         sample_id="s000000000",
         source_task_id="s000000000",
         server="raw",
+        fingerprint=model_fingerprint(server.facts.model, None),
         num_tokens=3,
         loss_spans=[(0, 3)],
         identity=identity_of(server.facts, store),
@@ -183,6 +185,7 @@ def test_a_sample_that_comes_too_late_is_removed_again(
         sample_id="s000000000",
         source_task_id="s000000000",
         server="raw",
+        fingerprint=model_fingerprint(server.facts.model, None),
         num_tokens=3,
         loss_spans=[(0, 3)],
         identity=identity_of(server.facts, store),

@@ -1,0 +1,56 @@
+"""What travels between producer and plugin, and what does not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_core.rollout.sglang_wire import (
+    WIRE_KEY,
+    ProbeOrder,
+    RefusedReply,
+    decode_order,
+    encode_order,
+    encode_reply,
+    find_reply,
+    mask_of,
+    spans_of,
+)
+
+pytestmark = pytest.mark.unit
+
+
+@given(st.lists(st.integers(0, 1), max_size=200))
+def test_a_mask_survives_as_spans(mask: list[int]) -> None:
+    spans = spans_of(mask)
+
+    assert mask_of(spans, len(mask)) == mask
+    assert all(end < following for (_, end), (following, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("span", [(0, 5), (-1, 2), (2, 2), (3, 1)])
+def test_a_span_beyond_the_tokens_is_refused(span: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="expected loss spans within 4 tokens"):
+        mask_of([span], 4)
+
+
+def test_orders_and_replies_travel_as_text() -> None:
+    refusal = RefusedReply(reason="no", retryable=True)
+
+    assert decode_order(encode_order(ProbeOrder())[WIRE_KEY]) == ProbeOrder()
+    assert find_reply({WIRE_KEY: [None, encode_reply(refusal)]}) == refusal
+
+
+def test_no_plugin_no_reply() -> None:
+    assert find_reply({}) is None
+    assert find_reply({WIRE_KEY: []}) is None
+
+
+@pytest.mark.parametrize("text", ["{", '{"type": "capture"}', '{"type": "probe", "more": 1}', '{"type": "other"}'])
+def test_another_version_is_an_error_and_not_a_guess(text: str) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode_order(text)
