@@ -31,7 +31,7 @@ SIDE_NAMES: dict[Side, str] = {"writer": "the producer (writer)", "reader": "the
 """What the two sides are called in messages."""
 
 
-class Position(NamedTuple):
+class Position(msgspec.Struct, frozen=True, gc=False):
     """A place in the stream: after record `seq`, at byte `offset` of the file (0 where there are no files).
 
     `epoch` is the newest writer's claim seen up to there; records of an older one that follow are passed over.
@@ -42,14 +42,14 @@ class Position(NamedTuple):
     epoch: int = 0
 
 
-class Framed(NamedTuple):
+class Framed(msgspec.Struct, frozen=True, gc=False):
     """One record on its way into the log, with its encoded line."""
 
     record: Record
     line: bytes
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One intact record as read from the log, with the position right after it."""
 
     record: Record

@@ -109,7 +109,7 @@ class FileBackend:
         """Write the batch with one write and one fsync. See `ChannelBackend`."""
         assert self._writing is not None, "recover() comes first"
         with self._scanning, self._reported():
-            if self._claims.newest("writer") > epoch:
+            if not self._claims.is_newest("writer", epoch):
                 raise ChannelBusy(f"the writer's claim {epoch} of {self.where} was taken over; stop here")
             size = os.fstat(self._writing).st_size
             if size != self._tally.last.offset:
@@ -175,7 +175,7 @@ class FileBackend:
     def store_cursor(self, cursor: Cursor) -> None:
         """See `ChannelBackend`."""
         with self._reported():
-            if self._claims.newest("reader") > cursor.epoch:
+            if not self._claims.is_newest("reader", cursor.epoch):
                 raise ChannelBusy(f"the reader's claim {cursor.epoch} of {self.where} was taken over; stop here")
             draft = self._directory / f".cursor-{cursor.epoch:06d}.tmp"
             self._files.write_file(draft, frame(cursor), durable=True)

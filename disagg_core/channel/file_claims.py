@@ -33,6 +33,13 @@ class FileClaims:
         matches = (_NAME.match(name) for name in self._files.names(self._directory))
         return max((int(match[2]) for match in matches if match and match[1] == side), default=0)
 
+    def is_newest(self, side: Side, epoch: int) -> bool:
+        """Return whether no claim came after `epoch`, looking at two names only: it is asked for each batch.
+
+        A later claim is either the next one, or came after the next one had removed ours.
+        """
+        return self._path(side, epoch).exists() and not self._path(side, epoch + 1).exists()
+
     def read_claim(self, side: Side) -> ClaimStatus | None:
         """Return the newest claim of a side; an unreadable one reads as held by an unknown process."""
         while epoch := self.newest(side):

@@ -77,6 +77,9 @@ class LogReader:
         """
         entries: list[Entry] = []
         while len(entries) < max_records:
+            self._take_expected(entries, max_records)
+            if len(entries) == max_records:
+                break
             fresh = self._next == len(self._lines)
             if fresh and not self._fill():
                 break
@@ -104,6 +107,32 @@ class LogReader:
             if isinstance(record, (EndRecord, FailRecord)):
                 break
         return entries
+
+    def _take_expected(self, entries: list[Entry], max_records: int) -> None:
+        """Take lines while each is the very reference that is expected: the fast way through nearly every line."""
+        lines, place = self._lines, self._next
+        seq, offset, epoch = self.position.seq, self.position.offset, self.position.epoch
+        last = min(len(lines), place + max_records - len(entries))
+        while place < last:
+            line = lines[place]
+            try:
+                record = decode_record(line)
+            except BadFrame:
+                break
+            if (
+                type(record) is not RefRecord
+                or record.seq != seq + 1
+                or record.epoch != epoch
+                or record.attempt != self._attempt
+                or record.ref.run_id != self._run_id
+            ):
+                break
+            seq += 1
+            offset += len(line) + 1
+            place += 1
+            entries.append(Entry(record, Position(seq, offset, epoch)))
+        if place != self._next:
+            self._next, self.position, self._hole_since = place, entries[-1].after, None
 
     def close(self) -> None:
         """Close the file."""
@@ -167,8 +196,8 @@ class LogReader:
     def _pass_over(self, line: bytes) -> None:
         """Skip a record that a fenced writer appended after its successor had begun."""
         self._next += 1
-        seq, offset, epoch = self.position
-        self.position = Position(seq, offset + len(line) + 1, epoch)
+        at = self.position
+        self.position = Position(at.seq, at.offset + len(line) + 1, at.epoch)
 
     def _is_hole(self, line: bytes) -> bool:
         if b"\0" not in line:

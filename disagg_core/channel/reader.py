@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+import msgspec
 from msgspec.structs import replace
 
 from disagg_core.channel.contract import Cursor, Entry, Position
@@ -21,7 +22,14 @@ from disagg_core.channel.session import Session
 from disagg_core.channel.staleness import Staleness
 from disagg_core.channel.writer import LIVENESS_S, describe_end
 from disagg_core.contracts import SampleRef
-from disagg_core.errors import ChannelClosed, ChannelDamaged, FailureClass, IdentityMismatch, ProducerFailed
+from disagg_core.errors import (
+    ChannelClosed,
+    ChannelDamaged,
+    ChannelError,
+    FailureClass,
+    IdentityMismatch,
+    ProducerFailed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +37,12 @@ Settled = Literal["trained", "quarantined", "dropped"]
 _STREAM_BATCH = 256
 
 
-class _Delivered:
+class _Delivered(msgspec.Struct, gc=False):
     """A reference that was handed out and is not yet behind the cursor."""
 
-    __slots__ = ("after", "settled", "size")
-
-    def __init__(self, after: Position, size: int) -> None:
-        self.after = after
-        self.size = size
-        self.settled: Settled | None = None
+    after: Position
+    size: int
+    settled: Settled | None
 
 
 class Reader:
@@ -83,19 +88,23 @@ class Reader:
         with self._lock:
             if self._heartbeat is None:
                 heartbeat = self._session.claim("reader")
-                cursor = self._backend.load_cursor()
-                if cursor is not None and cursor.state != "running":
+                try:
+                    self._start(heartbeat)
+                except ChannelError:
                     heartbeat.release()
-                    raise ChannelClosed(f"the reader of {self._backend.where} is {cursor.state}: {cursor.reason}")
-                if cursor is not None:
-                    self._cursor = cursor
-                self._cursor = replace(self._cursor, epoch=heartbeat.claim.epoch)
-                self._position = self._cursor.position
-                self._refs, self._bytes = self._cursor.refs, self._cursor.bytes
-                self._delivered.clear()
+                    raise
                 self._heartbeat = heartbeat
             self._heartbeat.check()
             return self._heartbeat
+
+    def _start(self, heartbeat: Heartbeat) -> None:
+        self._cursor = self._backend.load_cursor() or self._cursor
+        self._check_running()
+        self._cursor = replace(self._cursor, epoch=heartbeat.claim.epoch)
+        self._position = self._cursor.position
+        self._refs, self._bytes = self._cursor.refs, self._cursor.bytes
+        self._delivered.clear()
+        self._end = None
 
     # --- delivery ---
 
@@ -123,10 +132,11 @@ class Reader:
 
     def _take(self, entries: list[Entry], refs: list[SampleRef]) -> bool:
         """Accept entries in order; return False at one that is refused, raising if nothing precedes it."""
-        for record, after in entries:
-            if isinstance(record, RefRecord):
+        for entry in entries:
+            record = entry.record
+            if type(record) is RefRecord:
                 try:
-                    self._accept(record.ref, after, refs)
+                    self._accept(record.ref, entry.after, refs)
                 except (IdentityMismatch, ChannelDamaged):
                     if refs:
                         return False
@@ -136,7 +146,7 @@ class Reader:
                 self._end = record
             elif isinstance(record, FailRecord):
                 self._end = record
-            self._position = after
+            self._position = entry.after
         return True
 
     def _accept(self, ref: SampleRef, after: Position, refs: list[SampleRef]) -> None:
@@ -146,12 +156,11 @@ class Reader:
                 f"{self._delivered[ref.key].after.seq}; a key is fresh for every stored sample"
             )
         self._staleness.refuse(ref)
-        delivered = self._delivered[ref.key] = _Delivered(after, ref.size_bytes)
+        dropped = self._staleness.drop(ref)
+        self._delivered[ref.key] = _Delivered(after, ref.size_bytes, "dropped" if dropped else None)
         self._refs += 1
         self._bytes += ref.size_bytes
-        if self._staleness.drop(ref):
-            delivered.settled = "dropped"
-        else:
+        if not dropped:
             refs.append(ref)
 
     def _check_totals(self, end: EndRecord) -> None:

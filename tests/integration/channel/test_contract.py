@@ -534,10 +534,15 @@ def test_a_draft_limit_without_a_version_is_refused(place: Place) -> None:
 
 
 def test_everything_is_stopped_by_disconnecting(place: Place) -> None:
+    before = set(threading.enumerate())
     channel = place.open()
     channel.publish(make_ref(0))
     channel.poll(1)
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {
+        "draftline-writer-heartbeat",
+        "draftline-reader-heartbeat",
+    }
     channel.disconnect()
-    wait_for(lambda: not any("draftline" in t.name and "heartbeat" in t.name for t in threading.enumerate()))
+    wait_for(lambda: set(threading.enumerate()) <= before)
     drained = place.open()
     assert ids(drain(drained.poll)) == names(1)
