@@ -162,6 +162,10 @@ class CheckpointError(DraftlineError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class SampleUnusable(DraftlineError):
+    """A sample arrived whole but cannot be trained on; it is quarantined with this reason."""
+
+
 class TrainingDiverged(DraftlineError):
     """The loss or the gradient is not finite; nothing of that step is saved."""
 

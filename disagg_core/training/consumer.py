@@ -65,18 +65,16 @@ def build_disagg_online_consumer(
     ranks = ranks or Ranks.join(section.device)
     loss = loss or LossSection()
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
-    module = Eagle3Loss(draft, lm_head, loss, ttt_length, activation_checkpointing=section.activation_checkpointing).to(
-        ranks.device
+    trainer = Trainer(
+        _step(draft, lm_head, ranks, section, loss, ttt_length, steps),
+        draft,
+        ranks=ranks,
+        checkpoints=CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
+        if checkpoints is not None
+        else None,
+        max_steps=section.max_steps,
+        observer=observer,
     )
-    sharded = shard(module, ranks, compute_dtype(section.precision, ranks.device))
-    if section.compile:
-        module.compile(dynamic=True)
-    schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
-    step = OptimizerStep(module, sharded, draft, ranks=ranks, section=section, loss=loss, schedule=schedule)
-    policy = None
-    if checkpoints is not None:
-        policy = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
-    trainer = Trainer(step, draft, ranks=ranks, checkpoints=policy, max_steps=section.max_steps, observer=observer)
     trainer.restore_newest()
     loader = FeatureDataLoader(
         StreamingRefQueue(channel) if channel is not None else None,
@@ -92,3 +90,22 @@ def build_disagg_online_consumer(
         trained=trainer.progress.trained,
     )
     return trainer, loader
+
+
+def _step(
+    draft: Eagle3Draft,
+    lm_head: Tensor,
+    ranks: Ranks,
+    section: TrainingSection,
+    loss: LossSection,
+    ttt_length: int,
+    steps: int | None,
+) -> OptimizerStep:
+    """Return the optimizer step over the loss module, moved to the rank's device and sharded."""
+    recompute = section.activation_checkpointing
+    module = Eagle3Loss(draft, lm_head, loss, ttt_length, activation_checkpointing=recompute).to(ranks.device)
+    sharded = shard(module, ranks, compute_dtype(section.precision, ranks.device))
+    if section.compile:
+        module.compile(dynamic=True)
+    schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
+    return OptimizerStep(module, sharded, draft, ranks=ranks, section=section, loss=loss, schedule=schedule)

@@ -109,10 +109,6 @@ class Ranks:
             dist.all_reduce(values, group=self.control)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.sum([0.0])
-
     def leave(self) -> None:
         """Destroy the process group if this object made it."""
         if self.owns_group and dist.is_initialized():

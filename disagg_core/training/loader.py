@@ -25,7 +25,7 @@ from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import SampleRef, ordinal_of
 from disagg_core.drafts.eagle3 import Eagle3Batch, count_valid_positions
 from disagg_core.drafts.eagle3.batch import MaskMode
-from disagg_core.errors import ChannelError, FailureClass, SampleLost
+from disagg_core.errors import ChannelError, FailureClass, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks
@@ -136,6 +136,14 @@ def collate(samples: Sequence[Samples], *, multiple_of: int = 1) -> Eagle3Batch:
         aux_hidden_states=padded("aux_hidden_states", samples[0]["aux_hidden_states"].dtype),
         last_hidden_state=padded("last_hidden_state", samples[0]["last_hidden_state"].dtype),
     )
+
+
+def _checked(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `sample` if its hidden states are finite; one that is not would end the run for all others."""
+    for name in ("aux_hidden_states", "last_hidden_state"):
+        if not all(bool(bound.isfinite()) for bound in sample[name].aminmax()):
+            raise SampleUnusable(f"{name} is not finite: the target overflowed on this prompt")
+    return sample
 
 
 class FeatureDataLoader:
@@ -308,10 +316,10 @@ class FeatureDataLoader:
             samples = []
             for ref, future in share:
                 try:
-                    samples.append(future.result())
-                except SampleLost as error:
-                    _log.warning("sample %s is lost and weighs zero: %s", ref.sample_id, error)
-                    given_up.append(GivenUp(ref.sample_id, str(error), lost=True))
+                    samples.append(_checked(future.result()))
+                except (SampleLost, SampleUnusable) as error:
+                    _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
+                    given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
             batch = collate(samples, multiple_of=self._multiple_of) if samples else None
             positions = int(count_valid_positions(batch, self._mask_mode)) if batch is not None else 0
             batches.append(batch if positions else None)

@@ -207,7 +207,7 @@ class Trainer:
         if self._saved == path:
             return path
         self._phase("saving")
-        draft = {name: whole(tensor) for name, tensor in self._draft.serving_state_dict().items()}
+        draft = self.weights()
         optimizer = optimizer_tensors(self._step.optimizer, self._step.parameters)
         if self._ranks.is_first:
             save_checkpoint(
@@ -217,6 +217,10 @@ class Trainer:
             )
         self._saved = path
         return path
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the draft in serving names, whole, fp32 and on the CPU; every rank must call it."""
+        return {name: whole(tensor) for name, tensor in self._draft.serving_state_dict().items()}
 
     def _rng(self) -> dict[str, torch.Tensor]:
         states = {"cpu": torch.get_rng_state()}

@@ -20,7 +20,6 @@ from disagg_core.run_spec import LossSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training import FeatureDataLoader, Trainer, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.optimizer import whole
 
 TARGET_HIDDEN, VOCAB, DRAFT_VOCAB, TTT = 16, 64, 32, 3
 
@@ -123,10 +122,6 @@ class Attempt:
         if ended:
             end(self.writer, refs)
         return refs
-
-
-def weights_of(trainer):
-    return {name: whole(tensor) for name, tensor in trainer._draft.serving_state_dict().items()}
 
 
 def section(**options: Any) -> TrainingSection:

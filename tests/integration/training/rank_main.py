@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from consumer_kit import consumer, section, weights_of
+from consumer_kit import consumer, section
 from safetensors.torch import save_file
 
 from disagg_core.channel import StreamingRefChannel
@@ -34,7 +34,7 @@ def main() -> None:
             checkpoints=Path(told["checkpoints"]),
         )
         outcome = trainer.fit(loader)
-        weights = weights_of(trainer)
+        weights = trainer.weights()
         if ranks.is_first:
             save_file(weights, told["weights"])
             Path(told["outcome"]).write_text(

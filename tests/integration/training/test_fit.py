@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from consumer_kit import Attempt, consumer, end, identity_of, section, weights_of
+from consumer_kit import Attempt, consumer, end, sample, section
 
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
 from disagg_core.run_spec import LossSection
-from disagg_core.training.checkpoint import newest_complete, read_state
+from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver
 
@@ -78,7 +78,7 @@ def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoin
     attempt.publish(range(12))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section())
     trainer.fit(loader)
-    expected = weights_of(trainer)
+    expected = trainer.weights()
     for number, cut in (
         (2, {"batch_size": 4, "accumulation_steps": 1}),
         (3, {"batch_size": 1, "accumulation_steps": 4}),
@@ -87,7 +87,7 @@ def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoin
             other.publish(range(12))
             again, loader = consumer(other.reader, other.store, ranks, training=section(**cut))
             again.fit(loader)
-        for name, weight in weights_of(again).items():
+        for name, weight in again.weights().items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_bf16_computes_on_fp32_masters(attempt, ranks):
     outcome = trainer.fit(loader)
 
     assert outcome.steps == 2
-    weights = weights_of(trainer)
+    weights = trainer.weights()
     assert weights["fc.weight"].dtype == torch.float32
     assert not torch.equal(weights["fc.weight"], weights["fc.weight"].bfloat16().float())
 
@@ -139,8 +139,8 @@ def test_activations_computed_again_give_the_same_weights(attempt, endpoints, ra
         again, loader = consumer(other.reader, other.store, ranks, training=training)
         again.fit(loader)
 
-    expected = weights_of(trainer)
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(again).items())
+    expected = trainer.weights()
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.weights().items())
 
 
 def test_a_lost_sample_weighs_zero_and_is_quarantined_with_its_reason(attempt, ranks, tmp_path):
@@ -190,7 +190,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, 
         whole_run.publish(range(22))
         trainer, loader = consumer(whole_run.reader, whole_run.store, ranks, checkpoints=tmp_path / "a")
         trainer.fit(loader)
-        expected = weights_of(trainer)
+        expected = trainer.weights()
 
     with Attempt(endpoints, tmp_path, run_id, 2) as first:
         first.publish(range(22))
@@ -212,7 +212,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, 
         outcome = trainer.fit(loader)
 
     assert (outcome.steps, outcome.steps_here, outcome.samples, outcome.samples_here) == (6, 4, 22, 14)
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(trainer).items())
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainer.weights().items())
     files = [(tmp_path / run / "step-6" / "optimizer.safetensors").read_bytes() for run in "ab"]
     assert files[0] == files[1]
 
@@ -253,7 +253,7 @@ def test_the_untrained_draft_is_kept_as_step_0(attempt, ranks, tmp_path):
     trainer, loader = consumer(
         attempt.reader, attempt.store, ranks, checkpoints=tmp_path, training=section(save_every_steps=1), keep=2
     )
-    before = weights_of(trainer)
+    before = trainer.weights()
 
     trainer.fit(loader)
 
@@ -291,23 +291,35 @@ def test_an_empty_stream_is_no_training(attempt, ranks):
     assert (outcome.steps, outcome.samples, outcome.loss_first) == (0, 0, None)
 
 
-def test_numbers_that_are_not_finite_end_training_before_they_are_saved(attempt, ranks, tmp_path):
-    tensors = {
-        "input_ids": torch.zeros(8, dtype=torch.int32),
-        "loss_mask": torch.ones(8, dtype=torch.uint8),
-        "aux_hidden_states": torch.full((8, 48), float("nan")),
-        "last_hidden_state": torch.zeros(8, 16),
-    }
-    identity = identity_of(attempt.run_id)
-    ref = attempt.store.put("s000000000", tensors, identity=identity, source_task_id="t", num_tokens=8)
-    attempt.writer.publish(ref)
-    end(attempt.writer, [ref])
-    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path / "c")
+def test_a_sample_that_is_not_finite_is_quarantined_for_good(attempt, ranks, tmp_path):
+    refs = attempt.stored(range(4))
+    tensors = sample(4) | {"last_hidden_state": torch.full((10, 16), float("nan"))}
+    tensors = {name: tensor[:10] for name, tensor in tensors.items()}
+    identity = attempt.identity
+    refs.append(attempt.store.put("s000000004", tensors, identity=identity, source_task_id="t", num_tokens=10))
+    attempt.writer.publish_many(refs)
+    end(attempt.writer, refs)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
 
-    with pytest.raises(TrainingDiverged, match="step 0"):
+    outcome = trainer.fit(loader)
+
+    assert (outcome.samples, outcome.quarantined, outcome.lost) == (4, 1, 0)
+    assert outcome.given_up[0][0] == "s000000004"
+    assert "last_hidden_state is not finite" in outcome.given_up[0][1]
+    assert attempt.store.key_count() == 0
+    assert read_state(newest_complete(tmp_path)).cursor.quarantined == [(4, 4)]
+    assert covered_ordinals(tmp_path).ranges() == [(0, 4)]
+
+
+def test_training_that_diverges_ends_before_it_is_saved(attempt, ranks, tmp_path):
+    attempt.publish(range(12))
+    training = section(learning_rate=1e38, warmup_ratio=0.0)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=training, checkpoints=tmp_path)
+
+    with pytest.raises(TrainingDiverged, match="step 1: expected a finite loss and gradient"):
         trainer.fit(loader)
 
-    assert newest_complete(tmp_path / "c").name == "step-0"
+    assert newest_complete(tmp_path).name == "step-0"
 
 
 @pytest.mark.parametrize("kind", ["lk_alpha", "lk_lambda"])

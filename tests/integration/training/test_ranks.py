@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from consumer_kit import Attempt, consumer, section, weights_of
+from consumer_kit import Attempt, consumer, section
 from safetensors.torch import load_file
 
 from disagg_core.training.checkpoint import newest_complete, read_state
@@ -44,7 +44,7 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
         alone.store.abort(refs[lost])
         trainer, loader = consumer(alone.reader, alone.store, ranks, training=section(accumulation_steps=2))
         one = trainer.fit(loader)
-        expected = weights_of(trainer)
+        expected = trainer.weights()
 
     with Attempt(endpoints, tmp_path / "two", f"{run_id}-two") as pair:
         told = tmp_path / "two.json"
