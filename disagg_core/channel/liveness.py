@@ -26,10 +26,13 @@ from disagg_core.errors import ChannelBusy, ChannelStalled, ChannelUnavailable
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 15.0
-"""A claim held on another machine is dead when its heartbeat has not changed for so many seconds of our own clock."""
+LEASE_S = 45.0
+"""A claim held on another machine is dead when its heartbeat has not changed for so many seconds of our own clock.
 
-HEARTBEATS_PER_LEASE = 6
+Long enough for a link that is cut for ten seconds, with the time-outs and the reconnecting that follow.
+"""
+
+HEARTBEATS_PER_LEASE = 15
 
 
 @dataclass(frozen=True)

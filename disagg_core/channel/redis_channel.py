@@ -29,6 +29,7 @@ from pydantic import SecretStr
 
 from disagg_core.channel import redis_scripts
 from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
+from disagg_core.channel.liveness import LEASE_S
 from disagg_core.channel.records import (
     BadFrame,
     EndRecord,
@@ -44,7 +45,9 @@ from disagg_core.errors import BadInput, ChannelBusy, ChannelDamaged, ChannelUna
 KEEP_S = 7 * 24 * 3600
 """Seconds for which the server keeps a channel after its last heartbeat."""
 
-RECONNECT_S = 60.0
+RECONNECT_S = LEASE_S
+"""How long a server may not answer: as long as the other side goes on believing in us."""
+
 _APPEND_AT_ONCE = 512
 _IDS_AT_ONCE = 4096
 _BLOCK_S = 1.0

@@ -14,16 +14,17 @@ from tests.unit.channel.kit import make_refs
 WINDOW = 8
 
 
-def produce(url: str, stop: Path, lease_s: float = 15.0) -> None:
+def produce(url: str, stop: Path, *, reader_stays: bool = False) -> None:
     """Publish in order, going on behind what the stream holds, until the file `stop` is there; then end the stream."""
-    channel = StreamingRefChannel(url, idle_timeout_s=60.0, lease_s=lease_s)
+    channel = StreamingRefChannel(url, idle_timeout_s=60.0)
     channel.claim_writer()
     ordinal = len(list(channel.published_sample_ids()))
     assert ordinal == channel.published
     flow = FlowControl(Watermarks(window=WINDOW, high_refs=64))
     while not stop.exists() and not channel.is_closed():
         while not flow.may_publish(channel.in_flight_remote(), channel.in_flight_bytes_remote()):
-            channel.wait_for_reader_change(0.05)
+            status = channel.wait_for_reader_change(0.05)
+            assert status.active or not reader_stays, status.describe()
         count = random.randint(1, 12)
         channel.publish_many(make_refs(ordinal, ordinal + count))
         ordinal += count
@@ -33,9 +34,9 @@ def produce(url: str, stop: Path, lease_s: float = 15.0) -> None:
     channel.disconnect()
 
 
-def consume(url: str, log: Path, lease_s: float = 15.0) -> None:
+def consume(url: str, log: Path) -> None:
     """Take windows; write down where this process started and what it took, and acknowledge it."""
-    with log.open("a", buffering=1) as file, StreamingRefChannel(url, idle_timeout_s=60.0, lease_s=lease_s) as channel:
+    with log.open("a", buffering=1) as file, StreamingRefChannel(url, idle_timeout_s=60.0) as channel:
         channel.claim_reader()
         file.write(f"start {channel.delivered}\n")
         queue = StreamingRefQueue(channel)
@@ -50,11 +51,11 @@ def consume(url: str, log: Path, lease_s: float = 15.0) -> None:
         channel.finish("the stream has ended")
 
 
-def consume_until_free(url: str, log: Path, lease_s: float = 15.0) -> None:
+def consume_until_free(url: str, log: Path) -> None:
     """Consume; a claim that is still held by a process that is just being killed is tried again."""
     for _ in range(100):
         try:
-            return consume(url, log, lease_s)
+            return consume(url, log)
         except ChannelBusy:
             continue
     raise AssertionError("the claim was never free")
@@ -81,4 +82,7 @@ def trained(log: Path) -> tuple[list[str], tuple[int, int] | None]:
 
 if __name__ == "__main__":
     side, address, path = sys.argv[1:]
-    {"produce": produce, "consume": consume}[side](address, Path(path))
+    if side == "produce":
+        produce(address, Path(path), reader_stays=True)
+    else:
+        consume(address, Path(path))

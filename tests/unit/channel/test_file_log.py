@@ -1,5 +1,7 @@
 """The file backend against what crashes, power cuts and bad disks leave behind."""
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +9,11 @@ import pytest
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.channel.file_channel import FileBackend
-from disagg_core.channel.file_log import SETTLE_S
+from disagg_core.channel.file_log import CHUNK, SETTLE_S
 from disagg_core.channel.filesystem import FileSystem
 from disagg_core.channel.records import MAX_FRAME
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
-from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of
+from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of, wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -209,6 +211,54 @@ def test_a_failed_fsync_is_transient_and_a_retry_doubles_nothing(tmp_path: Path)
         assert drain(reader.poll) == make_refs(6)
 
 
+class CountingFiles(FileSystem):
+    """Counts what is done to the log, and can hold a commit up."""
+
+    def __init__(self) -> None:
+        self.writes = self.syncs = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        self.writes += 1
+        super().write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        self.syncs += 1
+        self.go_on.wait(10)
+        super().sync(descriptor)
+
+
+def test_a_batch_is_one_write_and_one_fsync(tmp_path: Path) -> None:
+    files = CountingFiles()
+    backend = FileBackend(tmp_path, run_id="local", attempt=1, files=files)
+    with StreamingRefChannel(tmp_path, backend=backend) as writer:
+        writer.claim_writer()
+        before = (files.writes, files.syncs)
+        writer.publish_many(make_refs(64))
+        assert (files.writes - before[0], files.syncs - before[1]) == (1, 1)
+
+
+def test_publishers_that_arrive_during_a_commit_share_the_next_one(tmp_path: Path) -> None:
+    files = CountingFiles()
+    backend = FileBackend(tmp_path, run_id="local", attempt=1, files=files)
+    with StreamingRefChannel(tmp_path, backend=backend) as writer:
+        writer.claim_writer()
+        files.go_on.clear()
+        before = files.syncs
+        threads = [threading.Thread(target=writer.publish, args=[make_ref(ordinal)]) for ordinal in range(8)]
+        threads[0].start()
+        wait_for(lambda: files.syncs > before)
+        for thread in threads[1:]:
+            thread.start()
+        wait_for(lambda: len(writer._writer._waiting) == 7)
+        files.go_on.set()
+        for thread in threads:
+            thread.join()
+        assert files.syncs - before == 2
+        assert writer.published == 8
+
+
 def test_without_a_right_to_write_the_mount_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ChannelUnavailable, match="check the mount"):
@@ -231,6 +281,31 @@ def test_polling_is_done_in_bounded_pieces(tmp_path: Path) -> None:
         held = reader._backend._reader._lines
         assert sum(map(len, held)) <= 256 * 1024
         assert ids(drain(reader.poll, 1000)) == names(1, 3000)
+
+
+def test_a_backlog_of_32000_is_read_once_and_not_again_with_each_poll(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StreamingRefChannel(tmp_path) as writer:
+        for start in range(0, 32_000, 4_000):
+            writer.publish_many(make_refs(start, start + 4_000))
+    read: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        data = pread(descriptor, size, offset)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    with StreamingRefChannel(tmp_path) as reader:
+        polls = 0
+        while reader.poll(8):
+            polls += 1
+    size = (tmp_path / "refs.jsonl").stat().st_size
+    assert polls == 4_000
+    assert sum(read) < 1.05 * size
+    assert len(read) < 1.2 * size / CHUNK + 5
 
 
 def test_drafts_of_dead_processes_are_cleared_away(tmp_path: Path) -> None:

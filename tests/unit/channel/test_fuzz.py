@@ -161,9 +161,9 @@ def read_to_the_end_of_copy(tmp_path: Path) -> tuple[list[SampleRef], str]:
 
 
 def test_mutated_files_give_named_errors_only(tmp_path: Path) -> None:
-    outcomes = fuzz(tmp_path, 800, seed=0)
-    assert outcomes.get("ChannelDamaged", 0) > 100
-    assert outcomes.get("ChannelStalled", 0) > 10
+    outcomes = fuzz(tmp_path, 400, seed=0)
+    assert outcomes.get("ChannelDamaged", 0) > 50
+    assert outcomes.get("ChannelStalled", 0) > 5
 
 
 @pytest.mark.slow
