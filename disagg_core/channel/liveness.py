@@ -22,7 +22,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from disagg_core.channel.contract import SIDE_NAMES, ClaimStatus, ClaimStore, PeerState, Side
-from disagg_core.errors import ChannelBusy, ChannelStalled, ChannelUnavailable
+from disagg_core.errors import ChannelBusy, ChannelStalled, ChannelUnavailable, DraftlineError
 
 logger = logging.getLogger(__name__)
 
@@ -319,5 +319,5 @@ class Heartbeat:
         while not self._stop.wait(self._interval_s):
             try:
                 self.beat()
-            except (ChannelUnavailable, OSError) as error:
+            except DraftlineError as error:  # the side itself meets it with its next operation
                 logger.warning("heartbeat of the %s of %s did not get through: %s", self._side, self._where, error)

@@ -307,7 +307,7 @@ def test_a_waiting_producer_learns_that_the_consumer_is_done(place: Place) -> No
     status = writer.wait_for_reader_change(10.0)
     finisher.join()
     assert (status.state, status.reason, status.active) == ("done", "reached max_steps", False)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0
 
 
 def test_a_waiting_producer_learns_that_the_consumer_failed_or_died(place: Place) -> None:
@@ -332,7 +332,7 @@ def test_a_waiting_producer_wakes_up_on_an_acknowledgement(place: Place) -> None
     began = time.monotonic()
     assert writer.wait_for_reader_change(10.0).state == "running"
     timer.join()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0
     assert writer.in_flight_remote() == 0
 
 
