@@ -1,6 +1,7 @@
 """How a role ended, as a file that outlives its process: what the parent decides the attempt by.
 
-A role that was killed leaves no outcome; that absence is itself the signal that it died without a word.
+A role that was killed leaves no outcome; its watcher then writes one that says it `died`. Where the watcher was killed
+too there is none at all.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from disagg_core.run_dir import write_atomically
 
 
 class RoleOutcome(BaseModel):
-    """The end of one role process. `result` holds the role's own figures."""
+    """The end of one role process. `result` holds the role's own figures; `died` that it left no word itself."""
 
     model_config = ConfigDict(frozen=True)
 
     state: Literal["completed", "failed"]
     failure_class: FailureClass | None = None
     message: str = ""
+    died: bool = False
     started: float
     ended: float
     result: dict[str, JsonValue] = {}
@@ -45,12 +47,13 @@ def write_outcome(path: Path, started: float, result: dict[str, JsonValue] | Non
     write_atomically(path, outcome.model_dump_json(indent=2))
 
 
-def write_failure(path: Path, started: float, error: BaseException) -> None:
-    """Record that the role failed with `error`."""
+def write_failure(path: Path, started: float, error: BaseException, *, died: bool = False) -> None:
+    """Record that the role failed with `error`; `died` if that is what its watcher found."""
     outcome = RoleOutcome(
         state="failed",
         failure_class=classify(error),
-        message=f"{type(error).__name__}: {error}",
+        message=str(error) if died else f"{type(error).__name__}: {error}",
+        died=died,
         started=started,
         ended=time.time(),
     )

@@ -15,7 +15,7 @@ from disagg_core.accounting import Accounting
 from disagg_core.errors import RoleFailed
 from disagg_core.outcomes import RoleOutcome
 from disagg_core.plan import RunPlan, StoreEndpoints
-from disagg_core.report import TrainingFigures
+from disagg_core.report import ServerFigures, TrainingFigures
 from tasks.mooncake import sweep
 from tasks.roles import Role, RoleRun
 
@@ -31,6 +31,7 @@ class Completion(BaseModel):
     first_checkpoint: Path
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
+    servers: list[ServerFigures]
 
 
 @task(name="verify-completion", task_run_name="completion", cache_policy=NO_CACHE)
@@ -78,6 +79,7 @@ def complete(
         first_checkpoint=plan.dir.checkpoints / "step-0",
         store_counters={**made.store_counters, **trained.store_counters},
         rejected_reasons=_rejected_reasons(plan.dir.attempt(attempt).state / "rejected.jsonl"),
+        servers=made.servers,
     )
 
 
@@ -87,6 +89,7 @@ class _Produced(BaseModel):
     rejected: int
     skipped: int = 0
     store_counters: dict[str, float] = {}
+    servers: list[ServerFigures] = []
 
 
 class _Trained(BaseModel):

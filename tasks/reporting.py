@@ -119,6 +119,7 @@ class RunRecord:
             attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
             store_counters=done.store_counters if done else {},
             rejected_reasons=done.rejected_reasons if done else {},
+            servers=done.servers if done else [],
             run_dir=str(self.plan.root),
             export=str(self.plan.dir.export) if archive else None,
             flow_run_id=self.flow_run_id,

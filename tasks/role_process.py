@@ -18,7 +18,7 @@ from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
 from disagg_core.observability.progress import ProgressValue, read_progress
-from disagg_core.outcomes import RoleOutcome, read_outcome
+from disagg_core.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.plan import RoleAssignment
 from disagg_core.processes import describe_exit, spawn, stop_tree, tail
 from disagg_core.run_dir import write_atomically
@@ -48,17 +48,21 @@ def run_role_process(
     """
     logger = get_run_logger()
     logger.info("starting the %s, its output goes to %s", role, log)
+    outcome_file = assignment.dir.state / f"{role}-outcome.json"
     progress = _ProgressArtifact(role, assignment)
+    started = time.time()
     code = _run_tree(command, log, progress.publish_if_due)
     progress.publish()
-    outcome = read_outcome(assignment.dir.state / f"{role}-outcome.json")
+    outcome = read_outcome(outcome_file)
     if outcome is None and code == 0 and not leaves_outcome:
         return None
     if outcome is None:
-        raise RoleFailed(
+        death = RoleFailed(
             f"the {role} died without a word ({describe_exit(code)}); the end of {log}:\n{tail(log)}",
             "preempted" if code < 0 else "bug",
         )
+        write_failure(outcome_file, started, death, died=True)
+        raise death
     if outcome.state == "failed" or code != 0:
         raise RoleFailed(
             f"the {role} failed: {outcome.message or describe_exit(code)}; its log is {log}",

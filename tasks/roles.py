@@ -48,6 +48,11 @@ class RoleRun(BaseModel):
         """Whether the role did all its work."""
         return self.state == "Completed"
 
+    @property
+    def died(self) -> bool:
+        """Whether its process was killed before it could say how it ended."""
+        return not self.completed and (self.outcome is None or self.outcome.died)
+
 
 async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
     """Run producer and consumer at the same time until both have ended; say how the attempt ended."""
@@ -105,8 +110,7 @@ async def run_producer(assignment: RoleAssignment, supervision: Supervision) -> 
     restarts = 0
     while True:
         run = await _run_role("producer", assignment, supervision, restarts=restarts)
-        died = not run.completed and run.outcome is None and not supervision.stop.is_set()
-        if not died or restarts >= allowed:
+        if not run.died or supervision.stop.is_set() or restarts >= allowed:
             break
         restarts += 1
         get_run_logger().warning(
