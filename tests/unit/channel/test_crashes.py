@@ -273,7 +273,7 @@ class Channel(RuleBasedStateMachine):
 
 
 TestCrashes = Channel.TestCase
-TestCrashes.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestCrashes.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.slow
