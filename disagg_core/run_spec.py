@@ -197,9 +197,6 @@ class ChannelSection(Section):
         None, description="redis://host:port/db or rediss://...; by default files in the run's directory."
     )
     idle_timeout_s: float = Field(600.0, gt=0, description="Without progress of the other side for this long: stalled.")
-    max_draft_lag: int | None = Field(
-        None, ge=0, description="Drop samples captured with a draft older than this many versions; default: never."
-    )
 
 
 class TrainingSection(Section):

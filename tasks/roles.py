@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict
 
 from disagg_core.attempts import AttemptOutcome
 from disagg_core.errors import FailureClass
-from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import RoleOutcome, read_outcome
 from disagg_core.plan import RoleAssignment
 from disagg_core.run_dir import write_atomically
@@ -74,11 +73,9 @@ def hand_over_cursor(assignment: RoleAssignment) -> None:
     """Tell the producer of a later attempt which samples the newest checkpoint covers: they are not captured again."""
     if assignment.attempt == 1:
         return
-    from disagg_core.training.checkpoint import newest_complete, read_state
+    from disagg_core.training.checkpoint import covered_ordinals
 
-    newest = newest_complete(assignment.plan.dir.checkpoints)
-    cursor = read_state(newest).cursor if newest else None
-    covered = OrdinalSet([*cursor.trained, *cursor.quarantined] if cursor else ())
+    covered = covered_ordinals(assignment.plan.dir.checkpoints)
     write_atomically(assignment.dir.state / "skip.json", json.dumps(covered.ranges()))
 
 
