@@ -69,6 +69,16 @@ class AttemptFigures(_Part):
     incomplete: int
 
 
+class ServerFigures(_Part):
+    """One server of the target in the last attempt: what it captured, and what happened to it, in words."""
+
+    name: str
+    captured: int
+    failures: int
+    restarts: int
+    events: list[str]
+
+
 class RunReport(_Part):
     """Everything that is said about a run at its end."""
 
@@ -84,6 +94,7 @@ class RunReport(_Part):
     attempts: list[AttemptFigures]
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
+    servers: list[ServerFigures] = []
     run_dir: str
     export: str | None
     flow_run_id: str | None
@@ -107,6 +118,7 @@ class RunReport(_Part):
             self._training(),
             self._evaluation(),
             self._attempts(),
+            self._servers(),
             self._places(),
         )
         return "\n".join([f"# Run {self.run_id}: {self.state}", "", *(line for part in parts for line in part)])
@@ -179,6 +191,17 @@ class RunReport(_Part):
             if attempt.incomplete:
                 end += f"; {attempt.incomplete} lost samples are captured again"
             lines.append(f"{attempt.attempt}. {end}")
+        return [*lines, ""]
+
+    def _servers(self) -> list[str]:
+        servers = [server for server in self.servers if server.name != "local"]
+        if not servers:
+            return []
+        lines = ["## Servers", "", "| server | captured | failures | restarts | what happened |"]
+        lines += ["|---|---:|---:|---:|---|"]
+        for server in servers:
+            figures = f"{server.name} | {server.captured} | {server.failures} | {server.restarts}"
+            lines.append(f"| {figures} | {'; '.join(server.events)} |")
         return [*lines, ""]
 
     def _places(self) -> list[str]:

@@ -22,6 +22,7 @@ from disagg_core.report import (
     Failure,
     RoleFigures,
     RunReport,
+    ServerFigures,
     TrainingFigures,
 )
 from disagg_core.spec_file import load_spec
@@ -87,6 +88,16 @@ def test_the_report_says_the_identity_the_accept_length_and_the_overlap() -> Non
     assert "1 x too long" in markdown
     assert report.roles_overlap_seconds == 7
     assert RunReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_the_report_names_the_servers_and_what_happened_to_them() -> None:
+    died = ServerFigures(
+        name="sglang-0", captured=40, failures=2, restarts=1, events=["died: killed by SIGKILL", "back"]
+    )
+    markdown = a_report(servers=[died]).to_markdown()
+    assert "| sglang-0 | 40 | 2 | 1 | died: killed by SIGKILL; back |" in markdown
+    local = died.model_copy(update={"name": "local"})
+    assert "Servers" not in a_report(servers=[local]).to_markdown()
 
 
 def test_the_report_of_a_failed_run_says_why_and_what_was_tried() -> None:
