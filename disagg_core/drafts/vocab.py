@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,45 @@ class VocabMap:
                 "delete it to derive it again"
             )
         return cls(t2d, d2t, found, metadata.get("inputs_version", ""))
+
+
+def derive_vocab_map(
+    path: Path,
+    samples: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    *,
+    vocab_size: int,
+    draft_vocab_size: int,
+    inputs_version: str,
+    progress: Callable[[int], None] | None = None,
+) -> VocabMap:
+    """Return the map at `path` if it was derived from the same inputs, else count tokens, write it and return it.
+
+    Args:
+        path: of the map's file.
+        samples: called only when something has to be counted; gives token ids and loss mask of each sample, both
+            ``[tokens]``. Counted is where the mask is 1.
+        vocab_size: V.
+        draft_vocab_size: K. With K == V nothing is counted.
+        inputs_version: hash of everything that `samples` depends on.
+        progress: is told the number of samples counted so far.
+
+    Raises:
+        BadInput: the file at `path` is damaged, or K is not between 1 and V.
+    """
+    if path.exists():
+        known = VocabMap.load(path)
+        sizes = (known.t2d.numel(), known.d2t.numel())
+        if known.inputs_version == inputs_version and sizes == (vocab_size, draft_vocab_size):
+            return known
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    if draft_vocab_size != vocab_size:
+        for number, (ids, mask) in enumerate(samples(), start=1):
+            counts += torch.bincount(ids[mask != 0].long(), minlength=vocab_size)
+            if progress is not None:
+                progress(number)
+    vocab_map = VocabMap.from_counts(counts, draft_vocab_size, inputs_version)
+    vocab_map.save(path)
+    return vocab_map
 
 
 def _content_hash(t2d: Tensor, d2t: Tensor) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from disagg_core.drafts.vocab import VocabMap
+from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
 from disagg_core.errors import BadInput
 
 pytestmark = pytest.mark.unit
@@ -74,3 +74,25 @@ def test_a_damaged_or_missing_map_is_named_with_the_way_out(tmp_path: Path) -> N
 def test_a_vocabulary_larger_than_the_target_is_refused() -> None:
     with pytest.raises(BadInput, match=r"draft\.vocab_size: expected 1 to 4"):
         VocabMap.from_counts(torch.ones(4), 5)
+
+
+def test_a_map_is_derived_once_for_the_same_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "vocab_map.safetensors"
+    seen: list[int] = []
+
+    def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.tensor([4, 4, 2, 0]), torch.tensor([1, 1, 1, 0])), (torch.tensor([2, 5]), torch.tensor([1, 0]))]
+
+    def derive(inputs_version: str, k: int = 2) -> VocabMap:
+        return derive_vocab_map(
+            path, samples, vocab_size=6, draft_vocab_size=k, inputs_version=inputs_version, progress=seen.append
+        )
+
+    assert derive("a").target_ids.tolist() == [2, 4]
+    assert seen == [1, 2]
+    assert derive("a").target_ids.tolist() == [2, 4]
+    assert seen == [1, 2]  # nothing was counted again
+    assert derive("b").inputs_version == "b"
+    assert derive("b", 3).target_ids.tolist() == [0, 2, 4]
+    assert seen == [1, 2] * 3
+    assert derive("b", 6).version == VocabMap.identity(6).version
