@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from disagg_core.rollout.producer import Drive, build_disagg_online_producer
-    from disagg_core.rollout.prompts import PromptSource
+    from disagg_core.rollout.prompts_source import PromptSource
     from disagg_core.rollout.sglang_target import SGLangTarget
     from disagg_core.rollout.target import Target
     from disagg_core.rollout.transformers_target import TransformersTarget
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Drive": "producer",
-    "PromptSource": "prompts",
+    "PromptSource": "prompts_source",
     "RolloutWorker": "worker",
     "SGLangTarget": "sglang_target",
     "Target": "target",

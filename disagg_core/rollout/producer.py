@@ -30,7 +30,7 @@ from disagg_core.errors import (
 from disagg_core.outcomes import classify
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline, largest_group
-from disagg_core.rollout.prompts import PromptSource
+from disagg_core.rollout.prompts_source import PromptSource
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.worker import Putters, RolloutWorker
 from disagg_core.run_spec import RolloutSection
@@ -145,13 +145,13 @@ class Drive:
             refs = self._pipeline.pop_ready(_PUBLISH_TOGETHER)
             if refs:
                 self._publish(refs)
-            if self._pipeline.error is not None:
-                raise self._pipeline.error
             now = time.monotonic()
             if now - looked >= _LOOK_S:
                 looked = now
                 self._look()
             if self._pipeline.stopping:
+                if self._pipeline.error is not None:
+                    raise self._pipeline.error
                 return
             if not refs:
                 self._wait()

@@ -32,8 +32,8 @@ from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_ve
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
-from disagg_core.rollout.prompts import PromptSource
 from disagg_core.rollout.prompts_pool import EncodedPrompts
+from disagg_core.rollout.prompts_source import PromptSource
 from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.transformers_target import TransformersTarget
@@ -183,6 +183,7 @@ def _assemble(
         lease_s=_lease_s(plan),
         on_reject=rejected.write,
     )
+    stack.callback(source.close)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
     _, drive = build_disagg_online_producer(
         prompts=source,

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 _USABLE_MEMORY = 0.8
-_TOKENS_PER_PLACE = 128
+_TOKENS_PER_PLACE = 64  # of shorter prompts a batch could hold more than a group, of longer ones a group is several
 _LARGEST_GROUP = 64
 _DECODE_FACTOR = 4  # a decoding step holds keys and values of its tokens only, and is the cheaper the wider it is
 
@@ -203,7 +203,7 @@ class TransformersTarget:
         share = 1 / len(batch)
         for task, tensors in zip(batch, samples, strict=True):
             original = originals[task.ordinal]
-            if not bool(torch.isfinite(tensors["last_hidden_state"]).all()):
+            if not bool(tensors["last_hidden_state"].sum(dtype=torch.float32).isfinite()):
                 yield Failed(original, "the target's last hidden states are not finite", retryable=False)
                 continue
             yield Captured(

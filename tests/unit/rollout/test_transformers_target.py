@@ -220,7 +220,7 @@ def test_a_model_that_is_not_the_planned_one_is_refused(model_dir):
 
 
 def test_groups_fill_the_token_budget_and_no_more():
-    assert [group_for(tokens) for tokens in (8, 1024, 8192, 10**6)] == [1, 8, 64, 64]
+    assert [group_for(tokens) for tokens in (8, 1024, 8192, 10**6)] == [1, 16, 64, 64]
 
 
 def test_other_families_have_known_parts():
