@@ -2,11 +2,13 @@
 
 `zlib.crc32` releases the GIL, so the parts of a buffer are summed at the same time and their sums combined. The
 checksum of A followed by B is ``shift(crc(A), len(B)) ^ crc(B)``, where the shift is a linear map over GF(2) (zlib,
-``crc32_combine``); with parts of one fixed size there is only one map to know.
+``crc32_combine``). Where the machine has libdeflate (Debian: libdeflate0), its CRC-32, the same number at two to three
+times the speed, is used for large buffers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,6 +18,27 @@ PART = 1 << 20
 """Bytes of a part: a megabyte stays in a core's cache and takes some 200 us."""
 
 _POLYNOMIAL = 0xEDB88320
+_WORTH_IT = 64 << 10
+
+
+def _load_libdeflate() -> Callable[[int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL("libdeflate.so.0").libdeflate_crc32
+    except (OSError, AttributeError):
+        return None
+    function.restype = ctypes.c_uint32
+    function.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
+    return function
+
+
+_libdeflate_crc32 = _load_libdeflate()
+
+
+def crc32_of(memory: memoryview) -> int:
+    """Return `zlib.crc32` of `memory` on this thread; the GIL is released meanwhile."""
+    if _libdeflate_crc32 is None or len(memory) < _WORTH_IT or memory.readonly:
+        return zlib.crc32(memory)
+    return _libdeflate_crc32(0, ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory))
 
 
 def crc32(memory: memoryview, executor: Executor, threads: int) -> int:
@@ -23,11 +46,11 @@ def crc32(memory: memoryview, executor: Executor, threads: int) -> int:
     parts = len(memory) // PART
     lanes = min(threads, parts)
     if lanes < 2:
-        return zlib.crc32(memory)
+        return crc32_of(memory)
     stride = parts // lanes * PART
     bounds = [lane * stride for lane in range(lanes)] + [len(memory)]
-    others = [executor.submit(zlib.crc32, memory[bounds[lane] : bounds[lane + 1]]) for lane in range(1, lanes)]
-    crc = zlib.crc32(memory[: bounds[1]])
+    others = [executor.submit(crc32_of, memory[bounds[lane] : bounds[lane + 1]]) for lane in range(1, lanes)]
+    crc = crc32_of(memory[: bounds[1]])
     for lane, other in enumerate(others, start=1):
         crc = combine(crc, other.result(), bounds[lane + 1] - bounds[lane])
     return crc

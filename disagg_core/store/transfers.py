@@ -10,14 +10,13 @@ import os
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from disagg_core.contracts import SampleRef
 from disagg_core.errors import SampleLost, StoreError, StoreUnavailable
-from disagg_core.store.checksum import combine, crc32
+from disagg_core.store.checksum import combine, crc32, crc32_of
 from disagg_core.store.codes import Verdict, error_from_code, is_settled, verdict_of
 from disagg_core.store.master import MasterView
 from disagg_core.store.reclaimer import Reclaimer
@@ -282,7 +281,7 @@ class Reader:
             if code != size:
                 wait([total for total, _ in sums])
                 return (code if code < 0 else offset + code), None
-            sums.append((self._link.summers.submit(zlib.crc32, slot.memory[offset : offset + size]), size))
+            sums.append((self._link.summers.submit(crc32_of, slot.memory[offset : offset + size]), size))
         crc = 0
         for total, size in sums:
             crc = combine(crc, total.result(), size)

@@ -162,8 +162,10 @@ def latency(raw: Raw, store: MooncakeFeatureStore, rounds: int) -> Table:
     """Put, get and remove at 4 KB."""
     tensors = {"x": torch.randint(0, 256, (4096,), dtype=torch.uint8)}
     table = Table("way", "put us", "get us", "remove us", title="latency at 4 KB (median, 99th percentile)")
-    for name, way in {"raw": lambda: raw.parts(4096), "store": lambda: ours_parts(store, tensors)}.items():
-        columns = list(zip(*[way() for _ in range(rounds * 20)], strict=True))
+    ways = {"raw": lambda: raw.parts(4096), "store": lambda: ours_parts(store, tensors)}
+    turns = [{name: way() for name, way in ways.items()} for _ in range(rounds * 20)]
+    for name in ways:
+        columns = list(zip(*[turn[name] for turn in turns], strict=True))
         cells = [f"{statistics.median(c) * 1e6:.0f}  {statistics.quantiles(c, n=100)[98] * 1e6:.0f}" for c in columns]
         table.add_row(name, *cells)
     return table

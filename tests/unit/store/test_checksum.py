@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from disagg_core.store.checksum import PART, combine, crc32
+from disagg_core.store import checksum
+from disagg_core.store.checksum import PART, combine, crc32, crc32_of
 
 pytestmark = pytest.mark.unit
 
@@ -17,6 +18,15 @@ def test_it_is_zlibs_number(length: int, threads: int) -> None:
     data = random.Random(length).randbytes(length)
     with ThreadPoolExecutor(4) as executor:
         assert crc32(memoryview(data), executor, threads) == zlib.crc32(data)
+        assert crc32(memoryview(bytearray(data)), executor, threads) == zlib.crc32(data)
+
+
+def test_it_is_zlibs_number_with_and_without_libdeflate(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(1).randbytes(200_000)
+    for offset in (0, 1, 7, 100):
+        assert crc32_of(memoryview(bytearray(data))[offset:]) == zlib.crc32(data[offset:])
+    monkeypatch.setattr(checksum, "_libdeflate_crc32", None)
+    assert crc32_of(memoryview(bytearray(data))) == zlib.crc32(data)
 
 
 def test_two_checksums_combine() -> None:
