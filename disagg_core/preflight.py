@@ -7,13 +7,12 @@ line of the prompts; `prepare_run` also writes what the roles need into the run'
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.plan import RunPlan, make_plan
-from disagg_core.rollout.chat import template_text, tokenizer_version
+from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.rollout.prompts import heldout_prompts, validate_prompts
 from disagg_core.run_dir import RunDir, write_atomically
 from disagg_core.run_spec import RunSpec
@@ -48,7 +47,7 @@ def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> R
     _check_weights(spec)
     if spec.store.mode == "managed":
         check_capacity(spec.store.capacity)
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec.target)
     prompts = validate_prompts(spec, tokenizer, facts)
     run_id = run_id or f"{spec.run.name}-check"
     return make_plan(
@@ -74,31 +73,10 @@ def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
             raise BadInput(f"run {run_id} exists with another spec in {plan.root}; choose another run.name")
     write_atomically(plan.dir.document, plan.model_dump_json(indent=2))
     if spec.evaluation.prompts:
-        held_out = heldout_prompts(spec, load_tokenizer(spec), spec.evaluation.prompts)
+        held_out = heldout_prompts(spec, load_tokenizer(spec.target), spec.evaluation.prompts)
         lines = b"".join(msgspec.json.encode({"input_ids": ids}) + b"\n" for ids in held_out)
         write_atomically(plan.dir.evaluation / "prompts.jsonl", lines)
     return plan
-
-
-def load_tokenizer(spec: RunSpec) -> Any:
-    """Load the target's tokenizer.
-
-    Raises:
-        TargetError: the target has none.
-    """
-    from transformers import AutoTokenizer
-
-    source = spec.target.model
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(Path(source).expanduser()) if is_local(source) else source,
-            revision=spec.target.revision,
-            trust_remote_code=spec.target.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise TargetError(
-            f"target.model: cannot load a tokenizer from {source!r}: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _check_weights(spec: RunSpec) -> None:

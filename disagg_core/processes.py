@@ -8,17 +8,16 @@ open by a grandchild would hide our own death from whoever watches it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from disagg_core import launch
 from disagg_core.errors import PortTaken
-
-_PR_SET_PDEATHSIG = 1
 
 
 def spawn(
@@ -33,25 +32,14 @@ def spawn(
     `environment` is added to ours. The kernel sends `death_signal` to the child when we die.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        libc.prctl(_PR_SET_PDEATHSIG, death_signal)
-        if os.getppid() != parent:
-            os._exit(1)
-
     with log.open("ab") as output:
         return subprocess.Popen(
-            list(command),
+            [sys.executable, "-I", launch.__file__, str(os.getpid()), str(int(death_signal)), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
-            preexec_fn=before_exec,
         )
 
 
