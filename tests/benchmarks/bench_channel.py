@@ -47,9 +47,9 @@ def bench_publish(directory: Path) -> None:
     with StreamingRefChannel(directory / "publish") as channel:
         channel.claim_writer()
         ordinal = 0
-        for _ in range(5):
-            refs = make_refs(ordinal, ordinal + 64 * BATCH)
-            few = refs[:200]
+        for _ in range(60):  # in small turns: a busy neighbour then slows all three alike
+            refs = make_refs(ordinal, ordinal + 24 * BATCH)
+            few = refs[:24]
             rates["plain"].append(len(few) / timed(lambda few=few: [plain.publish(ref) for ref in few]))
             rates["one"].append(len(few) / timed(lambda few=few: [channel.publish(ref) for ref in few]))
             batches = [refs[start : start + BATCH] for start in range(0, len(refs), BATCH)]
