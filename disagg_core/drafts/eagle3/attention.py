@@ -28,6 +28,8 @@ AttentionKernel = Literal["chunked", "flash"]
 
 _SCORE_BYTES = {"cpu": 1 * 1024**2, "cuda": 256 * 1024**2}
 """Bytes of one slice of scores: on CPU about what a core's cache holds."""
+_SLICE_ROWS = 128
+"""Rows of a slice at most: a slice computes every key that its last row sees for all its rows."""
 _EMPTY = -1e30
 """Stands for the largest score of a row that may attend to nothing."""
 
@@ -76,8 +78,8 @@ def _slices(plan: StepPlan, group: int, device: str) -> Iterator[_Slice]:
     for bounds, keys in zip(plan.row_bounds, plan.key_counts, strict=True):
         at = 0
         while at < len(bounds):
-            per_row = 4 * group * min(keys, bounds[at] + 128)
-            end = min(len(bounds), at + max(16, _SCORE_BYTES[device] // per_row))
+            per_row = 4 * group * min(keys, bounds[at] + _SLICE_ROWS)
+            end = min(len(bounds), at + min(_SLICE_ROWS, max(16, _SCORE_BYTES[device] // per_row)))
             yield _Slice(
                 slice(row + at, row + end), slice(first_key, first_key + bounds[end - 1] + 1), open_keys=bounds[at]
             )
