@@ -88,7 +88,7 @@ class Slots(RuleBasedStateMachine):
 
 
 TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSlots.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
 
 
 def test_a_part_of_a_lent_tensor_keeps_its_memory() -> None:
