@@ -22,7 +22,7 @@ from disagg_core.target_facts import TargetFacts
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 10.0
+_STOP_GRACE_S = 3.0
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-server-warmup"),

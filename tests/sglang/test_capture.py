@@ -129,7 +129,7 @@ def test_a_prompt_that_cannot_be_captured_is_refused_and_the_server_goes_on(
     assert not outcomes[0].retryable
     assert "256" in outcomes[0].reason or "context" in outcomes[0].reason
     assert isinstance(outcomes[1], Failed)
-    assert f"found {VOCABULARY}" in outcomes[1].reason
+    assert f"token id {VOCABULARY} is not of the target" in outcomes[1].reason
     assert isinstance(outcomes[2], Stored)
     store.release(outcomes[2].ref)
     assert [server.state for server in target.health()] == ["closed"]

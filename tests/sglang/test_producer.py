@@ -156,6 +156,7 @@ class Unchecked(SGLangTarget):
         return
 
 
+@pytest.mark.slow
 def test_a_prompt_that_kills_its_server_each_time_is_quarantined(
     managed_target: Callable[..., SGLangTarget], store: MooncakeFeatureStore, tmp_path: Path
 ) -> None:
