@@ -1,0 +1,281 @@
+"""`SGLangTarget` over a scripted server: outcomes, what is taken back, and bounds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
+from disagg_core.errors import TargetUnavailable
+from disagg_core.plan import StoreEndpoints
+from disagg_core.rollout.sglang_client import SglangClient
+from disagg_core.rollout.sglang_target import SGLangTarget
+from disagg_core.rollout.sglang_wire import (
+    WIRE_KEY,
+    CaptureOrder,
+    RefusedReply,
+    StoredReply,
+    decode_order,
+    encode_reply,
+)
+from disagg_core.rollout.target import Failed, Generated, Stored
+from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
+from disagg_core.settings import Settings
+from disagg_core.target_facts import TargetFacts
+
+pytestmark = pytest.mark.unit
+
+
+class Ledger:
+    """Notes what the target takes back from the store."""
+
+    def __init__(self) -> None:
+        self.endpoints = StoreEndpoints(master_address="h:1", metrics_address="h:2")
+        self.namespace = "run/1"
+        self.aborted: list[str] = []
+        self.swept: list[str | None] = []
+
+    def abort(self, ref: SampleRef) -> None:
+        self.aborted.append(ref.sample_id)
+
+    def sweep(self, prefix: str | None = None) -> int:
+        self.swept.append(prefix)
+        return 0
+
+
+class Trusting(SGLangTarget):
+    """Takes every server for the run's target: probes are tested elsewhere."""
+
+    def _check(self, client: SglangClient) -> None:
+        return
+
+
+IDENTITY = RunIdentity(
+    run_id="run",
+    attempt=1,
+    strategy="eagle3",
+    target_model_version="v",
+    tokenizer_version="k",
+    vocab_map_version="m",
+    draft_weight_version=0,
+    aux_layers=(0, 2, 4),
+    dtype="float32",
+)
+
+
+def stored(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    order = decode_order(body["sampling_params"]["custom_params"][WIRE_KEY])
+    assert isinstance(order, CaptureOrder)
+    ref = SampleRef(
+        sample_id=order.sample_id,
+        run_id="run",
+        attempt=1,
+        source_task_id=order.source_task_id,
+        feature_store_uri="mooncake://h:1/run/1",
+        key=f"run/1/{order.sample_id}/x",
+        size_bytes=64,
+        crc32=None,
+        feature_specs={},
+        strategy="eagle3",
+        schema_version=1,
+        target_model_version="v",
+        draft_weight_version=0,
+        tokenizer_version="k",
+        vocab_map_version="m",
+        num_tokens=order.num_tokens,
+    )
+    reply = encode_reply(StoredReply(ref=ref, copy_s=0.0, put_s=0.0))
+    return 200, {"output_ids": [1], "meta_info": {WIRE_KEY: [reply]}}
+
+
+def task(ordinal: int, tokens: int = 6) -> PromptTask:
+    return PromptTask(ordinal=ordinal, source=f"p:{ordinal}", input_ids=[5] * tokens, loss_mask=[1] * tokens)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def target_over(
+    section: TargetSection, facts: TargetFacts, ledger: Ledger, tmp_path: Path
+) -> Iterator[Callable[..., SGLangTarget]]:
+    made: list[SGLangTarget] = []
+
+    def make(*servers: Any, generate: GenerateSection | None = None, **changes: Any) -> SGLangTarget:
+        changed = section.model_copy(update={"server_urls": tuple(server.url for server in servers), **changes})
+        target = Trusting(
+            changed,
+            facts,
+            store=ledger,
+            store_section=StoreSection(),
+            max_tokens=16,
+            log_dir=tmp_path,
+            settings=Settings(home=tmp_path),
+            generate=generate,
+            health_timeout_s=1.0,
+        )
+        made.append(target)
+        target.prepare(IDENTITY)
+        return target
+
+    yield make
+    for target in made:
+        target.close()
+
+
+def test_every_task_gets_one_outcome_and_requests_are_bounded(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    server = scripted()
+    server.answer = stored
+    target = target_over(server, server_concurrency=3)
+
+    outcomes = list(target.capture([task(ordinal) for ordinal in range(20)], avoid={}))
+
+    assert sorted(outcome.task.ordinal for outcome in outcomes) == list(range(20))
+    assert all(isinstance(outcome, Stored) for outcome in outcomes)
+    assert server.most_at_once <= 3
+    assert target.concurrency == 3
+
+
+def test_what_a_broken_server_may_have_stored_is_swept_before_the_task_goes_back(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    server = scripted()
+    server.answer = lambda body: (500, {"error": "broken"})
+    target = target_over(server)
+
+    [outcome] = target.capture([task(4)], avoid={})
+
+    assert outcome == Failed(task(4), f"{server.url} answered 500: broken", retryable=True, server=server.url)
+    assert ledger.swept == ["run/1/s000000004"]
+    assert target.health()[0].failures == 1
+
+
+def test_a_refusal_is_the_prompts_affair(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    server = scripted()
+    refusal = encode_reply(RefusedReply(reason="rows", retryable=False))
+    server.answer = lambda body: (200, {"meta_info": {WIRE_KEY: [refusal]}})
+    target = target_over(server)
+
+    [outcome] = target.capture([task(1)], avoid={})
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.retryable) == ("rows", False)
+    assert ledger.swept == []
+    assert target.health()[0].failures == 0
+
+
+def test_a_task_goes_to_another_server_than_the_one_it_failed_on(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    servers = [scripted(), scripted()]
+    for server in servers:
+        server.answer = stored
+    target = target_over(*servers)
+
+    outcomes = [
+        outcome
+        for ordinal in range(6)
+        for outcome in target.capture([task(ordinal)], avoid={ordinal: frozenset({servers[0].url})})
+    ]
+
+    assert {outcome.server for outcome in outcomes} == {servers[1].url}
+
+
+def test_what_nobody_takes_is_removed(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    server = scripted()
+    server.answer = stored
+    target = target_over(server)
+
+    outcomes = target.capture([task(ordinal) for ordinal in range(8)], avoid={})
+    taken = next(iter(outcomes))
+    outcomes.close()  # type: ignore[attr-defined]
+
+    assert isinstance(taken, Stored)
+    requests = server.requests
+    assert len(ledger.aborted) == requests - 1
+    assert taken.ref.sample_id not in ledger.aborted
+
+
+def test_without_a_usable_server_nothing_is_attempted(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    server = scripted()
+    server.answer = lambda body: (500, {})
+    target = target_over(server)
+    list(target.capture([task(0)], avoid={}))  # the first failure of a server on probation takes it out
+    requests = server.requests
+
+    with pytest.raises(TargetUnavailable, match="no SGLang server is usable at present"):
+        list(target.capture([task(1), task(2)], avoid={}))
+    assert server.requests == requests
+
+
+def test_the_continuation_is_captured_with_the_prompt_and_only_it_is_live(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    server = scripted()
+    orders: list[CaptureOrder] = []
+    lock = threading.Lock()
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "custom_params" not in body["sampling_params"]:
+            assert body["sampling_params"]["max_new_tokens"] == 4
+            assert body["sampling_params"]["stop_token_ids"] == [2]
+            return 200, {"output_ids": [8, 9, 2], "meta_info": {}}
+        order = decode_order(body["sampling_params"]["custom_params"][WIRE_KEY])
+        assert isinstance(order, CaptureOrder)
+        assert body["input_ids"] == [5] * 6 + [8, 9, 2]
+        with lock:
+            orders.append(order)
+        return stored(body)
+
+    server.answer = answer
+    target = target_over(server, generate=GenerateSection(max_new_tokens=4))
+
+    [generated] = target.generate([task(3)], avoid={})
+    [outcome] = target.capture([task(3)], avoid={})
+    [full] = target.capture([task(4, tokens=16)], avoid={})
+
+    assert generated == Generated(task(3), [8, 9, 2], server.url)
+    assert isinstance(outcome, Stored)
+    assert orders[0].loss_spans == [(6, 9)]
+    assert orders[0].num_tokens == 9
+    assert isinstance(full, Failed)
+    assert full.reason == "no room for a continuation after 16 tokens"
+
+
+def test_a_prepared_target_takes_a_new_identity_and_starts_nothing(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    server = scripted()
+    seen: list[str] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        order = decode_order(body["sampling_params"]["custom_params"][WIRE_KEY])
+        assert isinstance(order, CaptureOrder)
+        seen.append(order.identity.vocab_map_version)
+        return stored(body)
+
+    server.answer = answer
+    target = target_over(server)
+    list(target.capture([task(0)], avoid={}))
+    target.prepare(
+        RunIdentity(
+            **{**{name: getattr(IDENTITY, name) for name in IDENTITY.__struct_fields__}, "vocab_map_version": "w"}
+        )
+    )
+    list(target.capture([task(1)], avoid={}))
+
+    assert seen == ["m", "w"]
