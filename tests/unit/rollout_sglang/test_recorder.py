@@ -171,7 +171,7 @@ def test_chunks_become_one_sample_and_the_reply_its_reference(recorder: Recorder
     assert sample["loss_mask"].tolist() == [0, 1, 1, 1, 1]
     assert sample["last_hidden_state"][:, 0].tolist() == [0, 0, 1, 1, 1]
     assert reply.ref.num_tokens == 5
-    assert reply.ref.metadata == {"server": "sglang-0"}
+    assert reply.ref.metadata["server"] == "sglang-0"
 
 
 def test_a_reply_waits_for_its_own_sample_only(recorder: Recorder, shelf: Shelf) -> None:
