@@ -7,13 +7,17 @@ too there is none at all.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from disagg_core.errors import DraftlineError, FailureClass
+from disagg_core.errors import DraftlineError, FailureClass, Preempted
 from disagg_core.run_dir import write_atomically
+
+PREEMPTED_EXIT_CODE = 75
+"""Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""
 
 
 class RoleOutcome(BaseModel):
@@ -63,3 +67,18 @@ def write_failure(path: Path, started: float, error: BaseException, *, died: boo
 def read_outcome(path: Path) -> RoleOutcome | None:
     """Return the outcome in `path`, or None if the role left none."""
     return RoleOutcome.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def exit_code_of(role: Callable[[], object]) -> int:
+    """Run `role` and return its process's exit code.
+
+    0 when it finished, `PREEMPTED_EXIT_CODE` when it was asked to stop, 1 for another named failure. Anything else is
+    a bug and leaves with its traceback.
+    """
+    try:
+        role()
+    except Preempted:
+        return PREEMPTED_EXIT_CODE
+    except DraftlineError:
+        return 1
+    return 0

@@ -73,21 +73,33 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def free_port(host: str) -> int:
-    """Return a TCP port that is free on `host` now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port that nothing listens on at `host` at this moment."""
+    return free_ports(host, 1)[0]
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Return `count` such ports, each another one."""
+    with contextlib.ExitStack() as held:
+        return [held.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(count)]
 
 
 def check_port(host: str, port: int, purpose: str) -> None:
     """Raise `PortTaken` if `port` cannot be bound on `host`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(
-                f"{purpose}: port {port} on {host} is taken ({error.strerror}); stop what listens there "
-                "or choose another port"
-            ) from error
+    try:
+        _bound(host, port).close()
+    except OSError as error:
+        raise PortTaken(
+            f"{purpose}: port {port} on {host} is taken ({error.strerror}); stop what listens there "
+            "or choose another port"
+        ) from error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -21,12 +21,13 @@ import msgspec
 import torch
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
 from disagg_core.errors import ChannelClosed, DraftlineError, IdentityMismatch, Preempted
 from disagg_core.observability.metrics import JsonlMetrics
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.outcomes import classify, write_failure, write_outcome
+from disagg_core.outcomes import classify, exit_code_of, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment, RunPlan
 from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.rollout.generate import Sampling
@@ -44,9 +45,6 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target_facts import TargetFacts
 
 log = logging.getLogger(__name__)
-
-PREEMPTED_EXIT_CODE = 75
-"""Exit code of a process that was asked to stop and ended its stream properly (EX_TEMPFAIL)."""
 
 _LEASES_PER_REQUEST = 4
 
@@ -110,9 +108,9 @@ def _produce(
     assignment: RoleAssignment, progress: ProgressFile, stop: StopSignal
 ) -> tuple[StreamTotals, dict[str, Any]]:
     with contextlib.ExitStack() as stack:
-        channel = stack.enter_context(_open_channel(assignment))
+        channel = stack.enter_context(open_channel(assignment))
         with _failures_told(channel):
-            store = stack.enter_context(_open_store(assignment))
+            store = stack.enter_context(open_store(assignment))
             drive, target, source = _assemble(assignment, channel, store, progress, stop, stack)
             stop.forward_to(drive)
         totals = drive()
@@ -236,30 +234,6 @@ def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
         )
 
 
-def _open_channel(assignment: RoleAssignment) -> StreamingRefChannel:
-    settings = get_settings()
-    return StreamingRefChannel(
-        assignment.channel_url,
-        run_id=assignment.plan.run_id,
-        attempt=assignment.attempt,
-        idle_timeout_s=assignment.plan.spec.channel.idle_timeout_s,
-        password=settings.redis_password,
-        ca=settings.redis_ca,
-    )
-
-
-def _open_store(assignment: RoleAssignment) -> MooncakeFeatureStore:
-    section = assignment.plan.spec.store
-    return MooncakeFeatureStore(
-        assignment.store,
-        namespace=assignment.namespace,
-        host=get_settings().host,
-        protocol=section.protocol,
-        checksum=section.checksum,
-        put_timeout_s=section.put_timeout_s,
-    )
-
-
 def _with_watermarks(plan: RunPlan) -> RolloutSection:
     """Return the rollout section with every watermark as the plan has resolved it."""
     return plan.spec.rollout.model_copy(
@@ -308,13 +282,7 @@ def main() -> int:
     assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
     if assignment.plan.spec.target.cpu_threads is not None:
         torch.set_num_threads(assignment.plan.spec.target.cpu_threads)
-    try:
-        run_producer(assignment, stop=stop)
-    except Preempted:
-        return PREEMPTED_EXIT_CODE
-    except DraftlineError:
-        return 1
-    return 0
+    return exit_code_of(lambda: run_producer(assignment, stop=stop))
 
 
 if __name__ == "__main__":

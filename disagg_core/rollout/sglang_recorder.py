@@ -273,7 +273,7 @@ class _Writer:
             identity=order.identity,
             source_task_id=order.source_task_id,
             num_tokens=order.num_tokens,
-            metadata={"server": order.server},
+            metadata={"server": order.server, "captured_at": round(time.time(), 3)},
         )
         if self._clock() > order.deadline:
             store.abort(ref)

@@ -138,7 +138,7 @@ def _new_sample(captured: Captured) -> NewSample:
         tensors=captured.tensors,
         source_task_id=captured.task.source,
         num_tokens=captured.num_tokens,
-        metadata={"server": captured.server},
+        metadata={"server": captured.server, "captured_at": round(time.time(), 3)},
     )
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
 from disagg_core.plan import StoreEndpoints
-from disagg_core.store import launch
+from disagg_core.processes import check_port, free_ports, spawn
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.library import master_binary, require_mooncake
 from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
@@ -102,14 +101,7 @@ class Spawner:
         return self._thread.submit(self._start, name, command, log_file).result()
 
     def _start(self, name: str, command: Sequence[str], log_file: Path) -> ServiceProcess:
-        with log_file.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-I", launch.__file__, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = spawn(command, log_file, death_signal=signal.SIGKILL)
         return ServiceProcess(name, process, log_file)
 
     def close(self) -> None:
@@ -241,10 +233,10 @@ def _start_master(
     """Start a master on the ports given or on free ones; another process may take a free one first, so try again."""
     for port in (rpc_port, metrics_port):
         if port is not None:
-            _require_free(host, port)
+            check_port(host, port, "mooncake_master")
     log_file = log_dir / "mooncake-master.log"
     for _ in range(PORT_TRIES):
-        free = _free_ports(host, 2)
+        free = free_ports(host, 2)
         ports = rpc_port or free[0], metrics_port or free[1]
         endpoints = StoreEndpoints(master_address=_address(host, ports[0]), metrics_address=_address(host, ports[1]))
         written = log_file.stat().st_size if log_file.exists() else 0
@@ -330,31 +322,3 @@ def _owner_command(master_address: str, capacity: int, host: str, protocol: str,
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        with _bound(host, port):
-            return
-    except OSError as error:
-        raise PortTaken(
-            f"port {port} of {host} cannot be used: {error.strerror}; stop what listens there, or choose another port"
-        ) from error
-
-
-def _free_ports(host: str, count: int) -> list[int]:
-    """Return ports that nothing listens on at this moment, each another one."""
-    with ExitStack() as held:
-        return [held.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(count)]
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound

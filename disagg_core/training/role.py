@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.connections import open_channel, open_store
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.target_parts import load_target_parts
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, Preempted, RoleFailed
 from disagg_core.observability.progress import ProgressFile
-from disagg_core.outcomes import classify, read_outcome, write_failure, write_outcome
+from disagg_core.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment
-from disagg_core.settings import get_settings
-from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target_facts import TargetFacts
 from disagg_core.training.consumer import build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
@@ -37,8 +36,6 @@ from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
 from disagg_core.training.trainer import StepObserver, TrainOutcome
 
-PREEMPTED_EXIT_CODE = 75
-"""Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""
 POLL_S = 0.2
 PEER_NOTE_S = 5.0
 """How long rank 0 looks for another rank's note of its failure."""
@@ -132,11 +129,12 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
     plan, spec = assignment.plan, assignment.plan.spec
     progress = ProgressFile(assignment.dir.state / "consumer.json")
     with contextlib.ExitStack() as stack:
-        channel = stack.enter_context(_open_channel(assignment)) if ranks.is_first else None
+        channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
             vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop)
             draft, lm_head = _build_draft(assignment, vocab_map, ranks.device)
-            store = stack.enter_context(_open_store(assignment, vocab_map.version))
+            expected = plan.identity(assignment.attempt, vocab_map.version)
+            store = stack.enter_context(open_store(assignment, expected))
             trainer, loader = build_disagg_online_consumer(
                 channel=channel,
                 store=store,
@@ -161,32 +159,6 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
             raise
         outcome = trainer.fit(loader)
         return outcome, {f"consumer_{name}": float(value) for name, value in store.counters.items()}
-
-
-def _open_channel(assignment: RoleAssignment) -> StreamingRefChannel:
-    settings, channel = get_settings(), assignment.plan.spec.channel
-    opened = StreamingRefChannel(
-        assignment.channel_url,
-        run_id=assignment.plan.run_id,
-        attempt=assignment.attempt,
-        idle_timeout_s=channel.idle_timeout_s,
-        password=settings.redis_password,
-        ca=settings.redis_ca,
-    )
-    opened.claim_reader()
-    return opened
-
-
-def _open_store(assignment: RoleAssignment, vocab_map_version: str) -> MooncakeFeatureStore:
-    section = assignment.plan.spec.store
-    return MooncakeFeatureStore(
-        assignment.store,
-        namespace=assignment.namespace,
-        host=get_settings().host,
-        protocol=section.protocol,
-        checksum=section.checksum,
-        expected=assignment.plan.identity(assignment.attempt, vocab_map_version),
-    )
 
 
 def _wait_for_vocab_map(
@@ -298,13 +270,7 @@ def main(arguments: list[str]) -> int:
     assignment = RoleAssignment.model_validate_json(Path(arguments[0]).read_bytes())
     stop = StopSignal()
     stop.install()
-    try:
-        run_consumer(assignment, stop=stop)
-    except Preempted:
-        return PREEMPTED_EXIT_CODE
-    except DraftlineError:
-        return 1
-    return 0
+    return exit_code_of(lambda: run_consumer(assignment, stop=stop))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from rollout_kit import Consumer
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import ProducerFailed
-from disagg_core.outcomes import read_outcome
-from disagg_core.rollout.role import PREEMPTED_EXIT_CODE
+from disagg_core.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.store import MooncakeFeatureStore
 
 pytestmark = pytest.mark.integration

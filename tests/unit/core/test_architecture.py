@@ -20,6 +20,7 @@ FLOORS = [
     {"target_facts", "spec_file", "report", "archive"},
     {"plan", "plan_view"},
     {"drafts", "channel", "store", "observability"},
+    {"connections"},
     {"rollout", "training", "evaluation"},
     {"preflight", "doctor"},
     {"channel_cli", "store_cli", "rollout_cli", "doctor_cli", "drafts_cli"},
