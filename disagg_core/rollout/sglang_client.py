@@ -87,6 +87,8 @@ class SglangClient:
             ServerFailure: it is not known whether something was stored.
         """
         reply = self._order(input_ids, order)
+        if isinstance(reply, RefusedReply) and reply.store:
+            raise ServerFailure(f"{self.name} cannot write to the store: {reply.reason}")
         if isinstance(reply, RefusedReply):
             raise PromptRefused(reply.reason, retryable=reply.retryable)
         if not isinstance(reply, StoredReply):

@@ -104,6 +104,7 @@ def _open_store(address: StoreAddress) -> WritableStore:
         host=get_settings().host,
         protocol=address.protocol,
         checksum=address.checksum,
+        put_timeout_s=address.put_timeout_s,
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.errors import StoreError
 from disagg_core.rollout.sglang_wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -248,7 +249,8 @@ class _Writer:
             return self._write(order, recording)
         except Exception as error:  # whatever it is: the reply must go out, the thread go on
             logger.exception("sample %s was not written", order.sample_id)
-            return RefusedReply(reason=f"{type(error).__name__}: {error}", retryable=True)
+            reason = f"{type(error).__name__}: {error}"
+            return RefusedReply(reason=reason, retryable=True, store=isinstance(error, StoreError))
         finally:
             recording.aux.clear()
             recording.last.clear()

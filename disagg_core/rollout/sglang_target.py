@@ -86,6 +86,7 @@ class SGLangTarget:
             namespace=store.namespace,
             protocol=store_section.protocol,
             checksum=store_section.checksum,
+            put_timeout_s=min(store_section.put_timeout_s, section.request_timeout_s / 2),
         )
         self._max_tokens = max_tokens
         self._log_dir = log_dir
@@ -247,6 +248,7 @@ class SGLangTarget:
         except (ServerFailure, TargetError) as error:
             pool.failed(client.name, str(error))
             # Whether the server wrote the sample before it broke is not known; nobody else holds this task now.
+            # Where it is the store that is gone, this raises: the run ends as store_lost, no prompt is blamed.
             self._store.sweep(f"{self._store.namespace}/{task.task_id}")
             return Failed(task, str(error), retryable=True, server=client.name)
         except BaseException:

@@ -30,6 +30,7 @@ class StoreAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     namespace: str
     protocol: str
     checksum: bool
+    put_timeout_s: float
 
 
 class CaptureOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="capture"):
@@ -67,10 +68,14 @@ class StoredReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RefusedReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
-    """There is no sample, and nothing of it is in the store. `retryable`: another server may do better."""
+    """There is no sample, and nothing of it is in the store. `retryable`: another server may do better.
+
+    `store`: it was the store that failed, or this server's way to it; the prompt has no part in it.
+    """
 
     reason: str
     retryable: bool
+    store: bool = False
 
 
 class ServerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -147,6 +147,7 @@ def test_an_error_in_the_capture_is_an_answer_and_not_the_end_of_the_server(
         namespace="another/1",
         protocol="tcp",
         checksum=True,
+        put_timeout_s=5.0,
     )
     order = CaptureOrder(
         sample_id="s000000000",
@@ -195,6 +196,7 @@ def test_a_sample_that_comes_too_late_is_removed_again(
             namespace=store.namespace,
             protocol="tcp",
             checksum=True,
+            put_timeout_s=5.0,
         ),
         deadline=1.0,
     )

@@ -57,7 +57,9 @@ IDENTITY = RunIdentity(
     aux_layers=(0, 2, 4),
     dtype="float32",
 )
-ADDRESS = StoreAddress(master_address="h:1", metrics_address="h:2", namespace="run/1", protocol="tcp", checksum=True)
+ADDRESS = StoreAddress(
+    master_address="h:1", metrics_address="h:2", namespace="run/1", protocol="tcp", checksum=True, put_timeout_s=5.0
+)
 
 
 class Shelf:
@@ -233,7 +235,7 @@ def test_a_store_that_fails_is_an_answer_and_the_next_sample_goes_on(recorder: R
     shelf.full = False
     after = settled(recorder, capture(recorder, order_of(3), 3, 3))
 
-    assert reply == RefusedReply(reason="StoreFull: no room", retryable=True)
+    assert reply == RefusedReply(reason="StoreFull: no room", retryable=True, store=True)
     assert isinstance(after, StoredReply)
 
 
@@ -319,7 +321,12 @@ def test_only_a_few_stores_stay_open() -> None:
     recorder = Recorder(open_store, clock=lambda: 100.0)
     for attempt in (1, 2, 1, 3):
         address = StoreAddress(
-            master_address="h:1", metrics_address="h:2", namespace=f"run/{attempt}", protocol="tcp", checksum=True
+            master_address="h:1",
+            metrics_address="h:2",
+            namespace=f"run/{attempt}",
+            protocol="tcp",
+            checksum=True,
+            put_timeout_s=5.0,
         )
         settled(recorder, capture(recorder, order_of(2, store=address), 2, 2))
 

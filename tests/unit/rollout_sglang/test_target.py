@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
-from disagg_core.errors import TargetUnavailable
+from disagg_core.errors import StoreUnavailable, TargetUnavailable
 from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang_client import SglangClient
 from disagg_core.rollout.sglang_target import SGLangTarget
@@ -156,6 +156,25 @@ def test_what_a_broken_server_may_have_stored_is_swept_before_the_task_goes_back
     assert outcome == Failed(task(4), f"{server.url} answered 500: broken", retryable=True, server=server.url)
     assert ledger.swept == ["run/1/s000000004"]
     assert target.health()[0].failures == 1
+
+
+def test_a_store_that_is_gone_ends_the_run_and_blames_no_prompt(
+    scripted: Callable[[], Any],
+    target_over: Callable[..., SGLangTarget],
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(prefix: str | None = None) -> int:
+        raise StoreUnavailable("the master does not answer")
+
+    server = scripted()
+    refusal = encode_reply(RefusedReply(reason="StoreUnavailable: -900", retryable=True, store=True))
+    server.answer = lambda body: (200, {"meta_info": {WIRE_KEY: [refusal]}})
+    target = target_over(server)
+    monkeypatch.setattr(ledger, "sweep", gone)
+
+    with pytest.raises(StoreUnavailable, match="the master does not answer"):
+        list(target.capture([task(1)], avoid={}))
 
 
 def test_a_refusal_is_the_prompts_affair(
