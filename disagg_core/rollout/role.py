@@ -165,7 +165,11 @@ def _assemble(
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
     vocab_map = vocab_map_of(
-        plan, pool, target, progress=lambda done, total: enter("vocabulary map", counted=done, of=total)
+        plan,
+        pool,
+        target,
+        cache=get_settings().home / "vocab_maps",
+        progress=lambda done, total: enter("vocabulary map", counted=done, of=total),
     )
     identity = plan.identity(assignment.attempt, vocab_map.version)
     target.prepare(identity)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
-from disagg_core.drafts.vocab import VocabMap
+from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.plan import RunPlan
 from disagg_core.rollout.prompts_pool import PromptPool
@@ -25,52 +27,49 @@ _REPORT_EVERY = 64
 
 
 def vocab_map_of(
-    plan: RunPlan, pool: PromptPool, target: Target, *, progress: Callable[[int, int | None], None]
+    plan: RunPlan, pool: PromptPool, target: Target, *, cache: Path, progress: Callable[[int, int | None], None]
 ) -> VocabMap:
     """Return the run's vocabulary map: the one on disk, or a new one, which is saved.
 
     A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted where the loss mask is 1:
     over the prompts of the first epoch, or, when the target generates, over its continuations of
-    ``draft.vocab_sample`` prompts. `progress` is told prompts counted so far and in all.
+    ``draft.vocab_sample`` prompts. A map of another run in the folder `cache` is taken if it was derived from the same
+    target, tokenizer, prompts and settings. `progress` is told prompts counted so far and in all.
 
     Raises:
         BadInput: the file on disk is damaged, or nothing was left to count.
         TargetUnavailable: no server could continue the prompts.
     """
-    path = plan.dir.vocab_map
-    if path.is_file():
-        return VocabMap.load(path)
-    if plan.draft_vocab_size == plan.target.vocab_size:
-        vocab_map = VocabMap.identity(plan.target.vocab_size)
-    else:
-        generating = plan.spec.data.generate is not None
-        rows = _continuations(plan, pool, target) if generating else _trained_tokens(pool)
-        limit = plan.spec.draft.vocab_sample if generating else _MOST_COUNTED
-        total = limit if pool.end is None else min(limit, pool.end)
-        counts = _count(rows, plan.target.vocab_size, total, progress)
-        vocab_map = VocabMap.from_counts(counts, plan.draft_vocab_size, _inputs_version(plan))
-    vocab_map.save(path)
+    if plan.dir.vocab_map.is_file():
+        return VocabMap.load(plan.dir.vocab_map)
+    generating = plan.spec.data.generate is not None
+    limit = plan.spec.draft.vocab_sample if generating else _MOST_COUNTED
+    total = limit if pool.end is None else min(limit, pool.end)
+
+    def samples() -> Iterator[tuple[Tensor, Tensor]]:
+        rows = itertools.islice(_continuations(plan, pool, target) if generating else _trained_tokens(pool), total)
+        first = next(rows, None)
+        if first is None:
+            raise BadInput("vocabulary map: expected at least one usable prompt to count tokens of, found none")
+        for tokens in itertools.chain([first], rows):
+            yield torch.tensor(tokens, dtype=torch.int64), torch.ones(len(tokens), dtype=torch.uint8)
+
+    def report(counted: int) -> None:
+        if counted % _REPORT_EVERY == 0 or counted == total:
+            progress(counted, total)
+
+    inputs = _inputs_version(plan)
+    vocab_map = derive_vocab_map(
+        cache / f"{inputs}.safetensors",
+        samples,
+        vocab_size=plan.target.vocab_size,
+        draft_vocab_size=plan.draft_vocab_size,
+        inputs_version=inputs,
+        progress=report,
+    )
+    vocab_map.save(plan.dir.vocab_map)
     log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
     return vocab_map
-
-
-def _count(
-    rows: Iterator[list[int]], vocab_size: int, total: int, progress: Callable[[int, int | None], None]
-) -> Tensor:
-    """Return how often each token occurs in the first `total` rows: [vocabulary] int64."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    counted = 0
-    for tokens in rows:
-        counts += torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab_size)
-        counted += 1
-        if counted % _REPORT_EVERY == 0:
-            progress(counted, total)
-        if counted == total:
-            break
-    if not counted:
-        raise BadInput("vocabulary map: expected at least one usable prompt to count tokens of, found none")
-    progress(counted, total)
-    return counts
 
 
 def _tasks(pool: PromptPool) -> Iterator[PromptTask]:
@@ -111,7 +110,7 @@ def _generated(plan: RunPlan, target: Target, batch: list[PromptTask]) -> Iterat
 
 
 def _inputs_version(plan: RunPlan) -> str:
-    """Return a hash of what the counts depend on."""
+    """Return a hash of what the counts depend on: of a prompts file its content, of a dataset its name."""
     parts = (
         plan.target.version,
         plan.tokenizer_version,
@@ -120,4 +119,9 @@ def _inputs_version(plan: RunPlan) -> str:
         str(plan.spec.draft.vocab_sample),
         str(plan.draft_vocab_size),
     )
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    prompts = Path(plan.spec.data.prompts)
+    if prompts.is_file():
+        with prompts.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""The vocabulary map as a step of the producer: counted once, reused by later runs over the same inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from disagg_core.contracts import PromptTask
+from disagg_core.errors import BadInput
+from disagg_core.plan import RunPlan, make_plan
+from disagg_core.rollout.prompts_pool import GivenTasks
+from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+
+pytestmark = pytest.mark.unit
+
+DEMO = Path(__file__).resolve().parents[3] / "infra" / "runs" / "demo.yaml"
+
+
+class Untouched:
+    """A target that must not be asked: these prompts bring their own continuations."""
+
+
+def a_plan(folder: Path, prompts: Path, run_id: str) -> RunPlan:
+    spec = load_spec(DEMO, ["data.generate=null", "draft.vocab_size=4", f"data.prompts={prompts}"])
+    return make_plan(spec, read_target_facts(spec.target), run_id=run_id, root=folder / run_id, total_prompts=2)
+
+
+def tasks(*rows: list[int]) -> GivenTasks:
+    return GivenTasks(
+        [
+            PromptTask(ordinal=ordinal, source="x", input_ids=[9, *row], loss_mask=[0, *[1] * len(row)])
+            for ordinal, row in enumerate(rows)
+        ]
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"text": "x"}) + "\n")
+    return path
+
+
+def test_the_tokens_that_are_trained_on_most_make_the_draft_vocabulary(tmp_path: Path, prompts: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    plan = a_plan(tmp_path, prompts, "first")
+    made = vocab_map_of(
+        plan,
+        tasks([5, 5, 7, 7, 7], [300, 300, 2]),
+        Untouched(),
+        cache=tmp_path / "cache",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert made.target_ids.tolist() == [2, 5, 7, 300]
+    assert not made.t2d[9]
+    assert seen == [(2, 2)]
+    assert plan.dir.vocab_map.is_file()
+
+
+def test_a_later_run_over_the_same_inputs_counts_nothing(tmp_path: Path, prompts: Path) -> None:
+    arguments = {"cache": tmp_path / "cache", "progress": lambda done, total: None}
+    first = vocab_map_of(a_plan(tmp_path, prompts, "first"), tasks([5, 7]), Untouched(), **arguments)
+    again = vocab_map_of(a_plan(tmp_path, prompts, "again"), tasks([1, 1, 1, 1]), Untouched(), **arguments)
+    assert again.version == first.version
+    prompts.write_text("other\n")
+    other = vocab_map_of(a_plan(tmp_path, prompts, "other"), tasks([1, 2, 3, 4]), Untouched(), **arguments)
+    assert other.target_ids.tolist() == [1, 2, 3, 4]
+
+
+def test_nothing_to_count_is_named(tmp_path: Path, prompts: Path) -> None:
+    with pytest.raises(BadInput, match="at least one usable prompt"):
+        vocab_map_of(
+            a_plan(tmp_path, prompts, "none"),
+            tasks(),
+            Untouched(),
+            cache=tmp_path / "cache",
+            progress=lambda done, total: None,
+        )
