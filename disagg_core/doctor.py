@@ -22,15 +22,15 @@ import psutil
 
 from disagg_core.errors import DraftlineError, TargetUnavailable
 from disagg_core.processes import check_port
-from disagg_core.rollout.sglang_client import SglangClient
-from disagg_core.rollout.sglang_probe import (
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.probe import (
     TOLERANCE,
     compare_states,
     identity_differences,
     probe_ids,
     reference_states,
 )
-from disagg_core.rollout.sglang_servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts

@@ -12,8 +12,8 @@ import msgspec
 
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.plan import RunPlan, make_plan
-from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
-from disagg_core.rollout.prompts import heldout_prompts, validate_prompts
+from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.rollout.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run_dir import RunDir, write_atomically
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import Settings

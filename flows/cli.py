@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from disagg_core.channel_cli import app as channel_app
-from disagg_core.doctor_cli import doctor
-from disagg_core.drafts_cli import evaluate, export
+from disagg_core.cli.channel import app as channel_app
+from disagg_core.cli.doctor import doctor
+from disagg_core.cli.drafts import evaluate, export
+from disagg_core.cli.rollout import regenerate
+from disagg_core.cli.store import app as store_app
 from disagg_core.errors import BadInput, DraftlineError
-from disagg_core.rollout_cli import regenerate
 from disagg_core.settings import get_settings
 from disagg_core.spec_file import load_spec
-from disagg_core.store_cli import app as store_app
 
 app = typer.Typer(
     name="draftline",

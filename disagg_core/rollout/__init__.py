@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from disagg_core.rollout.producer import Drive, build_disagg_online_producer
-    from disagg_core.rollout.prompts_source import PromptSource
-    from disagg_core.rollout.sglang_target import SGLangTarget
+    from disagg_core.rollout.prompts.source import PromptSource
+    from disagg_core.rollout.sglang.target import SGLangTarget
     from disagg_core.rollout.target import Target
     from disagg_core.rollout.transformers_target import TransformersTarget
     from disagg_core.rollout.worker import RolloutWorker
 
 _HOMES = {
     "Drive": "producer",
-    "PromptSource": "prompts_source",
+    "PromptSource": "prompts.source",
     "RolloutWorker": "worker",
-    "SGLangTarget": "sglang_target",
+    "SGLangTarget": "sglang.target",
     "Target": "target",
     "TransformersTarget": "transformers_target",
     "build_disagg_online_producer": "producer",

@@ -22,8 +22,8 @@ import msgspec
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
-from disagg_core.rollout.prompts_source import PromptBatch, PromptSource, Rejection
+from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.rollout.prompts.source import PromptBatch, PromptSource, Rejection
 from disagg_core.rollout.target import Generated, Target
 from disagg_core.run_dir import write_atomically
 from disagg_core.run_spec import RunSpec

@@ -29,12 +29,12 @@ from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import classify, exit_code_of, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment, RunPlan
-from disagg_core.rollout.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
-from disagg_core.rollout.prompts_pool import EncodedPrompts
-from disagg_core.rollout.prompts_source import PromptSource
+from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.rollout.prompts.pool import EncodedPrompts
+from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.transformers_target import TransformersTarget
@@ -209,7 +209,7 @@ def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore 
     Only servers write to `store` and `log_dir`.
     """
     if spec.target.backend == "sglang":
-        from disagg_core.rollout.sglang_target import SGLangTarget
+        from disagg_core.rollout.sglang.target import SGLangTarget
 
         assert store is not None, "servers write to a store"
         return SGLangTarget(

@@ -13,7 +13,7 @@ from disagg_core.observability.progress import ProgressFile
 from disagg_core.plan import RoleAssignment
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
-from disagg_core.rollout.prompts_source import Rejection
+from disagg_core.rollout.prompts.source import Rejection
 from disagg_core.rollout.target import Target
 
 log = logging.getLogger(__name__)

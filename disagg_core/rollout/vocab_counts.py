@@ -15,7 +15,7 @@ from disagg_core.contracts import PromptTask
 from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.plan import RunPlan
-from disagg_core.rollout.prompts_pool import PromptPool
+from disagg_core.rollout.prompts.pool import PromptPool
 from disagg_core.rollout.target import Generated, Target
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline
-from disagg_core.rollout.prompts_source import PromptBatch
+from disagg_core.rollout.prompts.source import PromptBatch
 from disagg_core.rollout.target import Captured, CaptureOutcome, Failed, Stored, Target
 from disagg_core.store import NewSample
 

@@ -25,10 +25,10 @@ from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.producer import build_disagg_online_producer
-from disagg_core.rollout.prompts import validate_prompts
-from disagg_core.rollout.prompts_order import SeededPermutation
-from disagg_core.rollout.prompts_pool import open_order
-from disagg_core.rollout.prompts_source import PromptSource
+from disagg_core.rollout.prompts.checks import validate_prompts
+from disagg_core.rollout.prompts.order import SeededPermutation
+from disagg_core.rollout.prompts.pool import open_order
+from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.rollout.target import Captured, ServerHealth
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec import RolloutSection, RunSpec, TargetSection

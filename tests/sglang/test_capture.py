@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from disagg_core.contracts import SampleRef
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang_client import SglangClient
-from disagg_core.rollout.sglang_target import SGLangTarget
-from disagg_core.rollout.sglang_wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.target import SGLangTarget
+from disagg_core.rollout.sglang.wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
 from disagg_core.rollout.target import Captured, Failed, Generated, Stored
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec import GenerateSection

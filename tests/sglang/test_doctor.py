@@ -9,7 +9,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from disagg_core.doctor_cli import doctor
+from disagg_core.cli.doctor import doctor
 from tests.sglang.support import Served
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang_client import SglangClient
-from disagg_core.rollout.sglang_servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.rollout.sglang_target import SGLangTarget
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.rollout.sglang.target import SGLangTarget
 from disagg_core.rollout.target import Stored
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import get_settings

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from disagg_core.channel import StreamingRefChannel, inspect_channel
-from disagg_core.channel_cli import app
+from disagg_core.cli.channel import app
 from disagg_core.errors import BadInput
 from tests.integration.channel.conftest import Place
 from tests.unit.channel.kit import make_refs, totals_of

@@ -19,7 +19,7 @@ from disagg_core.errors import (
     TargetUnavailable,
 )
 from disagg_core.rollout.producer import build_disagg_online_producer
-from disagg_core.rollout.prompts_source import PromptSource
+from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.run_spec import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 

@@ -9,10 +9,10 @@ import yaml
 from typer import Typer
 from typer.testing import CliRunner
 
+from disagg_core.cli.rollout import regenerate as command
 from disagg_core.errors import BadInput
 from disagg_core.rollout.regenerate import regenerate
 from disagg_core.rollout.role import run_producer, target_of
-from disagg_core.rollout_cli import regenerate as command
 from disagg_core.store import MooncakeFeatureStore
 
 pytestmark = pytest.mark.integration

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from disagg_core.cli.store import app
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, MissingLibrary, PortTaken, StoreTooLarge, StoreUnavailable
 from disagg_core.plan import StoreEndpoints
@@ -21,7 +22,6 @@ from disagg_core.store import owner as owner_module
 from disagg_core.store.capacity import available_bytes
 from disagg_core.store.library import ENVIRONMENT
 from disagg_core.store.master import MasterView
-from disagg_core.store_cli import app
 
 pytestmark = pytest.mark.integration
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"connections"},
     {"rollout", "training", "evaluation"},
     {"preflight", "doctor"},
-    {"channel_cli", "store_cli", "rollout_cli", "doctor_cli", "drafts_cli"},
+    {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -24,7 +24,7 @@ def test_a_lost_store_is_worth_another_attempt_until_they_are_used_up() -> None:
     loop.record(AttemptOutcome(attempt=4, failure_class="store_lost", reason="owner died"))
     assert loop.next() == 5
     loop.record(AttemptOutcome(attempt=5, failure_class="store_lost", reason="owner died"))
-    with pytest.raises(RoleFailed, match="attempt 5 failed, store_lost: owner died; run.attempts allows 2") as failure:
+    with pytest.raises(RoleFailed, match=r"attempt 5 failed, store_lost: owner died; run\.attempts allows 2") as failure:
         loop.next()
     assert failure.value.failure_class == "store_lost"
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import pytest
 import templates
 
-from disagg_core.rollout.chat import ChatTemplate
-from disagg_core.rollout.loss_mask import (
+from disagg_core.rollout.prompts.chat import ChatTemplate
+from disagg_core.rollout.prompts.loss_mask import (
     MaskRules,
     UnmaskableTemplate,
     conversation_spans,
     end_tokens_of,
     mask_of_spans,
 )
-from disagg_core.rollout.prompts_records import Conversation, parse_record
+from disagg_core.rollout.prompts.records import Conversation, parse_record
 
 pytestmark = pytest.mark.unit
 

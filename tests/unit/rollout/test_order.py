@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from disagg_core.channel import Watermarks
 from disagg_core.contracts import PromptTask, SampleRef, sample_id_of
 from disagg_core.rollout.pipeline import largest_group
-from disagg_core.rollout.prompts_order import SeededPermutation
+from disagg_core.rollout.prompts.order import SeededPermutation
 from disagg_core.rollout.reorder import ReorderBuffer
 from disagg_core.rollout.transformers_target import token_batches
 

@@ -10,7 +10,7 @@ import pytest
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import BadInput
 from disagg_core.plan import RunPlan, make_plan
-from disagg_core.rollout.prompts_pool import GivenTasks
+from disagg_core.rollout.prompts.pool import GivenTasks
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts

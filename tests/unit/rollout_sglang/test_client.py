@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang_client import PromptRefused, ServerFailure, SglangClient
-from disagg_core.rollout.sglang_wire import WIRE_KEY, RefusedReply, encode_reply
+from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang.wire import WIRE_KEY, RefusedReply, encode_reply
 
 pytestmark = pytest.mark.unit
 

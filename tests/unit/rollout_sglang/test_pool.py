@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from disagg_core.errors import TargetError, TargetUnavailable
-from disagg_core.rollout.sglang_client import SglangClient
-from disagg_core.rollout.sglang_pool import PoolMember, ServerPool
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import StoreFull
-from disagg_core.rollout.sglang_recorder import Recorder, Recording
-from disagg_core.rollout.sglang_wire import (
+from disagg_core.rollout.sglang.recorder import Recorder, Recording
+from disagg_core.rollout.sglang.wire import (
     WIRE_KEY,
     CaptureOrder,
     ProbeOrder,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from disagg_core.errors import MissingLibrary
-from disagg_core.rollout.sglang_servers import ServerLaunch, find_sglang_python
+from disagg_core.rollout.sglang.servers import ServerLaunch, find_sglang_python
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts

@@ -12,9 +12,9 @@ import pytest
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import StoreUnavailable, TargetUnavailable
 from disagg_core.plan import StoreEndpoints
-from disagg_core.rollout.sglang_client import SglangClient
-from disagg_core.rollout.sglang_target import SGLangTarget
-from disagg_core.rollout.sglang_wire import (
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.target import SGLangTarget
+from disagg_core.rollout.sglang.wire import (
     WIRE_KEY,
     CaptureOrder,
     RefusedReply,

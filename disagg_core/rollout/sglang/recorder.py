@@ -22,7 +22,7 @@ from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import StoreError
-from disagg_core.rollout.sglang_wire import (
+from disagg_core.rollout.sglang.wire import (
     WIRE_KEY,
     CaptureOrder,
     ProbeOrder,

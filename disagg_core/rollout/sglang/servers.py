@@ -15,7 +15,7 @@ from pathlib import Path
 
 from disagg_core.errors import MissingLibrary
 from disagg_core.processes import describe_exit, free_port, spawn, stop_tree, tail
-from disagg_core.rollout.sglang_wire import SGLANG_VERSION
+from disagg_core.rollout.sglang.wire import SGLANG_VERSION
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target_facts import TargetFacts
@@ -72,7 +72,7 @@ class ServerLaunch:
 
     def environment(self) -> dict[str, str]:
         """Return the variables of a server's process besides ours."""
-        from disagg_core.rollout.sglang_plugin import REQUIRED_VARIABLE
+        from disagg_core.rollout.sglang.plugin import REQUIRED_VARIABLE
 
         variables = {REQUIRED_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "DRAFTLINE_HOST": self.host}
         if self._needs_room:

@@ -14,7 +14,7 @@ import msgspec
 from disagg_core.contracts import PromptTask
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.rollout.leases import Lease, LeaseBook
-from disagg_core.rollout.prompts_pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
+from disagg_core.rollout.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
 from disagg_core.run_spec import RunSpec
 
 Encoded = dict[int, PromptTask | RejectedPrompt | None]

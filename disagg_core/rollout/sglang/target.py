@@ -14,11 +14,11 @@ from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import TargetError, TargetUnavailable
 from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.generate import Sampling
-from disagg_core.rollout.sglang_client import PromptRefused, ServerFailure, SglangClient
-from disagg_core.rollout.sglang_pool import PoolMember, ServerPool
-from disagg_core.rollout.sglang_probe import Reference, check_probe, probe_ids, reference_states
-from disagg_core.rollout.sglang_servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.rollout.sglang_wire import CaptureOrder, StoreAddress, spans_of
+from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
+from disagg_core.rollout.sglang.probe import Reference, check_probe, probe_ids, reference_states
+from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.rollout.sglang.wire import CaptureOrder, StoreAddress, spans_of
 from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings

@@ -31,7 +31,7 @@ def regenerate(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Let the target continue the prompts and write prompt and continuation as pretokenised training data."""
-    from disagg_core.rollout.prompts import validate_prompts
+    from disagg_core.rollout.prompts.checks import validate_prompts
     from disagg_core.rollout.regenerate import regenerate as write_continuations
     from disagg_core.target_facts import read_target_facts
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from disagg_core.errors import TargetError, TargetUnavailable
 from disagg_core.rollout.circuit import CircuitBreakers
-from disagg_core.rollout.sglang_client import ServerFailure, SglangClient
-from disagg_core.rollout.sglang_servers import ManagedServer
+from disagg_core.rollout.sglang.client import ServerFailure, SglangClient
+from disagg_core.rollout.sglang.servers import ManagedServer
 from disagg_core.rollout.target import ServerHealth
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import httpx
 import msgspec
 
 from disagg_core.errors import CaptureRejected, TargetError, Transient
-from disagg_core.rollout.sglang_wire import (
+from disagg_core.rollout.sglang.wire import (
     CaptureOrder,
     Order,
     ProbeOrder,

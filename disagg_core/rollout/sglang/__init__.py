@@ -1,0 +1,1 @@
+"""SGLang as the target engine: servers, their pool and client, and the plugin inside the server's process."""
