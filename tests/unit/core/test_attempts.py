@@ -24,9 +24,9 @@ def test_a_lost_store_is_worth_another_attempt_until_they_are_used_up() -> None:
     loop.record(AttemptOutcome(attempt=4, failure_class="store_lost", reason="owner died"))
     assert loop.next() == 5
     loop.record(AttemptOutcome(attempt=5, failure_class="store_lost", reason="owner died"))
-    with pytest.raises(RoleFailed, match=r"attempt 5 failed, store_lost: owner died; run\.attempts allows 2") as failure:
+    with pytest.raises(RoleFailed, match=r"attempt 5 failed, store_lost: owner died; run\.attempts allows 2") as end:
         loop.next()
-    assert failure.value.failure_class == "store_lost"
+    assert end.value.failure_class == "store_lost"
 
 
 @pytest.mark.parametrize("failure_class", ["bug", "bad_input"])
