@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +19,7 @@ from disagg_core.rollout.prompts.checks import validate_prompts
 from disagg_core.run_spec import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target_facts import read_target_facts
-
-sys.path.insert(0, str(Path(__file__).parent))  # for rollout_kit
-
-from rollout_kit import write_prompts
+from tests.integration.rollout.rollout_kit import write_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
-from disagg_core.contracts import PromptTask
+from disagg_core.contracts import PromptTask, SampleRef, StreamTotals
+from disagg_core.plan import RoleAssignment
 from disagg_core.rollout.target import Captured, Failed, ServerHealth
 from disagg_core.store import MooncakeFeatureStore
 
@@ -143,3 +144,14 @@ def write_prompts(path: Path, count: int) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def read_all(assignment: RoleAssignment) -> tuple[list[SampleRef], StreamTotals | None]:
+    """Return every reference of an assignment's stream, and its totals."""
+    with StreamingRefChannel(assignment.channel_url, run_id=assignment.plan.run_id, attempt=assignment.attempt) as ch:
+        return list(ch.stream()), ch.totals
+
+
+def tensors_of(assignment: RoleAssignment, refs: list[SampleRef]) -> list[dict[str, torch.Tensor]]:
+    with MooncakeFeatureStore(assignment.store, namespace=assignment.namespace) as store:
+        return [store.get(ref) for ref in refs]

@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-from rollout_kit import Consumer, ScriptedTarget, tasks_of
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import (
@@ -22,6 +21,7 @@ from disagg_core.rollout.producer import build_disagg_online_producer
 from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.run_spec import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
+from tests.integration.rollout.rollout_kit import Consumer, ScriptedTarget, tasks_of
 
 pytestmark = pytest.mark.integration
 

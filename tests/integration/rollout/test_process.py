@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rollout_kit import Consumer
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import ProducerFailed
 from disagg_core.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.store import MooncakeFeatureStore
+from tests.integration.rollout.rollout_kit import Consumer
 
 pytestmark = pytest.mark.integration
 

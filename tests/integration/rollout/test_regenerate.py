@@ -14,6 +14,7 @@ from disagg_core.errors import BadInput
 from disagg_core.rollout.regenerate import regenerate
 from disagg_core.rollout.role import run_producer, target_of
 from disagg_core.store import MooncakeFeatureStore
+from tests.integration.rollout.rollout_kit import read_all, tensors_of
 
 pytestmark = pytest.mark.integration
 
@@ -64,8 +65,6 @@ def test_without_a_generate_section_it_says_what_is_missing(run):
 
 
 def test_the_file_is_what_a_run_with_generation_would_capture(run, make_assignment, tmp_path):
-    from test_role import read_all, tensors_of
-
     run("out.jsonl")
     live = make_assignment(20, **GENERATE)
     again = make_assignment(attempt=2, data={"prompts": str(tmp_path / "out.jsonl"), "shuffle": False})

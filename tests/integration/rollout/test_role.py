@@ -16,19 +16,9 @@ from disagg_core.observability.progress import read_progress
 from disagg_core.outcomes import read_outcome
 from disagg_core.rollout.role import run_producer
 from disagg_core.store import MooncakeFeatureStore
+from tests.integration.rollout.rollout_kit import read_all, tensors_of
 
 pytestmark = pytest.mark.integration
-
-
-def read_all(assignment):
-    """Return every reference of an assignment's stream, and its totals."""
-    with StreamingRefChannel(assignment.channel_url, run_id=assignment.plan.run_id, attempt=assignment.attempt) as ch:
-        return list(ch.stream()), ch.totals
-
-
-def tensors_of(assignment, refs):
-    with MooncakeFeatureStore(assignment.store, namespace=assignment.namespace) as store:
-        return [store.get(ref) for ref in refs]
 
 
 @pytest.fixture

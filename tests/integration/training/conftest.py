@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import torch
 
 from disagg_core.plan import StoreEndpoints
 from disagg_core.store import managed_store
-
-sys.path.insert(0, str(Path(__file__).parent))  # for consumer_kit
 
 
 @pytest.fixture(autouse=True, scope="session")

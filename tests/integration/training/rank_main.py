@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from consumer_kit import consumer, section
 from safetensors.torch import save_file
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks
+from tests.integration.training.consumer_kit import consumer, section
 
 
 def main() -> None:

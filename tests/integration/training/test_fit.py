@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-from consumer_kit import Attempt, consumer, end, sample, section
 
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
@@ -15,6 +14,7 @@ from disagg_core.run_spec import LossSection
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver
+from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section
 
 pytestmark = pytest.mark.integration
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from consumer_kit import Attempt, consumer, section
 from safetensors.torch import load_file
 
 from disagg_core.training.checkpoint import newest_complete, read_state
 from disagg_core.training.distributed import Ranks
+from tests.integration.training.consumer_kit import Attempt, consumer, section
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 def run_ranks(processes: int, told: Path, limit_s: float = 120.0) -> None:
     """Run `rank_main` under torchrun to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
     log = told.with_suffix(".log")
     with log.open("wb") as output:
         done = subprocess.run(

@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from consumer_kit import Attempt
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +29,7 @@ from disagg_core.run_spec import RunSpec
 from disagg_core.target_facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.role import run_consumer
+from tests.integration.training.consumer_kit import Attempt
 
 pytestmark = pytest.mark.integration
 

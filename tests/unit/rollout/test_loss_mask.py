@@ -6,7 +6,6 @@ In the expected texts what the assistant says, and may be trained on, stands bet
 from __future__ import annotations
 
 import pytest
-import templates
 
 from disagg_core.rollout.prompts.chat import ChatTemplate
 from disagg_core.rollout.prompts.loss_mask import (
@@ -17,6 +16,7 @@ from disagg_core.rollout.prompts.loss_mask import (
     mask_of_spans,
 )
 from disagg_core.rollout.prompts.records import Conversation, parse_record
+from tests.unit.rollout import templates
 
 pytestmark = pytest.mark.unit
 

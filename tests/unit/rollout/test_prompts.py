@@ -7,7 +7,6 @@ import resource
 from pathlib import Path
 
 import pytest
-import templates
 
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
@@ -28,6 +27,7 @@ from disagg_core.rollout.prompts.records import (
 )
 from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.run_spec import RunSpec
+from tests.unit.rollout import templates
 
 pytestmark = pytest.mark.unit
 
