@@ -24,7 +24,7 @@ from prefect.states import Cancelled, Cancelling
 from prefect.workers.process import ProcessWorker
 
 from disagg_core.run_spec import PoolsSection
-from disagg_core.settings import CHECKOUT, Settings
+from disagg_core.settings import CHECKOUT
 from disagg_core.spec_file import load_spec
 from flows.draft_evaluation import draft_evaluation
 from flows.online_disagg_training import online_disagg_training
@@ -35,7 +35,7 @@ ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
-def register(settings: Settings) -> None:
+def register() -> None:
     """Create or update pools, deployments and the automation on the server in PREFECT_API_URL."""
     asyncio.run(_register(PoolsSection()))
 

@@ -126,6 +126,7 @@ def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
     settings.home.mkdir(parents=True, exist_ok=True)
     platform = find_platform(settings)
     if platform is None:
+        down(settings, say)  # workers whose server is gone: nothing else would remember them
         port = settings.prefect_port or free_port(settings.host)
         check_port(settings.host, port, "Prefect server")
         say("starting the Prefect server")
@@ -142,7 +143,7 @@ def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
         say("registering work pools and deployments")
         from flows.deployments import register
 
-        register(settings)
+        register()
         say("starting the workers")
         platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.workers"])
     return platform
@@ -156,11 +157,7 @@ def down(settings: Settings, say: Callable[[str], None]) -> bool:
     platform = LocalPlatform.model_validate_json(path.read_bytes())
     if platform.alive("server") and platform.alive("workers"):
         os.environ.update(environment(settings, platform.port))
-        from flows.deployments import cancel_active_runs
-
-        cancelled = cancel_active_runs(_STOP_TIMEOUT_S)
-        if cancelled:
-            say(f"cancelled {cancelled} flow runs")
+        _cancel_runs(say)
     stopped = False
     for name in ("workers", "server"):
         member = platform.members.get(name)
@@ -169,8 +166,21 @@ def down(settings: Settings, say: Callable[[str], None]) -> bool:
             say(f"stopping the {name}")
             _stop(process)
             stopped = True
-    path.unlink()
+    path.unlink(missing_ok=True)
     return stopped
+
+
+def _cancel_runs(say: Callable[[str], None]) -> None:
+    """Cancel what runs; a server that does not answer must not keep the processes from being stopped."""
+    from flows.deployments import cancel_active_runs
+
+    try:
+        cancelled = cancel_active_runs(_STOP_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        say(f"the runs could not be cancelled, the Prefect server does not answer: {error}")
+        return
+    if cancelled:
+        say(f"cancelled {cancelled} flow runs")
 
 
 def _log(settings: Settings, name: str) -> Path:
@@ -206,7 +216,7 @@ def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
                 f"{tail(_log(settings, 'server'), 5)}"
             )
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{platform.api_url}/ready", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(f"{platform.api_url}/ready", timeout=5, trust_env=False).status_code == httpx.codes.OK:
                 return
         time.sleep(0.1)
     raise PlatformError(
@@ -217,7 +227,7 @@ def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
 def _stop(process: psutil.Process) -> None:
     """End a member and its descendants: SIGINT first (both stop cleanly on it), SIGKILL for what is left."""
     descendants = process.children(recursive=True)
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
         process.send_signal(signal.SIGINT)
         process.wait(_STOP_TIMEOUT_S / 2)
     for left in [process, *descendants]:
