@@ -33,6 +33,7 @@ from disagg_core.report import (
 )
 from disagg_core.run_dir import write_atomically
 from tasks.completion import Completion
+from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
 
 Event = Literal["started", "attempt-failed", "completed", "archived", "failed"]
@@ -73,11 +74,6 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
             report.archive.manifest, link_text="archive manifest", key=f"archive-{key}", description=report.archive.url
         )
     return report
-
-
-def artifact_key(run_id: str) -> str:
-    """Return `run_id` in the letters that an artifact's key may have."""
-    return run_id.replace(".", "-").replace("_", "-")
 
 
 @dataclass

@@ -12,7 +12,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
@@ -107,17 +109,25 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def artifact_key(text: str) -> str:
+    """Return `text` in the letters that an artifact's key may have."""
+    return text.replace(".", "-").replace("_", "-")
+
+
 class _ProgressArtifact:
-    """The role's progress file, copied into a Prefect progress artifact at most every five seconds."""
+    """The role's progress file, copied into a Prefect progress artifact at most every five seconds.
+
+    A server that is away costs an update of the picture, never the role: a GPU tree must not end for it.
+    """
 
     def __init__(self, role: str, assignment: RoleAssignment) -> None:
         self._source = assignment.dir.state / f"{role}.json"
         self._total = assignment.plan.total_prompts if role == "producer" else assignment.plan.total_steps
         self._done_field = "prompts" if role == "producer" else "step"
-        self._artifact = create_progress_artifact(
-            progress=0.0, key=f"{role}-{assignment.plan.run_id}".replace(".", "-").replace("_", "-"), description=role
-        )
-        self._published_at = time.monotonic()
+        self._role = role
+        self._key = artifact_key(f"{role}-{assignment.plan.run_id}")
+        self._artifact: UUID | None = None
+        self._published_at = float("-inf")
 
     def publish_if_due(self) -> None:
         if time.monotonic() - self._published_at >= _ARTIFACT_INTERVAL_S:
@@ -127,7 +137,12 @@ class _ProgressArtifact:
         state = read_progress(self._source)
         done = state.get(self._done_field)
         share = 100.0 * float(done) / self._total if self._total and isinstance(done, (int, float)) else 0.0
-        update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(progress=0.0, key=self._key, description=self._role)
+            update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
+        except httpx.HTTPError as error:
+            get_run_logger().warning("the progress of the %s was not shown: %s", self._role, error)
         self._published_at = time.monotonic()
 
 

@@ -1,0 +1,59 @@
+"""What a role's watcher does when the Prefect server is away."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.plan import RoleAssignment, StoreEndpoints, make_plan
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+from tasks import role_process
+
+pytestmark = pytest.mark.unit
+
+SPEC = Path(__file__).resolve().parents[3] / "infra" / "runs" / "qwen3-8b-eagle3.yaml"
+
+
+class Server:
+    """Takes artifacts, or is away."""
+
+    def __init__(self) -> None:
+        self.away = True
+        self.shown: list[float] = []
+
+    def create(self, **_: object) -> UUID:
+        if self.away:
+            raise httpx.ConnectError("connection refused")
+        return uuid4()
+
+    def update(self, _artifact: UUID, *, progress: float, description: str) -> None:
+        if self.away:
+            raise httpx.ConnectError("connection refused")
+        self.shown.append(progress)
+
+
+def test_a_server_that_is_away_costs_an_update_and_not_the_role(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    monkeypatch.setattr(role_process, "create_progress_artifact", server.create)
+    monkeypatch.setattr(role_process, "update_progress_artifact", server.update)
+    monkeypatch.setattr(role_process, "get_run_logger", lambda: logging.getLogger("test"))
+    spec = load_spec(SPEC)
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="run.1", root=tmp_path, total_prompts=100)
+    endpoints = StoreEndpoints(master_address="a:1", metrics_address="a:2")
+    assignment = RoleAssignment(plan=plan, attempt=1, store=endpoints)
+    ProgressFile(assignment.dir.state / "producer.json").update(prompts=25)
+    artifact = role_process._ProgressArtifact("producer", assignment)
+    artifact.publish()
+    server.away = False
+    artifact.publish()
+    server.away = True
+    artifact.publish()
+    assert server.shown == [25.0]
