@@ -23,7 +23,7 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
-from disagg_core.errors import ChannelClosed, DraftlineError, IdentityMismatch, Preempted
+from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, Preempted
 from disagg_core.observability.metrics import JsonlMetrics
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
@@ -131,7 +131,7 @@ def _failures_told(channel: StreamingRefChannel) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(ChannelClosed):
+        with contextlib.suppress(ChannelError):
             channel.fail(str(error) if isinstance(error, DraftlineError) else repr(error), classify(error))
         raise
 
@@ -154,7 +154,7 @@ def _assemble(
         progress.update(phase=phase, **fields)
         channel.note_progress(f"{phase} {fields}" if fields else phase)
 
-    enter("reading prompts", published=0, prompts=plan.total_prompts)
+    enter("reading prompts", prompts=0, total_prompts=plan.total_prompts)
     tokenizer = load_tokenizer(spec.target)
     _check_tokenizer(plan, tokenizer)
     pool = EncodedPrompts(spec, tokenizer)
@@ -198,7 +198,7 @@ def _assemble(
         max_sample_bytes=plan.max_sample_bytes,
         bytes_of=_sample_bytes(plan),
         unavailable_timeout_s=spec.target.unavailable_timeout_s,
-        on_tick=Reporter(assignment, metrics, progress, target),
+        on_tick=Reporter(assignment, metrics, progress, target, covered=source.covered),
     )
     return drive, target, source
 
@@ -284,8 +284,6 @@ def main() -> int:
     stop = StopSignal()
     stop.install()
     assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
-    if assignment.plan.spec.target.cpu_threads is not None:
-        torch.set_num_threads(assignment.plan.spec.target.cpu_threads)
     return exit_code_of(lambda: run_producer(assignment, stop=stop))
 
 

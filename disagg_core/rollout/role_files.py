@@ -45,7 +45,10 @@ class RejectedFile:
 
 
 class Reporter:
-    """Writes ``metrics/rollout.jsonl`` and ``state/producer.json`` as the drive goes."""
+    """Writes ``metrics/rollout.jsonl`` and ``state/producer.json`` as the drive goes.
+
+    `covered` prompts were done by earlier attempts: with them, `prompts` in the progress counts up to the plan's total.
+    """
 
     def __init__(
         self,
@@ -53,8 +56,11 @@ class Reporter:
         metrics: JsonlMetrics,
         progress: ProgressFile,
         target: Target,
+        *,
+        covered: int,
     ) -> None:
         self._total = assignment.plan.total_prompts
+        self._covered = covered
         self._attempt = assignment.attempt
         self._metrics = metrics
         self._progress = progress
@@ -81,7 +87,8 @@ class Reporter:
         rates = {name: fields[name] for name in ("samples_per_s", "tokens_per_s") if name in fields}
         self._progress.update(
             phase="waiting for the consumer" if state.blocked else "capturing",
-            prompts=self._total,
+            prompts=self._covered + state.published + state.rejected,
+            total_prompts=self._total,
             published=state.published,
             published_bytes=state.published_bytes,
             rejected=state.rejected,

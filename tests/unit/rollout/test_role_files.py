@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from disagg_core.observability.metrics import JsonlMetrics
+from disagg_core.observability.progress import ProgressFile, read_progress
+from disagg_core.plan import RoleAssignment, StoreEndpoints, make_plan
+from disagg_core.rollout.meter import RolloutMeter
+from disagg_core.rollout.producer import DriveState
+from disagg_core.rollout.role_files import Reporter
+from disagg_core.rollout.target import ServerHealth
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+
+pytestmark = pytest.mark.unit
+
+SPEC = Path(__file__).resolve().parents[3] / "infra" / "runs" / "qwen3-8b-eagle3.yaml"
+
+
+class Target:
+    def health(self) -> list[ServerHealth]:
+        return [ServerHealth("local")]
+
+
+def state(published: int, rejected: int) -> DriveState:
+    return DriveState(
+        published=published, published_bytes=0, rejected=rejected, admitted=0, in_flight=0, blocked=False, blocked_s=0.0
+    )
+
+
+def test_progress_counts_answered_prompts_up_to_the_total_with_those_of_earlier_attempts(tmp_path: Path) -> None:
+    spec = load_spec(SPEC)
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="run", root=tmp_path, total_prompts=100)
+    endpoints = StoreEndpoints(master_address="a:1", metrics_address="a:2")
+    assignment = RoleAssignment(plan=plan, attempt=2, store=endpoints)
+    with JsonlMetrics(tmp_path / "rollout.jsonl") as metrics:
+        progress = ProgressFile(tmp_path / "producer.json", interval_s=0.0)
+        report = Reporter(assignment, metrics, progress, Target(), covered=40)
+        report(state(published=5, rejected=1), RolloutMeter())
+    shown = read_progress(tmp_path / "producer.json")
+    assert (shown["prompts"], shown["total_prompts"], shown["published"]) == (46, 100, 5)
