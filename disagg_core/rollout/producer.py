@@ -44,6 +44,8 @@ _LOOK_S = 0.25
 _GLANCE_S = 0.02
 _PUBLISH_RETRY_S = 60.0
 _JOIN_S = 60.0
+_JOIN_AFTER_FAILURE_S = 10.0
+"""Shorter than the 25 s from SIGTERM to SIGKILL: the stream's last word comes after it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Drive:
             self._resume()
             self._start()
             self._publish_until_finished()
-            self._end_threads()
+            self._end_threads(_JOIN_S)
             totals = self._totals()
             self._free_unpublished()
             self._channel.close(totals)
@@ -237,16 +239,16 @@ class Drive:
             raise BadInput(f"all {rejected} prompts were rejected; rejected.jsonl in the attempt's state names reasons")
         return StreamTotals(refs=refs, bytes=self._channel.published_bytes, prompts=answered, rejected=rejected)
 
-    def _end_threads(self) -> None:
-        """End workers, then putters."""
+    def _end_threads(self, limit_s: float) -> None:
+        """End workers, then putters; leave behind what does not end within `limit_s` seconds."""
         self._pipeline.wake()
-        deadline = time.monotonic() + _JOIN_S
+        deadline = time.monotonic() + limit_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         ended = self._putters.close(max(0.0, deadline - time.monotonic()))
         alive = [thread.name for thread in self._threads if thread.is_alive()]
         if alive or not ended:
-            log.warning("left behind after %.0f s: %s", _JOIN_S, ", ".join(alive) or "a put")
+            log.warning("left behind after %.0f s: %s", limit_s, ", ".join(alive) or "a put")
 
     def _free_unpublished(self) -> None:
         for ref in self._pipeline.drain():
@@ -255,7 +257,7 @@ class Drive:
     def _end_badly(self, error: BaseException) -> None:
         """Stop the threads, free what was not published, and say in the stream why it ends."""
         self._pipeline.stop(error)
-        self._end_threads()
+        self._end_threads(_JOIN_AFTER_FAILURE_S)
         try:
             self._free_unpublished()
         except StoreError:
