@@ -145,10 +145,6 @@ class PromptRejected(DraftlineError):
     """One prompt cannot be trained on (too long, nothing to train on, refused by the template): it is counted."""
 
 
-class CaptureRejected(DraftlineError):
-    """The target ran, but the sample it gave cannot be used; the prompt is counted as rejected with this reason."""
-
-
 class TargetUnavailable(Transient):
     """No target is able to capture at present."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,19 +17,6 @@ from disagg_core.report import RunReport
 _LINE_INTERVAL_S = 10.0
 
 RoleState = dict[str, ProgressValue]
-
-
-class RunView(Protocol):
-    """Shows a run: entered once, shown often, left at its end."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def show(self, state: str, plan: RunPlan | None, producer: RoleState, consumer: RoleState) -> None:
-        """Show the flow run's state and the latest progress of its roles."""
 
 
 class Bars:

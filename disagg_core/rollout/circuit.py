@@ -106,13 +106,6 @@ class CircuitBreakers:
         if circuit.state == "probation" or (circuit.state == "closed" and circuit.failures_in_row >= self._threshold):
             self._open(circuit, reason)
 
-    def trip(self, name: str, reason: str) -> None:
-        """Open the circuit of a server that is known to be gone, without waiting for requests to fail."""
-        circuit = self._circuits[name]
-        circuit.last_reason = reason
-        if circuit.state != "open":
-            self._open(circuit, reason)
-
     def take_away(self, name: str, reason: str) -> None:
         """Give `name` no work until `give_back`: it is known to be gone, and time alone will not bring it back."""
         circuit = self._circuits[name]

@@ -180,20 +180,6 @@ class LeaseBook:
         heapq.heappush(self._waiting, lease.ordinal)
         return True
 
-    def renew(self, leases: Iterable[Lease]) -> None:
-        """Move the deadlines of the leases that are in force: their worker has shown that it is alive."""
-        deadline = self._clock() + self._lease_s
-        for lease in leases:
-            if self.holds(lease):
-                self._leased[lease.ordinal] = Lease(
-                    ordinal=lease.ordinal,
-                    number=lease.number,
-                    worker=lease.worker,
-                    deadline=deadline,
-                    failures=lease.failures,
-                    avoid=lease.avoid,
-                )
-
     def expire(self) -> list[tuple[Lease, bool]]:
         """Fail the leases whose deadline has passed; return each with whether its ordinal is now rejected."""
         now = self._clock()

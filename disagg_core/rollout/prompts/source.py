@@ -230,12 +230,6 @@ class PromptSource:
             return self._book.next_unseen is None
 
     @property
-    def outstanding(self) -> int:
-        """Prompts that were taken and have no answer yet."""
-        with self._lock:
-            return self._book.leased + self._book.waiting
-
-    @property
     def rejected(self) -> int:
         """Prompts rejected or quarantined in this attempt."""
         with self._lock:

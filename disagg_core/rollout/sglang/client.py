@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from disagg_core.errors import CaptureRejected, TargetError, Transient
+from disagg_core.errors import DraftlineError, TargetError, Transient
 from disagg_core.rollout.sglang.wire import (
     CaptureOrder,
     Order,
@@ -34,7 +34,7 @@ class ServerFailure(Transient):
     failure_class = "target_unavailable"
 
 
-class PromptRefused(CaptureRejected):
+class PromptRefused(DraftlineError):
     """The server answered that it will not run this prompt; `retryable`: another server may."""
 
     def __init__(self, message: str, *, retryable: bool) -> None:

@@ -35,7 +35,7 @@ def test_a_server_that_failed_a_prompt_is_avoided_while_there_is_another():
     circuits, _ = breakers()
     assert {circuits.acquire(avoid={"a"}) for _ in range(2)} == {"b"}
     assert circuits.acquire(avoid={"a"}) is None, "b is busy, and the prompt waits for it"
-    circuits.trip("b", "gone")
+    circuits.take_away("b", "gone")
     assert circuits.acquire(avoid={"a"}) == "a", "no other server is left"
 
 
