@@ -166,6 +166,7 @@ def test_the_nodes_of_a_consumer_meet_where_node_0_says(tmp_path: Path) -> None:
     second = meet(assignment(plan), 1, 2)
     assert first[3] == second[3]
     assert (first[1], second[1]) == ("--node-rank=0", "--node-rank=1")
+    assert "--rdzv-id=run-1" in first, "torchrun makes a folder of this name"
 
 
 def test_a_missing_node_0_is_a_stall(tmp_path: Path) -> None:
