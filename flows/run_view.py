@@ -48,7 +48,7 @@ class Bars:
         self._progress.update(
             self._rollout,
             total=plan.total_prompts if plan else None,
-            completed=_answered(producer),
+            completed=_number(producer, "prompts"),
             detail=_rollout_detail(state, producer),
         )
         self._progress.update(
@@ -82,7 +82,7 @@ class Lines:
         if state == self._last_state and now - self._last_line < _LINE_INTERVAL_S:
             return
         self._last_state, self._last_line = state, now
-        prompts = f"{_answered(producer):.0f}/{plan.total_prompts or '?'}" if plan else "-"
+        prompts = f"{_number(producer, 'prompts'):.0f}/{plan.total_prompts or '?'}" if plan else "-"
         steps = f"{_number(consumer, 'step'):.0f}/{plan.total_steps or '?'}" if plan else "-"
         self._console.print(
             f"{now - self._began:5.0f} s  {state:<10} rollout {prompts} {_rollout_detail('', producer)}  "
@@ -93,10 +93,6 @@ class Lines:
 def _number(state: RoleState, name: str) -> float:
     value = state.get(name)
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _answered(state: RoleState) -> float:
-    return _number(state, "published") + _number(state, "rejected")
 
 
 def _rollout_detail(flow_state: str, state: RoleState) -> str:

@@ -123,7 +123,7 @@ class _ProgressArtifact:
     def __init__(self, role: str, assignment: RoleAssignment) -> None:
         self._source = assignment.dir.state / f"{role}.json"
         self._total = assignment.plan.total_prompts if role == "producer" else assignment.plan.total_steps
-        self._done_field = "published" if role == "producer" else "step"
+        self._done_field = "prompts" if role == "producer" else "step"
         self._role = role
         self._key = artifact_key(f"{role}-{assignment.plan.run_id}")
         self._artifact: UUID | None = None

@@ -164,7 +164,14 @@ def test_progress_is_written_at_most_once_an_interval(tmp_path: Path) -> None:
 
 
 def test_a_pipe_gets_lines_and_a_terminal_gets_bars() -> None:
-    producer = {"phase": "capturing", "published": 11, "rejected": 1, "samples_per_s": 3.0, "in_flight": 4}
+    producer = {
+        "phase": "capturing",
+        "prompts": 12,
+        "published": 11,
+        "rejected": 1,
+        "samples_per_s": 3.0,
+        "in_flight": 4,
+    }
     consumer = {"phase": "training", "step": 2, "loss": 3.25, "samples_per_s": 2.0}
     for view, terminal in ((Lines, False), (Bars, True)):
         console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
