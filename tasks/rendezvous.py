@@ -1,28 +1,31 @@
-"""Where the nodes of a multi-node consumer meet: node 0 says on which host and port, the others wait for that."""
+"""Where the nodes of a multi-node consumer meet: node 0 says on which host and port, the others wait for that.
+
+The rendezvous is torchrun's static one: only there is the node that leaves the outcome also the one with rank 0.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 
 from disagg_core.errors import RoleFailed
 from disagg_core.plan import RoleAssignment
 from disagg_core.processes import free_port
 from disagg_core.run_dir import write_atomically
+from disagg_core.settings import get_settings
 
 
 def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
-    """Return torchrun's rendezvous arguments of this node.
+    """Return torchrun's rendezvous arguments of this node; node 0 is reached at its DRAFTLINE_HOST.
 
     Raises:
         RoleFailed: node 0 did not say where it is within the stall timeout.
     """
     place = assignment.dir.state / "rendezvous.json"
     if node_rank == 0:
-        host = socket.getfqdn()
-        write_atomically(place, json.dumps({"endpoint": f"{host}:{free_port('')}", "pid": os.getpid()}))
+        host = get_settings().host
+        write_atomically(place, json.dumps({"endpoint": f"{host}:{free_port(host)}", "pid": os.getpid()}))
     deadline = time.monotonic() + assignment.plan.spec.orchestration.stall_timeout_s
     while not place.is_file():
         if time.monotonic() > deadline:
@@ -31,7 +34,7 @@ def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
     return [
         f"--nnodes={nodes}",
         f"--node-rank={node_rank}",
-        "--rdzv-backend=c10d",
+        "--rdzv-backend=static",
         f"--rdzv-endpoint={json.loads(place.read_bytes())['endpoint']}",
-        f"--rdzv-id={assignment.namespace}",
+        f"--rdzv-id={assignment.plan.run_id}-{assignment.attempt}",  # names a log folder: no slash
     ]
