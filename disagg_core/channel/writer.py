@@ -16,13 +16,7 @@ from disagg_core.channel.liveness import Heartbeat, IdleWatch, PeerStatus, PeerW
 from disagg_core.channel.records import EndRecord, FailRecord, OpenRecord, RefRecord, encode_ref, frame, frame_ref
 from disagg_core.channel.session import Session
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef, StreamTotals
-from disagg_core.errors import (
-    ChannelClosed,
-    ChannelDamaged,
-    ChannelError,
-    FailureClass,
-    IdentityMismatch,
-)
+from disagg_core.errors import ChannelClosed, ChannelDamaged, FailureClass, IdentityMismatch
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +31,7 @@ class _Batch:
         self.refs = refs
         self.encoded = [encode_ref(ref) for ref in refs]
         self.settled = False
-        self.error: ChannelError | None = None
+        self.error: BaseException | None = None
 
 
 class Writer:
@@ -135,13 +129,15 @@ class Writer:
     def _commit_gathered(self) -> None:
         with self._gathering:
             group, self._waiting = self._waiting, []
-        error: ChannelError | None = None
+        error: BaseException | None = None
         try:
             self._commit(group)
-        except ChannelError as failure:
+        except BaseException as failure:
             error = failure
-        for batch in group:
-            batch.settled, batch.error = True, error
+            raise
+        finally:  # whatever ended the commit: nobody whose batch it took may believe that his landed
+            for batch in group:
+                batch.settled, batch.error = True, error
 
     def _commit(self, group: list[_Batch]) -> None:
         self.claim()

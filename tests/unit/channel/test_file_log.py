@@ -259,6 +259,38 @@ def test_publishers_that_arrive_during_a_commit_share_the_next_one(tmp_path: Pat
         assert writer.published == 8
 
 
+def test_publishers_whose_commit_failed_all_learn_of_it(tmp_path: Path) -> None:
+    files = CountingFiles()
+    backend = FileBackend(tmp_path, run_id="local", attempt=1, files=files)
+    refused: list[int] = []
+
+    def publish(ordinal: int) -> None:
+        try:
+            writer.publish(make_ref(ordinal))
+        except BadInput:
+            refused.append(ordinal)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BadInput("the server refused us")
+
+    with StreamingRefChannel(tmp_path, backend=backend) as writer:
+        writer.claim_writer()
+        files.go_on.clear()
+        before = files.syncs
+        threads = [threading.Thread(target=publish, args=[ordinal]) for ordinal in range(4)]
+        threads[0].start()
+        wait_for(lambda: files.syncs > before)
+        for thread in threads[1:]:
+            thread.start()
+        wait_for(lambda: len(writer._writer._waiting) == 3)
+        backend.append = refuse  # type: ignore[method-assign,assignment]
+        files.go_on.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(refused) == [1, 2, 3]
+        assert writer.published == 1
+
+
 def test_without_a_right_to_write_the_mount_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ChannelUnavailable, match="check the mount"):
