@@ -27,12 +27,15 @@ from tasks.reporting import RunRecord, emit, publish_report
 from tasks.roles import run_roles
 
 
-async def cancel_children(_flow: Flow[..., object], run: FlowRun, state: State[object]) -> None:
-    """Cancel every unfinished role of a parent that ended badly: GPUs must not run on for nobody."""
+async def cancel_children(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """Cancel every unfinished role of a parent that ended badly: GPUs must not run on for nobody.
+
+    A worker whose run was killed calls this by keyword: the parameters' names are Prefect's.
+    """
     async with get_client() as client:
         children = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
-                parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]),
+                parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))),
             )
         )
