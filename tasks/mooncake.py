@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from disagg_core.errors import StoreError
 from disagg_core.plan import RunPlan, StoreEndpoints
 from disagg_core.settings import get_settings
-from disagg_core.store import managed_store, probe_store
+from disagg_core.store import StoreServices, probe_store, running_store
 
 
 class FeatureStoreServices:
@@ -22,12 +22,15 @@ class FeatureStoreServices:
         self._plan = plan
         self._running = contextlib.ExitStack()
         self._endpoints: StoreEndpoints | None = None
+        self._managed: StoreServices | None = None
 
     @task(name="feature-store", task_run_name="feature store, attempt {attempt}", cache_policy=NO_CACHE)
     async def ready(self, attempt: int) -> StoreEndpoints:
         """Return the endpoints of a store that answers and has room; start a managed one anew if it was lost."""
         if self._endpoints is not None:
             try:
+                if self._managed is not None:
+                    self._managed.require_alive()  # the master counts on an owner that was killed for a minute more
                 probe_store(self._endpoints, self._plan.store_capacity)
             except StoreError as error:
                 get_run_logger().warning("the feature store was lost and is started anew: %s", error)
@@ -47,18 +50,19 @@ class FeatureStoreServices:
             )
             probe_store(endpoints, self._plan.store_capacity)
             return endpoints
-        return self._running.enter_context(
-            managed_store(
+        self._managed = self._running.enter_context(
+            running_store(
                 self._plan.store_capacity,
                 host=get_settings().host,
                 log_dir=self._plan.dir.attempt(attempt).logs,
                 protocol=store.protocol,
             )
         )
+        return self._managed.endpoints
 
     def stop(self) -> None:
         """Stop what we started."""
-        self._endpoints = None
+        self._endpoints = self._managed = None
         self._running.close()
 
 
