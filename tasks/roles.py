@@ -52,6 +52,12 @@ class RoleRun(BaseModel):
         """Whether its process was killed before it could say how it ended."""
         return not self.completed and (self.outcome is None or self.outcome.died)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended because it was asked to, and not by a failure of its own that came before."""
+        failed_before = self.outcome is not None and self.outcome.failure_class not in (None, "preempted")
+        return self.state == "Cancelled" and not failed_before
+
 
 async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
     """Run producer and consumer at the same time until both have ended; say how the attempt ended."""
@@ -82,14 +88,14 @@ def hand_over_cursor(assignment: RoleAssignment) -> None:
 def judge(attempt: int, producer: RoleRun, consumer: RoleRun) -> AttemptOutcome:
     """Decide how an attempt ended from the ends of its two roles.
 
-    The first cause counts: a consumer that fails because the producer failed reports the producer's class, and a
-    producer that was cancelled because the consumer failed is not the cause.
+    The first cause counts: a consumer that fails because the producer failed reports the producer's class, and a role
+    that was cancelled because the other failed is not the cause, unless it had failed and was slow to end.
     """
     if producer.completed and consumer.completed:
         lost = consumer.outcome.result.get("lost", 0) if consumer.outcome else 0
         return AttemptOutcome(attempt=attempt, incomplete=lost if isinstance(lost, int) else 0)
     culprit = next(
-        (run for run in (consumer, producer) if not run.completed and run.state != "Cancelled"),
+        (run for run in (consumer, producer) if not run.completed and not run.stopped),
         consumer if not consumer.completed else producer,
     )
     failure_class: FailureClass = "preempted" if culprit.state in {"Crashed", "Cancelled"} else "bug"

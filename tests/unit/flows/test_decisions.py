@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +15,7 @@ from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.report import EvaluationFigures
 from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts
+from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher
 from tasks.completion import complete
 from tasks.evaluation import judge_draft
@@ -79,6 +81,13 @@ def test_a_cancelled_consumer_is_not_the_cause_of_a_dead_producer() -> None:
     consumer = role_run("consumer", "Cancelled", failure("preempted", "asked to stop"))
     outcome = judge(1, role_run("producer", "Failed", None, "killed by SIGKILL"), consumer)
     assert outcome.reason == "producer: killed by SIGKILL"
+
+
+def test_a_consumer_that_failed_and_was_cancelled_while_it_ended_is_still_the_cause() -> None:
+    consumer = role_run("consumer", "Cancelled", failure("store_lost", "the store is gone"))
+    producer = role_run("producer", "Failed", failure("stalled", "stopped because the consumer is failed"))
+    outcome = judge(1, producer, consumer)
+    assert (outcome.failure_class, outcome.reason) == ("store_lost", "consumer: the store is gone")
 
 
 def test_a_process_that_vanished_counts_as_preempted() -> None:
@@ -173,3 +182,9 @@ def test_a_missing_node_0_is_a_stall(tmp_path: Path) -> None:
     plan = a_plan(tmp_path, "orchestration.stall_timeout_s=0.01")
     with pytest.raises(RoleFailed, match="node 0 of the consumer did not start"):
         meet(assignment(plan), 1, 2)
+
+
+def test_the_hook_that_cancels_the_roles_can_be_called_as_a_worker_calls_it() -> None:
+    """A worker whose run was killed calls by keyword, the engine of a run that failed by position."""
+    for hook in online_disagg_training.on_crashed_hooks:
+        inspect.signature(hook).bind(flow=online_disagg_training, flow_run=None, state=None)
