@@ -30,17 +30,28 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
-def _without_password(url: str | None) -> str | None:
-    if url and urlsplit(url).password:
+def _without_password(url: str) -> str:
+    if urlsplit(url).password:
         raise ValueError(
-            "a password must not stand in the run document, which is stored with the run; "
-            "set DRAFTLINE_REDIS_PASSWORD on the machines instead"
+            "a password was found, and must not stand in the run document, which is stored with the run; set it on "
+            "the machines instead: DRAFTLINE_REDIS_PASSWORD for the channel, the storage client's own variables else"
+        )
+    return url
+
+
+def _channel_of_every_attempt(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss") or parts.query:
+        raise ValueError(
+            f"expected redis://host:port/db or rediss://..., found {url!r}: every attempt gets a channel of its own "
+            "there, or in the run's directory without a url"
         )
     return url
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-SecretFreeUrl = Annotated[str | None, AfterValidator(_without_password)]
+SecretFreeUrl = Annotated[str, AfterValidator(_without_password)]
+ChannelUrl = Annotated[SecretFreeUrl, AfterValidator(_channel_of_every_attempt)]
 RunName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
 
@@ -79,7 +90,9 @@ class TargetSection(Section):
     aux_layers: tuple[int, int, int] | None = Field(
         None, description="Decoder layers (0-based) whose outputs are captured; by default chosen from the depth."
     )
-    server_urls: tuple[str, ...] = Field((), description="SGLang servers that run already; empty: start our own.")
+    server_urls: tuple[SecretFreeUrl, ...] = Field(
+        (), description="SGLang servers that run already; empty: start our own."
+    )
     servers: int = Field(1, ge=1, description="How many SGLang servers to start when none are given.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one SGLang server that we start.")
     server_args: tuple[str, ...] = Field((), description="Further arguments for the SGLang servers that we start.")
@@ -91,8 +104,13 @@ class TargetSection(Section):
 
     @model_validator(mode="after")
     def _servers_need_sglang(self) -> TargetSection:
-        if self.backend != "sglang" and (self.server_urls or self.server_args):
-            raise ValueError("server_urls and server_args take effect with backend: sglang only")
+        ours = {"servers": self.servers != 1, "tensor_parallel": self.tensor_parallel != 1}
+        ours["server_args"] = bool(self.server_args)
+        found = [name for name, given in {"server_urls": bool(self.server_urls), **ours}.items() if given]
+        if self.backend != "sglang" and found:
+            raise ValueError(f"expected backend: sglang where servers are described, found {', '.join(found)}")
+        if self.server_urls and len(found) > 1:
+            raise ValueError(f"expected server_urls, or how to start servers of our own, found {', '.join(found)}")
         return self
 
 
@@ -125,6 +143,14 @@ class DraftSection(Section):
     vocab_sample: int = Field(
         512, ge=1, description="Prompts whose continuations are counted for the vocabulary map when generating."
     )
+
+    @model_validator(mode="after")
+    def _sizes_come_with_init_from(self) -> DraftSection:
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm")
+        found = [name for name, value in self if name in sizes and value]
+        if self.init_from is not None and found:
+            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
+        return self
 
 
 class GenerateSection(Section):
@@ -178,8 +204,8 @@ class StoreSection(Section):
     mode: Literal["managed", "external"] = Field("managed", description="Start master and owner, or use running ones.")
     capacity: Bytes = Field(4 * 1024**3, description="Memory of the owner, in bytes or as 4GiB.")
     protocol: Literal["tcp", "rdma"] = Field("tcp", description="Transport of sample data.")
-    master_address: str | None = Field(None, description="host:port of a running master (external), or to bind.")
-    metrics_address: str | None = Field(None, description="host:port of the master's metrics (external).")
+    master_address: str | None = Field(None, description="host:port of the running master (external).")
+    metrics_address: str | None = Field(None, description="host:port of the running master's metrics (external).")
     checksum: bool = Field(True, description="CRC-32 of every sample.")
     put_timeout_s: float = Field(300.0, gt=0, description="A put into a full store waits this long.")
 
@@ -187,13 +213,15 @@ class StoreSection(Section):
     def _external_needs_addresses(self) -> StoreSection:
         if self.mode == "external" and not (self.master_address and self.metrics_address):
             raise ValueError("mode: external needs master_address and metrics_address (host:port each)")
+        if self.mode == "managed" and (self.master_address or self.metrics_address):
+            raise ValueError("expected no addresses with mode: managed, whose ports are free ones, found some")
         return self
 
 
 class ChannelSection(Section):
     """The reference channel."""
 
-    url: SecretFreeUrl = Field(
+    url: ChannelUrl | None = Field(
         None, description="redis://host:port/db or rediss://...; by default files in the run's directory."
     )
     idle_timeout_s: float = Field(600.0, gt=0, description="Without progress of the other side for this long: stalled.")
@@ -233,7 +261,9 @@ class EvaluationSection(Section):
 class ArchiveSection(Section):
     """Where the results go."""
 
-    url: str | None = Field(None, description="Directory or fsspec URL; default: archive/ under DRAFTLINE_HOME.")
+    url: SecretFreeUrl | None = Field(
+        None, description="Directory or fsspec URL; default: archive/ under DRAFTLINE_HOME."
+    )
     keep: int = Field(2, ge=1, description="Checkpoints kept in the run's directory and archived.")
 
 

@@ -60,6 +60,13 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         (MINIMAL | {"channel": {"url": "redis://u:secret@h/0"}}, [], "DRAFTLINE_REDIS_PASSWORD"),
         (MINIMAL | {"store": {"mode": "external"}}, [], "external needs master_address"),
         (MINIMAL | {"run": {"name": "../../etc"}}, [], "run.name"),
+        (MINIMAL | {"archive": {"url": "sftp://u:secret@h/a"}}, [], "archive.url: a password was found"),
+        (MINIMAL | {"channel": {"url": "file:/mnt/channel"}}, [], "channel.url: expected redis://"),
+        (MINIMAL | {"channel": {"url": "redis://h/0?channel=x"}}, [], "every attempt gets a channel of its own"),
+        (MINIMAL | {"store": {"master_address": "h:1"}}, [], "store: expected no addresses with mode: managed"),
+        (MINIMAL | {"draft": {"init_from": "./d", "fc_norm": True}}, [], "no sizes beside init_from.*found fc_norm"),
+        (MINIMAL, ["target.servers=2"], "target: expected backend: sglang.*found servers"),
+        (MINIMAL, ["target.backend=sglang", "target.server_urls=[http://h]", "target.servers=2"], "found server_urls"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, document: object, overrides: list[str], complaint: str) -> None:
