@@ -22,7 +22,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""A plain name: as the name of a file or directory it stays where it is put."""
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -71,7 +72,7 @@ class RunDir:
         Raises:
             ValueError: `run_id` is not a plain name, so its directory could lie elsewhere.
         """
-        if not _NAME.match(run_id):
+        if not re.fullmatch(NAME_PATTERN, run_id):
             raise ValueError(f"expected a run id of letters, digits, '.', '_' and '-', found {run_id!r}")
         return cls(runs / run_id)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_le
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.plan import RunPlan
-from disagg_core.run_dir import write_atomically
+from disagg_core.run_dir import NAME_PATTERN, write_atomically
 from disagg_core.target_facts import is_local
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ PROMPTS_FILE = "prompts.jsonl"
 PROGRESS_FILE = "progress.json"
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class EvaluationRequest(BaseModel):
@@ -61,7 +62,12 @@ class EvaluationRequest(BaseModel):
 
 
 def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]:
-    """Measure the draft in `checkpoint` on the run's held-out prompts, as `evaluate_drafts` does for one draft."""
+    """Measure the draft in `checkpoint` on the run's held-out prompts, as `evaluate_drafts` does for one draft.
+
+    Raises:
+        BadInput: `name` is not a plain name; otherwise as `evaluate_drafts`.
+    """
+    result_file(plan, name)
     return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),)))[0]
 
 
@@ -72,6 +78,7 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
         PromptError, BadInput, TargetUnavailable, EvaluationFailed: see `read_prompts` and `measure_on_server`.
     """
     section, target = plan.spec.evaluation, plan.spec.target
+    output = result_file(plan, name)
     result = measure_on_server(
         url,
         read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts),
@@ -79,7 +86,18 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
         concurrency=target.server_concurrency,
         timeout_s=target.request_timeout_s,
     )
-    return _write_result(plan.dir.evaluation / f"{name}.json", result, {"server": url})
+    return _write_result(output, result, {"server": url})
+
+
+def result_file(plan: RunPlan, name: str) -> Path:
+    """Return the file of the result called `name`.
+
+    Raises:
+        BadInput: it is not a plain name, so its file could lie elsewhere.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise BadInput(f"expected a name of letters, digits, '.', '_' and '-' for the result, found {name!r}")
+    return plan.dir.evaluation / f"{name}.json"
 
 
 def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
@@ -115,7 +133,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
             progress=report,
         )
         logger.info("%s: accept length %.3f over %d passes", name, result.accept_length, result.target_passes)
-        output = request.outputs.get(name, plan.dir.evaluation / f"{name}.json")
+        output = request.outputs.get(name, result_file(plan, name))
         results.append(_write_result(output, result, {"checkpoint": str(checkpoint)}))
     progress.flush()
     return results

@@ -47,7 +47,10 @@ def measure_on_server(
     accepted: list[list[int]] = []
     outputs: list[list[int]] = []
     drafted = 1
-    with httpx.Client(base_url=url, timeout=timeout_s) as client, ThreadPoolExecutor(concurrency) as pool:
+    with (
+        httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
         replies = pool.map(lambda prompt: _generate(client, prompt, max_new_tokens), prompts)
         for number, reply in enumerate(replies, start=1):
             counts, proposed = _read_counters(reply, url)

@@ -14,8 +14,15 @@ from transformers import LlamaForCausalLM
 
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
 from disagg_core.drafts.export import export_draft
-from disagg_core.errors import IncompatibleDraft, PromptError
-from disagg_core.evaluation.role import EvaluationRequest, main, read_draft, read_prompts, run_evaluation
+from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
+from disagg_core.evaluation.role import (
+    EvaluationRequest,
+    main,
+    read_draft,
+    read_prompts,
+    run_evaluation,
+    run_server_evaluation,
+)
 from disagg_core.plan import RunPlan
 from disagg_core.run_spec import RunSpec
 from disagg_core.target_facts import read_target_facts
@@ -160,6 +167,13 @@ def test_a_request_that_cannot_be_met_ends_the_process_with_its_reason(
 def test_a_result_cannot_go_to_an_unknown_name(plan: RunPlan) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint is called \['afer'\]"):
         EvaluationRequest(plan=plan, checkpoints=(("after", Path("x")),), outputs={"afer": Path("y")})
+
+
+def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
+    with pytest.raises(BadInput, match=r"found '\.\./\.\./run'"):
+        run_server_evaluation(plan, "http://127.0.0.1:9", "../../run")
+    with pytest.raises(BadInput, match="expected a name of letters"):
+        run_evaluation(plan, plan.dir.checkpoints / "step-0", "")
 
 
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
