@@ -132,7 +132,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         pad_token_id=text.pad_token_id,
         dtype=dtype,
         aux_layers=aux,
-        version=target_version(target, config.to_dict()),
+        version=target_version(target, config.to_dict(), commit=getattr(config, "_commit_hash", None)),
     )
 
 
@@ -159,11 +159,11 @@ def load_target_config(target: TargetSection) -> Any:
         ) from error
 
 
-def target_version(target: TargetSection, config: dict[str, Any]) -> str:
+def target_version(target: TargetSection, config: dict[str, Any], *, commit: str | None = None) -> str:
     """Return the fingerprint of a target's revision: a hash over its config and the index of its weights.
 
     For a directory the index is the name and size of each weight file, with header, first and last megabyte of each
-    safetensors file; for a hub model it is the revision.
+    safetensors file; for a hub model it is the `commit` that the config came from, or the revision that was asked for.
     """
     digest = hashlib.sha256()
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
@@ -171,7 +171,7 @@ def target_version(target: TargetSection, config: dict[str, Any]) -> str:
     if is_local(target.model):
         _add_weights(digest, Path(target.model).expanduser())
     else:
-        digest.update(f"{target.model}@{target.revision or config.get('_commit_hash') or 'main'}".encode())
+        digest.update(f"{target.model}@{commit or target.revision or 'main'}".encode())
     return digest.hexdigest()[:16]
 
 
