@@ -53,10 +53,9 @@ class Reclaimer:
             StoreUnavailable: there are too many parked keys already, so the store has been away for long.
         """
         with self._changed:
-            if len(self._due) + len(keys) > MOST_PARKED:
-                raise StoreUnavailable(
-                    f"{len(self._due)} removals are parked already; the store has been away too long"
-                )
+            parked = len(self._due) + self._in_hand
+            if parked + len(keys) > MOST_PARKED:
+                raise StoreUnavailable(f"{parked} removals are parked already; the store has been away too long")
             now = time.monotonic()
             for key in keys:
                 heapq.heappush(self._due, (now, next(self._order), key, FIRST_PAUSE_S, doubtful))
