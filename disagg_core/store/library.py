@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 """Set before the first import unless the machine says otherwise: quiet, pooled, and no call takes over 10 seconds."""
 
-_SYSTEM_LIBRARIES = {"ibverbs": "libibverbs1", "numa": "libnuma1", "rdmacm": "librdmacm1"}
+_SYSTEM_LIBRARIES = {"ibverbs": "libibverbs1", "numa": "libnuma1", "curl": "libcurl4"}
 _INSTALL_WHEEL = "pip install 'draftline[cpu]' (or [cuda12], [cuda13] on a GPU machine)"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
 from disagg_core.plan import StoreEndpoints
-from disagg_core.processes import check_port, free_ports, spawn
+from disagg_core.processes import check_port, describe_exit, free_ports, spawn, tail
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.library import master_binary, require_mooncake
 from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
@@ -58,8 +57,8 @@ class ServiceProcess:
         code = self.process.poll()
         if code is not None:
             raise StoreUnavailable(
-                f"{self.name} (pid {self.process.pid}) ended with status {code}; the end of {self.log_file}:\n"
-                + "\n".join(self.log_file.read_text(errors="replace").splitlines()[-8:])
+                f"{self.name} (pid {self.process.pid}) ended with {describe_exit(code)}; the end of {self.log_file}:\n"
+                + tail(self.log_file, 8)
             )
 
     def stop(self) -> None:
@@ -283,7 +282,8 @@ def _wait_for_owners(services: StoreServices, files: Sequence[Path], share: int,
             said = time.monotonic()
             progress(_how_far(statuses, share * len(files)))
         if time.monotonic() >= deadline:
-            raise StoreUnavailable(f"the store's owners did not get ready in time: {_how_far(statuses, share)}")
+            far = _how_far(statuses, share * len(files))
+            raise StoreUnavailable(f"the store's owners did not get ready in time: {far}")
         pause.wait(POLL_S)
 
 
@@ -309,9 +309,8 @@ def _master_command(host: str, rpc_port: int, metrics_port: int, client_ttl_s: i
 
 
 def _owner_command(master_address: str, capacity: int, host: str, protocol: str, status: Path) -> list[str]:
-    python = sys.executable or shutil.which("python3") or "python3"
     return [
-        python, "-m", "disagg_core.store.owner",
+        sys.executable, "-m", "disagg_core.store.owner",
         "--master", master_address,
         "--capacity", str(capacity),
         "--host", host,
