@@ -10,7 +10,6 @@ import contextlib
 import logging
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -44,10 +43,13 @@ _log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Remembers SIGTERM and passes it on; a second one changes nothing."""
+    """Remembers SIGTERM and passes it on; a second one changes nothing.
+
+    A plain flag: a handler that takes a lock, as an event's does, may wait for the very thread that it interrupts.
+    """
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._asked = False
         self._loader: FeatureDataLoader | None = None
 
     def install(self) -> None:
@@ -56,24 +58,24 @@ class StopSignal:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._asked.set()
+        self._asked = True
         if self._loader is not None:
             self._loader.request_stop()
 
     def forward_to(self, loader: FeatureDataLoader) -> None:
         """Stop `loader` when asked; at once if that was before."""
         self._loader = loader
-        if self._asked.is_set():
+        if self._asked:
             loader.request_stop()
 
     def check(self) -> None:
         """Raise `Preempted` if the process was asked to stop: for the time before training."""
-        if self._asked.is_set():
+        if self._asked:
             raise Preempted("asked to stop before training began; the next attempt starts where this one would have")
 
     def wait(self, seconds: float) -> None:
-        """Wait for `seconds`, or until asked to stop, and then raise `Preempted`."""
-        self._asked.wait(seconds)
+        """Wait for `seconds`; raise `Preempted` if the process was asked to stop."""
+        time.sleep(seconds)
         self.check()
 
 
@@ -120,7 +122,7 @@ def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseExceptio
             note = read_outcome(_outcome_path(state, rank))
             if note is not None and note.failure_class not in (None, "bug"):
                 return RoleFailed(f"rank {rank}: {note.message}", note.failure_class)
-        threading.Event().wait(0.2)
+        time.sleep(POLL_S)
     return error
 
 
