@@ -36,6 +36,8 @@ class Accounting(BaseModel):
                 "published = trained + quarantined + unused does not hold: "
                 f"{self.published} != {self.trained} + {self.quarantined} + {self.unused}"
             )
+        if self.unused < 0:
+            found.append(f"more samples were trained and quarantined than published, by {-self.unused}")
         if self.store_keys_left:
             found.append(f"{self.store_keys_left} samples were left in the store, expected 0")
         return found

@@ -59,6 +59,7 @@ def test_a_sound_run_adds_up() -> None:
         ({"prompts": 11}, r"11 != 9 \+ 1"),
         ({"trained": 7}, r"9 != 7 \+ 1 \+ 0"),
         ({"store_keys_left": 2}, "2 samples were left"),
+        ({"trained": 12, "unused": -4}, "more samples .* than published, by 4"),
     ],
 )
 def test_a_missing_sample_is_an_error_with_its_numbers(change: dict[str, int], complaint: str) -> None:
