@@ -9,7 +9,11 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }
 
 accelerator() {
-    if [ -n "${DRAFTLINE_ACCELERATOR:-}" ]; then echo "$DRAFTLINE_ACCELERATOR"; return; fi
+    case "${DRAFTLINE_ACCELERATOR:-}" in
+        "") ;;
+        cpu | cuda12 | cuda13) echo "$DRAFTLINE_ACCELERATOR"; return ;;
+        *) fail "DRAFTLINE_ACCELERATOR: expected cpu, cuda12 or cuda13, found $DRAFTLINE_ACCELERATOR" ;;
+    esac
     local major
     major=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\)\..*/\1/p' | head -n 1)
     case "$major" in
@@ -101,7 +105,7 @@ install_packages() {
 }
 
 main() {
-    local variant stamp
+    local variant stamp python
     variant=$(accelerator)
     stamp=$({ cat pyproject.toml infra/constraints.txt infra/setup.sh; echo "$variant $PWD"; } | sha256sum)
     if [ "$(cat .venv/draftline.stamp 2>/dev/null)" = "$stamp" ]; then return; fi
@@ -109,7 +113,8 @@ main() {
     exec 9>.venv/setup.lock
     flock 9
     if [ "$(cat .venv/draftline.stamp 2>/dev/null)" = "$stamp" ]; then return; fi
-    install_packages "$(find_python)" "$variant,trackers,dev"
+    python=$(find_python)  # by itself: a failure inside an argument would not end the script
+    install_packages "$python" "$variant,trackers,dev"
     install_libraries
     .venv/bin/python -c 'import mooncake.store' 2>.venv/mooncake.log ||
         fail "Mooncake does not load: $(tail -n 1 .venv/mooncake.log)"
