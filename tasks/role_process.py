@@ -7,6 +7,7 @@ time to save its state when the run is cancelled.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -29,6 +30,10 @@ STOP_GRACE_S = 25.0
 """Time for a role to save its state after SIGTERM; Prefect kills the flow run itself 30 s after a cancellation."""
 
 _ARTIFACT_INTERVAL_S = 5.0
+
+LEAN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "100000000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""Environment of the role trees, unless it is set already. Batches of ever new shapes otherwise leave a CPU trainer with
+fragmented heaps and a compiled kernel for each shape: 1,180 MB instead of 690 after 100 steps of the demo."""
 
 
 def write_assignment(assignment: RoleAssignment, role: str) -> Path:
@@ -87,7 +92,7 @@ def run_evaluation_process(command: list[str], log: Path) -> None:
 
 def _run_tree(command: list[str], log: Path, every_second: Callable[[], None]) -> int:
     """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises."""
-    process = spawn(command, log)
+    process = spawn(command, log, environment={**LEAN_MEMORY, **os.environ})
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
