@@ -25,7 +25,6 @@ class _Circuit:
     relapses: int = 0
     open_until: float = 0.0
     in_flight: int = 0
-    successes: int = 0
     failures: int = 0
     last_reason: str = ""
     events: list[str] = field(default_factory=list)
@@ -38,7 +37,6 @@ class CircuitReport:
     name: str
     state: CircuitState
     in_flight: int
-    successes: int
     failures: int
     last_reason: str
     events: tuple[str, ...]
@@ -88,7 +86,6 @@ class CircuitBreakers:
         """End a request that the server answered, also with a complaint about the prompt."""
         circuit = self._circuits[name]
         circuit.in_flight -= 1
-        circuit.successes += 1
         circuit.failures_in_row = 0
         if circuit.state != "closed" and not math.isinf(circuit.open_until):
             circuit.state = "closed"
@@ -129,7 +126,6 @@ class CircuitBreakers:
                 name=name,
                 state=circuit.state,
                 in_flight=circuit.in_flight,
-                successes=circuit.successes,
                 failures=circuit.failures,
                 last_reason=circuit.last_reason,
                 events=tuple(circuit.events),

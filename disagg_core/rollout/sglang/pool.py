@@ -35,6 +35,7 @@ class PoolMember:
     client: SglangClient
     managed: ManagedServer | None = None
     restarts: int = 0
+    captured: int = 0
     checked: threading.Event = field(default_factory=threading.Event)  # its first start is decided
     suspect: threading.Event = field(default_factory=threading.Event)
     refused: TargetError | None = None
@@ -133,10 +134,11 @@ class ServerPool:
                     return self._members[name].client
                 self._changed.wait(_POLL_S)
 
-    def succeeded(self, name: str) -> None:
-        """End a request that was answered."""
+    def succeeded(self, name: str, *, captured: bool) -> None:
+        """End a request that was answered, with a sample (`captured`), a continuation, or a refusal of the prompt."""
         with self._changed:
             self._breakers.succeeded(name)
+            self._members[name].captured += captured
             self._changed.notify_all()
 
     def failed(self, name: str, reason: str) -> None:
@@ -154,7 +156,7 @@ class ServerPool:
             ServerHealth(
                 name=report.name,
                 state=report.state,
-                captured=report.successes,
+                captured=self._members[report.name].captured,
                 failures=report.failures,
                 restarts=self._members[report.name].restarts,
                 queue_depth=report.in_flight,

@@ -243,7 +243,7 @@ class SGLangTarget:
             self._check_task(task)
             outcome = work()
         except PromptRefused as refused:
-            pool.succeeded(client.name)
+            pool.succeeded(client.name, captured=False)
             return Failed(task, str(refused), retryable=refused.retryable, server=client.name)
         except (ServerFailure, TargetError) as error:
             pool.failed(client.name, str(error))
@@ -254,7 +254,7 @@ class SGLangTarget:
         except BaseException:
             pool.failed(client.name, "the request was broken off here")
             raise
-        pool.succeeded(client.name)
+        pool.succeeded(client.name, captured=isinstance(outcome, Stored))
         return outcome
 
     def _check_task(self, task: PromptTask) -> None:

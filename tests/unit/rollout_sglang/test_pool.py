@@ -90,13 +90,13 @@ def test_places_are_bounded_and_given_back(scripted: Callable[[], Any], pool_of:
     pool = pool_of([scripted()], place_timeout_s=0.2)
     pool.start()
     first = pool.acquire(frozenset())
-    pool.succeeded(first.name)  # on probation at first: one at a time
+    pool.succeeded(first.name, captured=True)  # on probation at first: one at a time
     pool.acquire(frozenset())
     pool.acquire(frozenset())
 
     with pytest.raises(TargetUnavailable, match="no SGLang server had a place"):
         pool.acquire(frozenset())
-    pool.succeeded(first.name)
+    pool.succeeded(first.name, captured=True)
     assert pool.acquire(frozenset()).name == "server-0"
 
 

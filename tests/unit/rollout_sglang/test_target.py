@@ -273,6 +273,7 @@ def test_the_continuation_is_captured_with_the_prompt_and_only_it_is_live(
     assert orders[0].num_tokens == 9
     assert isinstance(full, Failed)
     assert full.reason == "no room for a continuation after 16 tokens"
+    assert target.health()[0].captured == 1, "a continuation and a refusal are no samples"
 
 
 def test_a_prepared_target_takes_a_new_identity_and_starts_nothing(
