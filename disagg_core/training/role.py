@@ -168,34 +168,43 @@ def _wait_for_vocab_map(
 ) -> VocabMap:
     """Return the run's vocabulary map as soon as the producer has written it.
 
+    A target that continues prompts to count their tokens may take long: only a producer that makes no progress is
+    given up. Rank 0 judges that; the others are stopped with it.
+
     Raises:
         ProducerFailed: the producer failed before it wrote one.
-        ChannelStalled: there is none after the stall timeout.
+        ChannelStalled: the producer made no progress for the stall timeout.
     """
     path = assignment.plan.dir.vocab_map
     limit_s = assignment.plan.spec.orchestration.stall_timeout_s
-    deadline = time.monotonic() + limit_s
+    seen, since = 0, time.monotonic()
     while not path.is_file():
         if progress is not None:
             progress.update(phase="waiting for the vocabulary map", step=0)
-        if channel is not None:
-            _check_producer(channel, path)
-        if time.monotonic() > deadline:
+        if channel is not None and (done := _producer_progress(channel, path)) != seen:
+            seen, since = done, time.monotonic()
+        if channel is not None and time.monotonic() - since > limit_s:
             raise ChannelStalled(
-                f"expected the producer to write {path} within {limit_s:g} s (orchestration.stall_timeout_s), "
-                "found nothing; see the producer's log"
+                f"expected the producer to get on towards {path} within {limit_s:g} s (orchestration.stall_timeout_s): "
+                f"{channel.writer_status().describe()}; see its log"
             )
         stop.wait(POLL_S)
     return VocabMap.load(path)
 
 
-def _check_producer(channel: StreamingRefChannel, awaited: Path) -> None:
-    """Raise if the stream has its end although `awaited`, which comes before its first reference, is not there."""
+def _producer_progress(channel: StreamingRefChannel, awaited: Path) -> int:
+    """Return a number that grows with the producer's progress.
+
+    Raises:
+        ProducerFailed, RoleFailed: the stream has its end although `awaited`, which comes before its first reference,
+            is not there.
+    """
     status = channel.writer_status()
     if status.terminal:
         channel.poll(1)  # raises ProducerFailed, with the failure's class, if that is how the stream ended
         if not awaited.is_file():
             raise RoleFailed(f"{status.describe()}, but {awaited} is not there; see the producer's log")
+    return status.claim.progress if status.claim is not None else 0
 
 
 def _build_draft(assignment: RoleAssignment, vocab_map: VocabMap, device: torch.device) -> tuple[Eagle3Draft, Tensor]:
