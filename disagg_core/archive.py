@@ -35,9 +35,11 @@ def archive_files(sources: dict[str, Path], url: str) -> Archive:
     """Copy `sources` (archive path to local file or directory) below `url` and write the manifest last.
 
     The manifest holds size and SHA-256 of every file as it was read while copying, so an archive without a manifest
-    is an unfinished one.
+    is an unfinished one: also while one that was there before is written anew.
     """
     filesystem, root = fsspec.core.url_to_fs(url)
+    if filesystem.exists(f"{root}/{MANIFEST}"):
+        filesystem.rm(f"{root}/{MANIFEST}")
     files: dict[str, dict[str, str | int]] = {}
     for name, path in sorted(_expand(sources)):
         target = f"{root}/{name}"

@@ -39,6 +39,20 @@ def test_damage_is_named(archive: Path, damage: str) -> None:
         verify_archive(str(archive))
 
 
+def test_an_archive_that_is_written_anew_is_unfinished_until_its_end(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        archive_files({"run.json": tmp_path / "run.json"}, str(archive))
+    monkeypatch.undo()
+    with pytest.raises(ArchiveDamaged, match="was not finished"):
+        verify_archive(str(archive))
+
+
 def test_it_goes_to_any_fsspec_url(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     made = archive_files({"run.json": tmp_path / "run.json"}, "memory://archive/run")
