@@ -23,6 +23,7 @@ from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.rollout.prompts.files import file_hash
 from disagg_core.rollout.prompts.source import PromptBatch, PromptSource, Rejection
 from disagg_core.rollout.target import Generated, Target
 from disagg_core.run_dir import write_atomically
@@ -86,11 +87,17 @@ def regenerate(
 
 
 def _origin(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> dict[str, Any]:
-    """Return what the continuations depend on."""
-    data = spec.data.model_dump(
-        mode="json", include={"prompts", "format", "max_tokens", "shuffle", "limit", "generate"}
-    )
-    return {"target": facts.version, "tokenizer": tokenizer, "seed": spec.run.seed, **data}
+    """Return what the continuations, and which prompt stands at which ordinal, depend on."""
+    named = {"prompts", "format", "holdout", "max_tokens", "epochs", "shuffle", "limit", "generate"}
+    prompts = Path(spec.data.prompts)
+    return {
+        "target": facts.version,
+        "tokenizer": tokenizer,
+        "seed": spec.run.seed,
+        "evaluation.prompts": spec.evaluation.prompts,  # so many are held out
+        **spec.data.model_dump(mode="json", include=named),
+        "content": file_hash(prompts) if prompts.is_file() else None,
+    }
 
 
 def _check_origin(out: Path, origin: dict[str, Any]) -> None:

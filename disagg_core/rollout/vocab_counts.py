@@ -15,6 +15,7 @@ from disagg_core.contracts import PromptTask
 from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.plan import RunPlan
+from disagg_core.rollout.prompts.files import file_hash
 from disagg_core.rollout.prompts.pool import PromptPool
 from disagg_core.rollout.target import Generated, Target
 
@@ -119,9 +120,6 @@ def _inputs_version(plan: RunPlan) -> str:
         str(plan.spec.draft.vocab_sample),
         str(plan.draft_vocab_size),
     )
-    digest = hashlib.sha256("\n".join(parts).encode())
     prompts = Path(plan.spec.data.prompts)
-    if prompts.is_file():
-        with prompts.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    content = file_hash(prompts) if prompts.is_file() else ""
+    return hashlib.sha256("\n".join((*parts, content)).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ only, through the seeded shuffle buffer of `datasets`; going on in the middle me
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ class JsonlFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:

@@ -57,6 +57,8 @@ def test_another_sampling_does_not_go_into_the_same_file(run):
     run("out.jsonl")
     with pytest.raises(BadInput, match="another generate"):
         run("out.jsonl", data={"generate": {"max_new_tokens": 5}})
+    with pytest.raises(BadInput, match=r"another evaluation\.prompts"):
+        run("out.jsonl", evaluation={"prompts": 3})
 
 
 def test_without_a_generate_section_it_says_what_is_missing(run):
