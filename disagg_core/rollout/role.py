@@ -198,7 +198,7 @@ def _assemble(
         max_sample_bytes=plan.max_sample_bytes,
         bytes_of=_sample_bytes(plan),
         unavailable_timeout_s=spec.target.unavailable_timeout_s,
-        on_tick=Reporter(assignment, metrics, progress, target, covered=source.covered),
+        on_tick=Reporter(assignment, metrics, progress, target, store, covered=source.covered),
     )
     return drive, target, source
 

@@ -15,6 +15,8 @@ from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompts.source import Rejection
 from disagg_core.rollout.target import Target
+from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.transfers import PUT_TROUBLE
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Reporter:
         metrics: JsonlMetrics,
         progress: ProgressFile,
         target: Target,
+        store: MooncakeFeatureStore,
         *,
         covered: int,
     ) -> None:
@@ -65,6 +68,7 @@ class Reporter:
         self._metrics = metrics
         self._progress = progress
         self._target = target
+        self._store = store
         self._written_at = time.monotonic()
 
     def __call__(self, state: DriveState, meter: RolloutMeter) -> None:
@@ -74,7 +78,7 @@ class Reporter:
         if now - self._written_at >= _METRICS_S or state.final:
             self._written_at = now
             fields = meter.interval()
-            servers = self._target.health()
+            servers, counters = self._target.health(), self._store.counters
             self._metrics.write(
                 attempt=self._attempt,
                 published=state.published,
@@ -82,6 +86,7 @@ class Reporter:
                 in_flight=state.in_flight,
                 queue_depth=sum(server.queue_depth for server in servers),
                 servers_usable=sum(server.state == "closed" for server in servers),
+                **{f"store_{name}": counters[name] for name in PUT_TROUBLE},
                 **fields,
             )
         rates = {name: fields[name] for name in ("samples_per_s", "tokens_per_s") if name in fields}

@@ -49,6 +49,10 @@ COUNTERS = (
     "failed_removals",
     "swept",
 )
+PUT_TROUBLE = ("put_retries", "full_answers", "full_wait_seconds", "failed_removals")
+"""What a producer's metrics show of the counters."""
+GET_TROUBLE = ("get_retries", "damaged_reads", "samples_lost", "failed_removals")
+"""What a trainer's metrics show of the counters."""
 
 
 class Counters:

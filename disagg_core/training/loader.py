@@ -28,6 +28,7 @@ from disagg_core.drafts.eagle3.batch import MaskMode
 from disagg_core.errors import ChannelError, FailureClass, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
 
 PREFETCH_BYTES = 4 * 1024**3
@@ -350,6 +351,12 @@ class FeatureDataLoader:
             return []
         messages = self._ranks.gather(_json_encoder.encode(window.given_up))
         return [item for message in messages for item in msgspec.json.decode(message, type=list[GivenUp])]
+
+    @property
+    def store_trouble(self) -> dict[str, int | float]:
+        """Retries, damaged and lost samples and failed removals of this rank's store client so far."""
+        counters = self._store.counters
+        return {name: counters[name] for name in GET_TROUBLE}
 
     @property
     def in_flight(self) -> int:

@@ -343,6 +343,7 @@ class Trainer:
             "data_wait_s": window.wait_s,
             "step_s": step_s,
             "in_flight": loader.in_flight,
+            **{f"store_{name}": count for name, count in loader.store_trouble.items()},
             "sample_age_s": window.oldest_age_s(time.time()),
             "trained": self.progress.samples,
             "quarantined": len(self.progress.quarantined),

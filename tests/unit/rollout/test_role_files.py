@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.observability.metrics import JsonlMetrics
+from disagg_core.observability.metrics import JsonlMetrics, read_metrics
 from disagg_core.observability.progress import ProgressFile, read_progress
 from disagg_core.plan import RoleAssignment, StoreEndpoints, make_plan
 from disagg_core.rollout.meter import RolloutMeter
@@ -12,6 +12,7 @@ from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.role_files import Reporter
 from disagg_core.rollout.target import ServerHealth
 from disagg_core.spec_file import load_spec
+from disagg_core.store.transfers import COUNTERS
 from disagg_core.target_facts import read_target_facts
 
 pytestmark = pytest.mark.unit
@@ -24,9 +25,20 @@ class Target:
         return [ServerHealth("local")]
 
 
-def state(published: int, rejected: int) -> DriveState:
+class Store:
+    counters = {name: number for number, name in enumerate(COUNTERS)}
+
+
+def state(published: int, rejected: int, *, final: bool = False) -> DriveState:
     return DriveState(
-        published=published, published_bytes=0, rejected=rejected, admitted=0, in_flight=0, blocked=False, blocked_s=0.0
+        published=published,
+        published_bytes=0,
+        rejected=rejected,
+        admitted=0,
+        in_flight=0,
+        blocked=False,
+        blocked_s=0.0,
+        final=final,
     )
 
 
@@ -37,7 +49,9 @@ def test_progress_counts_answered_prompts_up_to_the_total_with_those_of_earlier_
     assignment = RoleAssignment(plan=plan, attempt=2, store=endpoints)
     with JsonlMetrics(tmp_path / "rollout.jsonl") as metrics:
         progress = ProgressFile(tmp_path / "producer.json", interval_s=0.0)
-        report = Reporter(assignment, metrics, progress, Target(), covered=40)
-        report(state(published=5, rejected=1), RolloutMeter())
+        report = Reporter(assignment, metrics, progress, Target(), Store(), covered=40)
+        report(state(published=5, rejected=1, final=True), RolloutMeter())
     shown = read_progress(tmp_path / "producer.json")
     assert (shown["prompts"], shown["total_prompts"], shown["published"]) == (46, 100, 5)
+    (line,) = read_metrics(tmp_path / "rollout.jsonl")
+    assert line["store_put_retries"] == Store.counters["put_retries"]
