@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _MOST_COUNTED = 50_000
 """Prompts that are counted at most: more change no frequency that matters, and a run must not wait for them."""
 
 _REPORT_EVERY = 64
+_AWAY_PAUSE_S = 0.5
 
 
 def vocab_map_of(
@@ -39,16 +41,21 @@ def vocab_map_of(
 
     Raises:
         BadInput: the file on disk is damaged, or nothing was left to count.
-        TargetUnavailable: no server could continue the prompts.
+        TargetUnavailable: no server could continue the prompts for ``target.unavailable_timeout_s``.
     """
     if plan.dir.vocab_map.is_file():
         return VocabMap.load(plan.dir.vocab_map)
     generating = plan.spec.data.generate is not None
     limit = plan.spec.draft.vocab_sample if generating else _MOST_COUNTED
     total = limit if pool.end is None else min(limit, pool.end)
+    so_far = 0
+
+    def waiting() -> None:
+        progress(so_far, total)
 
     def samples() -> Iterator[tuple[Tensor, Tensor]]:
-        rows = itertools.islice(_continuations(plan, pool, target) if generating else _trained_tokens(pool), total)
+        rows = _continuations(plan, pool, target, waiting) if generating else _trained_tokens(pool)
+        rows = itertools.islice(rows, total)
         first = next(rows, None)
         if first is None:
             raise BadInput("vocabulary map: expected at least one usable prompt to count tokens of, found none")
@@ -56,6 +63,8 @@ def vocab_map_of(
             yield torch.tensor(tokens, dtype=torch.int64), torch.ones(len(tokens), dtype=torch.uint8)
 
     def report(counted: int) -> None:
+        nonlocal so_far
+        so_far = counted
         if counted % _REPORT_EVERY == 0 or counted == total:
             progress(counted, total)
 
@@ -86,28 +95,43 @@ def _trained_tokens(pool: PromptPool) -> Iterator[list[int]]:
         yield [token for token, live in zip(task.input_ids, task.loss_mask, strict=True) if live]
 
 
-def _continuations(plan: RunPlan, pool: PromptPool, target: Target) -> Iterator[list[int]]:
+def _continuations(plan: RunPlan, pool: PromptPool, target: Target, waiting: Callable[[], None]) -> Iterator[list[int]]:
     """Yield continuations by the target, in prompt order but for the order within a batch."""
     together = max(target.batch_size, target.concurrency)
     batch: list[PromptTask] = []
     for task in _tasks(pool):
         batch.append(task)
         if len(batch) == together:
-            yield from _generated(plan, target, batch)
+            yield from _generated(plan, target, batch, waiting)
             batch = []
     if batch:
-        yield from _generated(plan, target, batch)
+        yield from _generated(plan, target, batch, waiting)
 
 
-def _generated(plan: RunPlan, target: Target, batch: list[PromptTask]) -> Iterator[list[int]]:
-    try:
-        for outcome in target.generate(batch, avoid={}):
-            if isinstance(outcome, Generated):
-                yield outcome.tokens
-            else:
-                log.warning("prompt %d could not be continued: %s", outcome.task.ordinal, outcome.reason)
-    except TargetUnavailable as error:
-        raise TargetUnavailable(f"while counting for the vocabulary map of {plan.run_id}: {error}") from error
+def _generated(
+    plan: RunPlan, target: Target, batch: list[PromptTask], waiting: Callable[[], None]
+) -> Iterator[list[int]]:
+    """Yield the continuations of `batch`; wait for a target that is away, calling `waiting`, but not for ever."""
+    left = {task.ordinal: task for task in batch}
+    away_since: float | None = None
+    while left:
+        try:
+            for outcome in target.generate(list(left.values()), avoid={}):
+                away_since = None
+                del left[outcome.task.ordinal]
+                if isinstance(outcome, Generated):
+                    yield outcome.tokens
+                else:
+                    log.warning("prompt %d could not be continued: %s", outcome.task.ordinal, outcome.reason)
+        except TargetUnavailable as error:
+            now = time.monotonic()
+            away_since = now if away_since is None else away_since
+            if now - away_since >= plan.spec.target.unavailable_timeout_s:
+                raise TargetUnavailable(f"while counting for the vocabulary map of {plan.run_id}: {error}") from error
+            waiting()
+            time.sleep(_AWAY_PAUSE_S)
+        else:
+            return
 
 
 def _inputs_version(plan: RunPlan) -> str:

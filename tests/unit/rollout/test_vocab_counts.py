@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from disagg_core.contracts import PromptTask
-from disagg_core.errors import BadInput
+from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.plan import RunPlan, make_plan
+from disagg_core.rollout import vocab_counts as module
 from disagg_core.rollout.prompts.pool import GivenTasks
+from disagg_core.rollout.target import Generated
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts
@@ -69,6 +72,59 @@ def test_a_later_run_over_the_same_inputs_counts_nothing(tmp_path: Path, prompts
     prompts.write_text("other\n")
     other = vocab_map_of(a_plan(tmp_path, prompts, "other"), tasks([1, 2, 3, 4]), Untouched(), **arguments)
     assert other.target_ids.tolist() == [1, 2, 3, 4]
+
+
+class Away:
+    """A target that is away for the first calls, the second time in the middle of a batch."""
+
+    batch_size = 2
+    concurrency = 1
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.asked: list[list[int]] = []
+
+    def generate(self, batch: Sequence[PromptTask], *, avoid: object) -> Iterator[Generated]:
+        self.asked.append([task.ordinal for task in batch])
+        if len(self.asked) == 2:
+            yield Generated(batch[0], [5, 6])
+        if len(self.asked) <= self.calls:
+            raise TargetUnavailable("no server is usable at present")
+        for task in batch:
+            yield Generated(task, [7, 8])
+
+
+def a_generating_plan(folder: Path, prompts: Path, *overrides: str) -> RunPlan:
+    spec = load_spec(DEMO, ["draft.vocab_size=4", f"data.prompts={prompts}", *overrides])
+    return make_plan(spec, read_target_facts(spec.target), run_id="run", root=folder / "run", total_prompts=2)
+
+
+def test_a_target_that_is_away_for_a_moment_is_waited_for(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AWAY_PAUSE_S", 0.0)
+    target, seen = Away(calls=2), []
+    made = vocab_map_of(
+        a_generating_plan(tmp_path, prompts),
+        tasks([1], [2]),
+        target,
+        cache=tmp_path / "cache",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert target.asked == [[0, 1], [0, 1], [1]]
+    assert made.target_ids.tolist() == [5, 6, 7, 8]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_target_that_stays_away_ends_the_counting(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AWAY_PAUSE_S", 0.0)
+    plan = a_generating_plan(tmp_path, prompts, "target.unavailable_timeout_s=0.01")
+    with pytest.raises(TargetUnavailable, match="while counting for the vocabulary map of run: no server"):
+        vocab_map_of(
+            plan, tasks([1], [2]), Away(calls=10**6), cache=tmp_path / "cache", progress=lambda done, total: None
+        )
 
 
 def test_nothing_to_count_is_named(tmp_path: Path, prompts: Path) -> None:
