@@ -16,6 +16,7 @@ from disagg_core.errors import RoleFailed
 from disagg_core.outcomes import RoleOutcome
 from disagg_core.plan import RunPlan, StoreEndpoints
 from disagg_core.report import ServerFigures, TrainingFigures
+from disagg_core.store.master import MasterView
 from tasks.mooncake import sweep
 from tasks.roles import Role, RoleRun
 
@@ -43,15 +44,19 @@ async def verify_completion(
     Raises:
         AccountingError: the numbers do not add up, or samples were left in the store.
     """
+    evicted = MasterView(endpoints).health().evicted
+    if evicted:  # an alarm: what was evicted is captured again, but only we may free a sample
+        get_run_logger().error("the store has evicted %d objects, expected none", evicted)
     left = await sweep(plan, endpoints, f"{plan.run_id}/")
-    completion = complete(plan, attempt, _result(runs["producer"]), _result(runs["consumer"]), keys_left=left)
+    producer, consumer = _result(runs["producer"]), _result(runs["consumer"])
+    completion = complete(plan, attempt, producer, consumer, keys_left=left, evicted=evicted)
     get_run_logger().info("accounting: %s", completion.accounting)
     completion.accounting.check()
     return completion
 
 
 def complete(
-    plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int
+    plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int, evicted: int = 0
 ) -> Completion:
     """Put the figures of both roles together."""
     made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
@@ -77,7 +82,7 @@ def complete(
         ),
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
         first_checkpoint=plan.dir.checkpoints / "step-0",
-        store_counters={**made.store_counters, **trained.store_counters},
+        store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
         rejected_reasons=_rejected_reasons(plan.dir.attempt(attempt).state / "rejected.jsonl"),
         servers=made.servers,
     )
