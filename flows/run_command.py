@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import httpx
 from rich.console import Console
 
 from disagg_core.observability.progress import read_progress
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from flows.submission import RunState
 
 _POLL_S = 0.5
+_SERVER_AWAY_S = 300.0
 INTERRUPTED = 130
 
 
@@ -34,7 +37,8 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
     """
     check_run(spec, settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    was_up = local.find_platform(settings) is not None
+    stays = keep_up or local.find_platform(settings) is not None
+    flow_run_id: UUID | None = None
     try:
         platform = local.up(settings, console.print)
         from flows import submission
@@ -42,27 +46,54 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
         flow_run_id = submission.submit(spec)
         run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
         console.print(f"run {run_dir.root.name}: {platform.run_url(flow_run_id)}")
-        try:
-            state = _follow(flow_run_id, run_dir, console)
-        except KeyboardInterrupt:
-            console.print("interrupted: cancelling the run")
-            submission.cancel(flow_run_id)
-            return INTERRUPTED
-        stays = was_up or keep_up
+        state = _follow(flow_run_id, run_dir, console, lambda: local.require_server(settings, platform))
         return _sum_up(run_dir, state, platform.run_url(flow_run_id) + ("" if stays else " (draftline up)"), console)
+    except KeyboardInterrupt:
+        _end_uninterrupted()
+        console.print("interrupted: cancelling the run")
+        if flow_run_id is not None:
+            _cancel(flow_run_id, console)
+        return INTERRUPTED
     finally:
-        if not (was_up or keep_up):
+        if not stays:
+            _end_uninterrupted()
             local.down(settings, lambda _: None)
 
 
-def _follow(flow_run_id: UUID, run_dir: RunDir, console: Console) -> RunState:
-    """Show the progress of both roles until the run has ended; return its final state."""
+def _end_uninterrupted() -> None:
+    """Ignore signals until this process ends: a second Ctrl-C must not cut the teardown short."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _cancel(flow_run_id: UUID, console: Console) -> None:
+    from flows import submission
+
+    try:
+        submission.cancel(flow_run_id)
+    except httpx.HTTPError as error:
+        console.print(f"the Prefect server does not answer ({error}); draftline down stops what is left")
+
+
+def _follow(flow_run_id: UUID, run_dir: RunDir, console: Console, require_server: Callable[[], None]) -> RunState:
+    """Show the progress of both roles until the run has ended; return its final state.
+
+    Raises:
+        PlatformError: the server has ended, or has not answered for `_SERVER_AWAY_S`.
+    """
     from flows import submission
 
     plan: RunPlan | None = None
+    answered = time.monotonic()
     with Bars(console) if console.is_terminal else Lines(console) as view:
         while True:
             state = submission.read_state(flow_run_id)
+            if state is not submission.UNREACHABLE:
+                answered = time.monotonic()
+            else:
+                require_server()
+                if time.monotonic() - answered > _SERVER_AWAY_S:
+                    raise local.PlatformError(f"the Prefect server has not answered for {_SERVER_AWAY_S:.0f} s")
             if plan is None and run_dir.document.is_file():
                 plan = RunPlan.model_validate_json(run_dir.document.read_bytes())
             view.show(state.name, plan, *_role_states(run_dir))

@@ -52,6 +52,10 @@ def read_state(flow_run_id: UUID) -> RunState:
         return asyncio.run(_read_state(flow_run_id))
     except httpx.TransportError:
         return UNREACHABLE
+    except httpx.HTTPStatusError as error:
+        if error.response.is_server_error:
+            return UNREACHABLE
+        raise
 
 
 async def _read_state(flow_run_id: UUID) -> RunState:
@@ -63,7 +67,11 @@ async def _read_state(flow_run_id: UUID) -> RunState:
 
 
 def cancel(flow_run_id: UUID, timeout_s: float = 60.0) -> None:
-    """Cancel a run and wait up to `timeout_s` until it has ended."""
+    """Cancel a run and wait up to `timeout_s` until it has ended.
+
+    Raises:
+        httpx.HTTPError: the server does not answer.
+    """
     asyncio.run(_cancel(flow_run_id, timeout_s))
 
 
