@@ -8,8 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from disagg_core.errors import BadInput
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +43,14 @@ class Settings(BaseSettings):
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return this process's settings, read once."""
-    settings = Settings()
+    """Return this process's settings, read once.
+
+    Raises:
+        BadInput: an environment variable of ours has a value of the wrong type.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        wrong = (f"DRAFTLINE_{item['loc'][0]}".upper() + f": {item['msg']}" for item in error.errors())
+        raise BadInput("; ".join(wrong)) from None
     return settings.model_copy(update={"home": settings.home.expanduser().resolve()})

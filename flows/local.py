@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import httpx
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.errors import DraftlineError
+from disagg_core.errors import BadInput, DraftlineError, FailureClass
 from disagg_core.processes import check_port, free_port, tail
 from disagg_core.run_dir import write_atomically
 from disagg_core.settings import Settings
@@ -34,6 +35,8 @@ _STOP_TIMEOUT_S = 40.0
 
 class PlatformError(DraftlineError):
     """A process of the local platform did not start or ended; its log is named."""
+
+    failure_class: FailureClass = "preempted"
 
 
 class Member(BaseModel):
@@ -122,8 +125,9 @@ def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
     Raises:
         PlatformError: a process ended or was not ready in time; the message names its log.
         PortTaken: the port in DRAFTLINE_PREFECT_PORT is used by somebody else.
+        BadInput: nothing can be written into DRAFTLINE_HOME.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
+    _prepare_home(settings.home)
     platform = find_platform(settings)
     if platform is None:
         down(settings, say)  # workers whose server is gone: nothing else would remember them
@@ -170,6 +174,23 @@ def down(settings: Settings, say: Callable[[str], None]) -> bool:
     return stopped
 
 
+def require_server(settings: Settings, platform: LocalPlatform) -> None:
+    """Raise `PlatformError`, with the end of its log, if the Prefect server has ended."""
+    if not platform.alive("server"):
+        log = _log(settings, "server")
+        raise PlatformError(f"the Prefect server has ended; the end of {log}:\n{tail(log, 5)}")
+
+
+def _prepare_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise BadInput(
+            f"DRAFTLINE_HOME: nothing can be written into {home} ({error.strerror}); choose another directory"
+        ) from error
+
+
 def _cancel_runs(say: Callable[[str], None]) -> None:
     """Cancel what runs; a server that does not answer must not keep the processes from being stopped."""
     from flows.deployments import cancel_active_runs
@@ -210,11 +231,7 @@ def _start(settings: Settings, platform: LocalPlatform, name: str, command: list
 def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if not platform.alive("server"):
-            raise PlatformError(
-                f"the Prefect server ended while starting; see {_log(settings, 'server')}:\n"
-                f"{tail(_log(settings, 'server'), 5)}"
-            )
+        require_server(settings, platform)
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{platform.api_url}/ready", timeout=5, trust_env=False).status_code == httpx.codes.OK:
                 return

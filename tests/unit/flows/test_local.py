@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disagg_core.settings import Settings
+from disagg_core.errors import BadInput
+from disagg_core.settings import Settings, get_settings
 from flows import local
 
 pytestmark = pytest.mark.unit
@@ -48,3 +49,26 @@ def test_workers_whose_server_is_gone_are_stopped_even_if_they_do_not_listen(
     assert not psutil.pid_exists(stubborn.pid)
     assert not local.state_file(settings).exists()
     assert not local.down(settings, lambda _: None)
+
+
+def test_a_server_that_ended_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "server.log").write_text("database is full\n")
+    platform = local.LocalPlatform(host="127.0.0.1", port=1, members={})
+    with pytest.raises(local.PlatformError, match=r"the Prefect server has ended.*\n.*database is full"):
+        local.require_server(settings, platform)
+
+
+def test_a_home_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    with pytest.raises(BadInput, match=r"DRAFTLINE_HOME: nothing can be written into .*file .File exists"):
+        local.up(Settings(home=home), lambda _: None)
+
+
+def test_a_setting_of_the_wrong_type_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTLINE_PREFECT_PORT", "four")
+    get_settings.cache_clear()
+    with pytest.raises(BadInput, match="DRAFTLINE_PREFECT_PORT: Input should be a valid integer"):
+        get_settings()
