@@ -41,7 +41,6 @@ class Generation:
     length asked for, the count of the last pass is not, and a pass ends with an end-of-sequence token.
     """
 
-    draft_tokens: int
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
@@ -54,11 +53,6 @@ class Generation:
     def accept_length(self) -> float:
         """Tokens per target pass, 1 … k + 1; 1 if there was no pass."""
         return 1.0 + sum(self.accepted) / len(self.accepted) if self.accepted else 1.0
-
-    @property
-    def accepted_at(self) -> list[int]:
-        """For each draft position 1 … k, in how many passes its token was kept."""
-        return [sum(count > position for count in self.accepted) for position in range(self.draft_tokens)]
 
 
 def speculative_generate(
@@ -167,7 +161,7 @@ class _Decoder:
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[Generation]:
         runner = self._runner
-        generations = [Generation(self._draft_tokens) for _ in prompts]
+        generations = [Generation() for _ in prompts]
         step = runner.prefill(prompts)
         pending, _ = self._sampler.pick(step.logits[:, -1])
         chain = DraftChain(self._draft, self._sampler, prompts, step.aux, pending) if self._draft is not None else None
