@@ -14,7 +14,6 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run as runtime
 from prefect.states import Cancelling
 
-from disagg_core.errors import DraftlineError
 from disagg_core.plan import RoleAssignment
 from disagg_core.report import RunReport
 from disagg_core.run_spec import RunSpec
@@ -67,10 +66,11 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
             record.completion = await verify_completion(plan, outcome.attempt, endpoints, record.roles)
         record.evaluation = await evaluate_draft(plan, record.completion)
         record.archive = archive_run(plan, record.completion)
+        emit(plan, "archived", url=record.archive.url)
         judge_draft(plan, record.evaluation)
-    except DraftlineError as error:
+    except Exception as error:
         publish_report(plan, record.failed(error))
         emit(plan, "failed", reason=str(error))
         raise
-    emit(plan, "completed", archive=record.archive.url)
+    emit(plan, "completed", accept_length=record.evaluation.accept_length_after if record.evaluation else None)
     return publish_report(plan, record.completed())

@@ -58,21 +58,19 @@ async def verify_completion(
 def complete(
     plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int, evicted: int = 0
 ) -> Completion:
-    """Put the figures of both roles together."""
+    """Put the figures of both roles together. What the sweep found after the last step of `max_steps` was unused."""
     made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
     earlier = made.skipped
     stopped_early = trained.reason == "max_steps"
-    published = earlier + made.refs
-    unused = published - trained.samples - trained.quarantined if stopped_early else 0
     return Completion(
         accounting=Accounting(
             prompts=earlier + made.prompts,
             rejected=made.rejected,
-            published=published,
+            published=earlier + made.refs,
             trained=trained.samples,
             quarantined=trained.quarantined,
-            unused=unused,
-            store_keys_left=max(keys_left - unused, 0),
+            unused=keys_left if stopped_early else 0,
+            store_keys_left=0 if stopped_early else keys_left,
         ),
         training=TrainingFigures(
             steps=trained.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -31,12 +32,12 @@ class FeatureStoreServices:
             try:
                 if self._managed is not None:
                     self._managed.require_alive()  # the master counts on an owner that was killed for a minute more
-                probe_store(self._endpoints, self._plan.store_capacity)
+                await asyncio.to_thread(probe_store, self._endpoints, self._plan.store_capacity)
             except StoreError as error:
                 get_run_logger().warning("the feature store was lost and is started anew: %s", error)
                 self.stop()
         if self._endpoints is None:
-            self._endpoints = self._start(attempt)
+            self._endpoints = await asyncio.to_thread(self._start, attempt)  # faulting memory in may take minutes
         swept = await sweep(self._plan, self._endpoints, f"{self._plan.run_id}/")
         if swept:
             get_run_logger().warning("removed %d samples that an earlier attempt left behind", swept)
@@ -80,5 +81,8 @@ async def sweep(plan: RunPlan, endpoints: StoreEndpoints, prefix: str) -> int:
     """Remove every sample below `prefix` from the store and return how many there were."""
     from disagg_core.store import MooncakeFeatureStore
 
-    with MooncakeFeatureStore(endpoints, namespace=plan.run_id, host=get_settings().host) as store:
-        return store.sweep(prefix)
+    def remove() -> int:
+        with MooncakeFeatureStore(endpoints, namespace=plan.run_id, host=get_settings().host) as store:
+            return store.sweep(prefix)
+
+    return await asyncio.to_thread(remove)

@@ -22,6 +22,7 @@ from disagg_core.archive import Archive
 from disagg_core.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.errors import DraftlineError
 from disagg_core.observability.plots import plot_run
+from disagg_core.outcomes import classify
 from disagg_core.plan import RunPlan
 from disagg_core.report import (
     ArchiveFigures,
@@ -36,7 +37,7 @@ from tasks.completion import Completion
 from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
 
-Event = Literal["started", "attempt-failed", "completed", "archived", "failed"]
+Event = Literal["started", "attempt-failed", "archived", "completed", "failed"]
 
 
 def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> None:
@@ -96,9 +97,10 @@ class RunRecord:
         """Return the report of a run that did all its work."""
         return self._report("completed", None)
 
-    def failed(self, error: DraftlineError) -> RunReport:
+    def failed(self, error: Exception) -> RunReport:
         """Return the report of a run that ended with `error`, with all that was found out before it."""
-        return self._report("failed", Failure(failure_class=error.failure_class, message=str(error)))
+        message = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
+        return self._report("failed", Failure(failure_class=classify(error), message=message))
 
     def _report(self, state: Literal["completed", "failed"], failure: Failure | None) -> RunReport:
         done, archive = self.completion, self.archive

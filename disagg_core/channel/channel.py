@@ -220,6 +220,10 @@ class StreamingRefChannel:
         """References delivered so far, those acknowledged by an earlier reader of the attempt included."""
         return self._reader.delivered
 
+    def expect(self, identity: RunIdentity) -> None:
+        """Refuse, from now on, references that `identity` did not capture: for readers that learn it after opening."""
+        self._staleness.identity = identity
+
     @property
     def dropped(self) -> list[SampleRef]:
         """References left out because their draft was too old."""

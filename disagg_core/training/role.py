@@ -136,6 +136,8 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
             vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop)
             draft, lm_head = _build_draft(assignment, vocab_map, ranks.device)
             expected = plan.identity(assignment.attempt, vocab_map.version)
+            if channel is not None:
+                channel.expect(expected)
             store = stack.enter_context(open_store(assignment, expected))
             trainer, loader = build_disagg_online_consumer(
                 channel=channel,

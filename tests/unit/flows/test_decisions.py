@@ -120,6 +120,9 @@ def test_samples_beyond_the_last_step_are_unused_and_not_leaked(plan: RunPlan) -
     completion = complete(plan, 1, done(**PRODUCED), trained, keys_left=2)
     completion.accounting.check()
     assert completion.accounting.unused == 2
+    for found in (1, 3):
+        completion = complete(plan, 1, done(**PRODUCED), trained, keys_left=found)
+        assert "published = trained + quarantined + unused does not hold" in completion.accounting.problems()[0]
 
 
 def test_a_sample_that_nobody_trained_on_fails_the_run(plan: RunPlan) -> None:
