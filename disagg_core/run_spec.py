@@ -257,6 +257,12 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(64, ge=1, description="Tokens decoded per prompt.")
     min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
 
+    @model_validator(mode="after")
+    def _a_minimum_is_measured(self) -> EvaluationSection:
+        if self.min_accept_length is not None and not self.prompts:
+            raise ValueError("min_accept_length takes effect with evaluation.prompts above 0 only")
+        return self
+
 
 class ArchiveSection(Section):
     """Where the results go."""

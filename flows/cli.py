@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a run or a check failed, 2 something in the input is wrong
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -69,6 +70,17 @@ def down() -> None:
     from flows import local
 
     _say("stopped" if local.down(get_settings(), _say) else "nothing was running")
+
+
+@app.command()
+def register() -> None:
+    """Register pools, deployments and the zombie automation on the Prefect server in PREFECT_API_URL. Idempotent."""
+    if "PREFECT_API_URL" not in os.environ:
+        raise BadInput("PREFECT_API_URL is not set: expected the URL of a Prefect server's API; `draftline up` has one")
+    from flows.deployments import register
+
+    register()
+    _say(f"registered on {os.environ['PREFECT_API_URL']}")
 
 
 @app.command()

@@ -60,6 +60,7 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         (MINIMAL | {"channel": {"url": "redis://u:secret@h/0"}}, [], "DRAFTLINE_REDIS_PASSWORD"),
         (MINIMAL | {"store": {"mode": "external"}}, [], "external needs master_address"),
         (MINIMAL | {"run": {"name": "../../etc"}}, [], "run.name"),
+        (MINIMAL | {"evaluation": {"prompts": 0, "min_accept_length": 2}}, [], "evaluation.prompts above 0"),
         (MINIMAL | {"archive": {"url": "sftp://u:secret@h/a"}}, [], "archive.url: a password was found"),
         (MINIMAL | {"channel": {"url": "file:/mnt/channel"}}, [], "channel.url: expected redis://"),
         (MINIMAL | {"channel": {"url": "redis://h/0?channel=x"}}, [], "every attempt gets a channel of its own"),
