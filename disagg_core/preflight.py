@@ -19,7 +19,7 @@ from disagg_core.run_spec import RunSpec
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
-from disagg_core.target_facts import is_local, read_target_facts
+from disagg_core.target_facts import TargetFacts, is_local, read_target_facts
 
 
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
@@ -51,7 +51,7 @@ def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> R
     prompts = validate_prompts(spec, tokenizer, facts)
     run_id = run_id or f"{spec.run.name}-check"
     return make_plan(
-        spec,
+        _pinned(spec, facts),
         facts,
         run_id=run_id,
         root=RunDir.of(settings.runs_dir, run_id).root,
@@ -69,7 +69,7 @@ def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
     plan = check_run(spec, settings, run_id)
     if plan.dir.document.is_file():
         known = RunPlan.model_validate_json(plan.dir.document.read_bytes())
-        if known.spec != spec:
+        if known.spec != plan.spec:
             raise BadInput(f"run {run_id} exists with another spec in {plan.root}; choose another run.name")
     write_atomically(plan.dir.document, plan.model_dump_json(indent=2))
     if spec.evaluation.prompts:
@@ -77,6 +77,13 @@ def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
         lines = b"".join(msgspec.json.encode({"input_ids": ids}) + b"\n" for ids in held_out)
         write_atomically(plan.dir.evaluation / "prompts.jsonl", lines)
     return plan
+
+
+def _pinned(spec: RunSpec, facts: TargetFacts) -> RunSpec:
+    """Return `spec` with a hub model's revision fixed to the commit it is now, so that all roles load the same one."""
+    if facts.commit is None:
+        return spec
+    return spec.model_copy(update={"target": spec.target.model_copy(update={"revision": facts.commit})})
 
 
 def _check_weights(spec: RunSpec) -> None:

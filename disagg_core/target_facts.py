@@ -20,7 +20,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TargetFacts(BaseModel):
-    """The sizes of a target's text model and how it is captured."""
+    """The sizes of a target's text model and how it is captured; `commit` is the hub's, None for a directory."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,6 +43,7 @@ class TargetFacts(BaseModel):
     dtype: str
     aux_layers: tuple[int, int, int]
     version: str
+    commit: str | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -113,6 +114,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         raise TargetError(f"target.dtype: expected one of {sorted(_DTYPE_BYTES)}, found {dtype} in the model's config")
     layers = text.num_hidden_layers
     aux = check_aux_layers(target.aux_layers, layers) if target.aux_layers else default_aux_layers(layers)
+    commit = getattr(config, "_commit_hash", None)
     return TargetFacts(
         model=target.model,
         model_type=text.model_type,
@@ -132,7 +134,8 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         pad_token_id=text.pad_token_id,
         dtype=dtype,
         aux_layers=aux,
-        version=target_version(target, config.to_dict(), commit=getattr(config, "_commit_hash", None)),
+        version=target_version(target, config.to_dict(), commit=commit),
+        commit=commit,
     )
 
 
