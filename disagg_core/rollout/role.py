@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -23,7 +21,7 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
-from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, Preempted
+from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch
 from disagg_core.observability.metrics import JsonlMetrics
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
@@ -41,41 +39,13 @@ from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run_spec import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
+from disagg_core.stop_signal import StopSignal
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target_facts import TargetFacts
 
 log = logging.getLogger(__name__)
 
 _LEASES_PER_REQUEST = 4
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into an orderly end."""
-
-    def __init__(self) -> None:
-        self._drive: Drive | None = None
-        self._asked = ""
-
-    def install(self) -> None:
-        """Handle the signals from now on. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = f"the producer was asked to stop ({signal.Signals(number).name})"
-        if self._drive is not None:
-            self._drive.request_stop(self._asked)
-
-    def forward_to(self, drive: Drive) -> None:
-        """Stop `drive` when asked; at once if that was before."""
-        self._drive = drive
-        if self._asked:
-            drive.request_stop(self._asked)
-
-    def check(self) -> None:
-        """Raise `Preempted` if the process was asked to stop: for the time before the drive."""
-        if self._asked:
-            raise Preempted(self._asked)
 
 
 def run_producer(assignment: RoleAssignment, *, stop: StopSignal | None = None) -> StreamTotals:
@@ -91,7 +61,7 @@ def run_producer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
     outcome = assignment.dir.state / "producer-outcome.json"
     progress = ProgressFile(assignment.dir.state / "producer.json")
     try:
-        totals, result = _produce(assignment, progress, stop or StopSignal())
+        totals, result = _produce(assignment, progress, stop or StopSignal("producer"))
     except BaseException as error:
         log.exception("the producer failed")
         write_failure(outcome, started, error)
@@ -112,7 +82,7 @@ def _produce(
         with _failures_told(channel):
             store = stack.enter_context(open_store(assignment))
             drive, target, source = _assemble(assignment, channel, store, progress, stop, stack)
-            stop.forward_to(drive)
+            stop.forward_to(drive.request_stop)
         totals = drive()
         result: dict[str, Any] = {
             **msgspec.to_builtins(totals),
@@ -281,7 +251,7 @@ def _covered(path: Path) -> OrdinalSet:
 def main() -> int:
     """Run the role of the assignment file given as the only argument; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    stop = StopSignal()
+    stop = StopSignal("producer")
     stop.install()
     assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
     return exit_code_of(lambda: run_producer(assignment, stop=stop))

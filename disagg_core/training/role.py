@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 import torch
@@ -24,14 +22,14 @@ from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.target_parts import load_target_parts
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, Preempted, RoleFailed
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment
+from disagg_core.stop_signal import StopSignal
 from disagg_core.target_facts import TargetFacts
 from disagg_core.training.consumer import build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
 from disagg_core.training.trainer import StepObserver, TrainOutcome
 
@@ -40,43 +38,6 @@ PEER_NOTE_S = 5.0
 """How long rank 0 looks for another rank's note of its failure."""
 
 _log = logging.getLogger(__name__)
-
-
-class StopSignal:
-    """Remembers SIGTERM and passes it on; a second one changes nothing.
-
-    A plain flag: a handler that takes a lock, as an event's does, may wait for the very thread that it interrupts.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._loader: FeatureDataLoader | None = None
-
-    def install(self) -> None:
-        """Handle SIGTERM and SIGINT from now on. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._asked = True
-        if self._loader is not None:
-            self._loader.request_stop()
-
-    def forward_to(self, loader: FeatureDataLoader) -> None:
-        """Stop `loader` when asked; at once if that was before."""
-        self._loader = loader
-        if self._asked:
-            loader.request_stop()
-
-    def check(self) -> None:
-        """Raise `Preempted` if the process was asked to stop: for the time before training."""
-        if self._asked:
-            raise Preempted("asked to stop before training began; the next attempt starts where this one would have")
-
-    def wait(self, seconds: float) -> None:
-        """Wait for `seconds`; raise `Preempted` if the process was asked to stop."""
-        time.sleep(seconds)
-        self.check()
 
 
 def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) -> TrainOutcome:
@@ -90,7 +51,7 @@ def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
         DraftlineError: whatever else ended training; channel and outcome file say so too.
     """
     started = time.time()
-    stop = stop or StopSignal()
+    stop = stop or StopSignal("consumer")
     section = assignment.plan.spec.training
     if section.cpu_threads is not None:
         torch.set_num_threads(section.cpu_threads)
@@ -155,7 +116,7 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
                 identity=checkpoint_identity(assignment, vocab_map.version),
                 observer=_observers(assignment, progress) if ranks.is_first else None,
             )
-            stop.forward_to(loader)
+            stop.forward_to(lambda _: loader.request_stop())
         except BaseException as error:
             if channel is not None:
                 with contextlib.suppress(ChannelError):
@@ -281,7 +242,7 @@ def main(arguments: list[str]) -> int:
     """Run the role described by the JSON file named in `arguments`; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     assignment = RoleAssignment.model_validate_json(Path(arguments[0]).read_bytes())
-    stop = StopSignal()
+    stop = StopSignal("consumer")
     stop.install()
     return exit_code_of(lambda: run_consumer(assignment, stop=stop))
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # From the ground up. A room may import rooms of lower floors only, and itself.
 FLOORS = [
     {"errors", "contracts", "ordinals", "settings", "launch"},
-    {"run_dir", "run_spec", "outcomes", "accounting", "attempts", "processes"},
+    {"run_dir", "run_spec", "outcomes", "stop_signal", "accounting", "attempts", "processes"},
     {"target_facts", "spec_file", "report", "archive"},
     {"plan", "plan_view"},
     {"drafts", "channel", "store", "observability"},
