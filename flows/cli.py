@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from disagg_core.cli.channel import app as channel_app
 from disagg_core.cli.doctor import doctor
@@ -121,17 +122,13 @@ def main() -> None:
     except BadInput as error:
         if debug:
             raise
-        _console.print(f"[bold red]error:[/] {_plain(error)}")
+        _console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except DraftlineError as error:
         if debug:
             raise
-        _console.print(f"[bold red]failed[/] ({error.failure_class}): {_plain(error)}")
+        _console.print(f"[bold red]failed[/] ({error.failure_class}): {escape(str(error))}")
         sys.exit(1)
-
-
-def _plain(error: DraftlineError) -> str:
-    return str(error).replace("[", r"\[")
 
 
 if __name__ == "__main__":

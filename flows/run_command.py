@@ -10,6 +10,7 @@ from uuid import UUID
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
 from disagg_core.observability.progress import read_progress
 from disagg_core.plan import RunPlan, run_id_of
@@ -115,6 +116,6 @@ def _sum_up(run_dir: RunDir, state: RunState, ui: str, console: Console) -> int:
     if run_dir.report.is_file():
         console.print(summary(RunReport.model_validate_json(run_dir.report.read_bytes()), ui))
     else:
-        console.print(f"[bold red]{state.name}[/]: {state.message}".replace("[/]:", "[/]:", 1))
+        console.print(f"[bold red]{state.name}[/]: {escape(state.message)}")
         console.print(f"logs: {run_dir.root}/attempts/*/logs   UI: {ui}")
     return 0 if state.completed else 1

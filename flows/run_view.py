@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -133,7 +134,7 @@ def summary(report: RunReport, ui: str) -> Table:
         )
         table.add_row("lossless", "yes" if e.lossless else "[bold red]no[/]")
     if report.failure:
-        table.add_row(f"failed ({report.failure.failure_class})", report.failure.message.replace("[", r"\["))
+        table.add_row(f"failed ({report.failure.failure_class})", escape(report.failure.message))
     table.add_row("checkpoints", f"{report.run_dir}/checkpoints")
     if report.export:
         table.add_row("export", report.export)
