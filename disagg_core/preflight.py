@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from disagg_core.errors import BadInput, TargetError
+from disagg_core.channel.redis_address import RedisAddress, check_server
+from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
 from disagg_core.plan import RunPlan, make_plan
 from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.rollout.prompts.checks import heldout_prompts, validate_prompts
@@ -47,6 +48,8 @@ def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> R
     _check_weights(spec)
     if spec.store.mode == "managed":
         check_capacity(spec.store.capacity)
+    if spec.channel.url is not None:
+        RedisAddress.parse(spec.channel.url)
     tokenizer = load_tokenizer(spec.target)
     prompts = validate_prompts(spec, tokenizer, facts)
     run_id = run_id or f"{spec.run.name}-check"
@@ -58,6 +61,21 @@ def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> R
         total_prompts=prompts.total,
         tokenizer_version=tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template)),
     )
+
+
+def check_channel(spec: RunSpec, settings: Settings) -> None:
+    """Check that the channel's server answers this machine; for a run whose roles are all here.
+
+    Raises:
+        BadInput: it refuses us or does not answer.
+    """
+    url = spec.channel.url
+    if url is None:
+        return
+    try:
+        check_server(url, password=settings.redis_password, ca=settings.redis_ca if url.startswith("rediss:") else None)
+    except ChannelUnavailable as error:
+        raise BadInput(f"channel.url: {error}") from error
 
 
 def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:

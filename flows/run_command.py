@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from disagg_core.observability.progress import read_progress
 from disagg_core.plan import RunPlan, run_id_of
-from disagg_core.preflight import check_run
+from disagg_core.preflight import check_channel, check_run
 from disagg_core.report import RunReport
 from disagg_core.run_dir import RunDir
 from disagg_core.run_spec import RunSpec
@@ -37,6 +37,7 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
         BadInput: something in the spec or its files is wrong; nothing was started.
     """
     check_run(spec, settings)
+    check_channel(spec, settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stays = keep_up or local.find_platform(settings) is not None
     flow_run_id: UUID | None = None

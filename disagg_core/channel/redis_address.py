@@ -99,6 +99,21 @@ def answered(where: str, command: Callable[[], _T]) -> _T:
         raise BadInput(f"{where} does not do what a channel needs: {error}") from error
 
 
+def check_server(url: str, *, password: SecretStr | None, ca: Path | None) -> None:
+    """Ask the server at `url` once for an answer.
+
+    Raises:
+        BadInput: the address is none, or its server refuses us.
+        ChannelUnavailable: the server does not answer.
+    """
+    address = RedisAddress.parse(url)
+    client: Any = connect(address, password=password, ca=ca)
+    try:
+        answered(address.shown, client.ping)
+    finally:
+        client.close()
+
+
 _REFUSED = (
     redis.AuthenticationError,  # a ConnectionError too, but no retry will help
     redis.exceptions.AuthorizationError,

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from disagg_core.errors import BadInput, TargetError
-from disagg_core.preflight import _pinned, check_run, prepare_run
+from disagg_core.preflight import _pinned, check_channel, check_run, prepare_run
+from disagg_core.processes import free_port
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import Settings
 from disagg_core.spec_file import load_spec
@@ -47,6 +48,14 @@ def test_another_spec_does_not_take_over_a_run(settings: Settings) -> None:
 def test_checking_writes_nothing(settings: Settings, tmp_path: Path) -> None:
     check_run(a_spec(), settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_channel_whose_server_is_not_there_is_refused(settings: Settings) -> None:
+    check_channel(a_spec(), settings)
+    with pytest.raises(BadInput, match=r"channel.url: redis://127.0.0.1:\d+/0 cannot be used"):
+        check_channel(a_spec(f"channel.url=redis://127.0.0.1:{free_port('127.0.0.1')}/0"), settings)
+    with pytest.raises(BadInput, match="no valid host and port"):
+        check_run(a_spec("channel.url=redis://127.0.0.1:port/0"), settings)
 
 
 def test_a_target_without_weights_is_named(settings: Settings, tmp_path: Path) -> None:
