@@ -60,7 +60,8 @@ def up() -> None:
     """Start the local platform: Prefect server, work pools, workers, deployments. Idempotent."""
     from flows import local
 
-    platform = local.up(get_settings(), _say)
+    with local.exclusive(get_settings()):
+        platform = local.up(get_settings(), _say, keep=True)
     _say(f"Prefect UI: {platform.ui_url}")
     _say(f"for the prefect command: export PREFECT_API_URL={platform.api_url}")
 

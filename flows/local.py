@@ -4,12 +4,16 @@
 ``<home>/platform.json``, so that any later command finds it, and `down` ends exactly that. The server's database lies
 in ``<home>/prefect``: the history of the runs survives.
 
+Commands in one home share the platform: they change it one after the other (`exclusive`), and where nobody asked for
+it to stay (`up` with `keep`), the last of its users takes it down (`leave`).
+
 Nothing here imports Prefect at module level: its settings are read at import, from `environment`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -47,6 +51,11 @@ class Member(BaseModel):
     pid: int
     created: float
 
+    @classmethod
+    def of(cls, pid: int) -> Member:
+        """Return the process with this id as it is now."""
+        return cls(pid=pid, created=psutil.Process(pid).create_time())
+
     def process(self) -> psutil.Process | None:
         """Return the live process, or None if it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -64,6 +73,10 @@ class LocalPlatform(BaseModel):
     host: str
     port: int
     members: dict[str, Member]
+    users: list[Member] = []
+    """The processes that follow a run on it."""
+    kept: bool = False
+    """Whether it stays when its last user has gone."""
 
     @property
     def api_url(self) -> str:
@@ -119,15 +132,29 @@ def environment(settings: Settings, port: int) -> dict[str, str]:
     }
 
 
-def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
+@contextlib.contextmanager
+def exclusive(settings: Settings) -> Iterator[None]:
+    """Let one process at a time change the platform; the others wait here.
+
+    Raises:
+        BadInput: nothing can be written into DRAFTLINE_HOME.
+    """
+    _prepare_home(settings.home)
+    with (settings.home / "platform.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def up(settings: Settings, say: Callable[[str], None], *, keep: bool) -> LocalPlatform:
     """Start what is missing of the platform and return it; `say` is told what happens.
+
+    With `keep` it stays until `down`, otherwise until its last user, of which this process is one, has called `leave`.
+    Call it inside `exclusive`.
 
     Raises:
         PlatformError: a process ended or was not ready in time; the message names its log.
         PortTaken: the port in DRAFTLINE_PREFECT_PORT is used by somebody else.
-        BadInput: nothing can be written into DRAFTLINE_HOME.
     """
-    _prepare_home(settings.home)
     platform = find_platform(settings)
     if platform is None:
         down(settings, say)  # workers whose server is gone: nothing else would remember them
@@ -150,7 +177,22 @@ def up(settings: Settings, say: Callable[[str], None]) -> LocalPlatform:
         register()
         say("starting the workers")
         platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.workers"])
-    return platform
+    users = platform.users if keep else [*platform.users, Member.of(os.getpid())]
+    return _remember(settings, platform.model_copy(update={"users": users, "kept": keep or platform.kept}))
+
+
+def leave(settings: Settings) -> None:
+    """Take the platform down if nobody else follows a run on it and it is not to be kept."""
+    with exclusive(settings):
+        path = state_file(settings)
+        if not path.is_file():
+            return
+        platform = LocalPlatform.model_validate_json(path.read_bytes())
+        others = [user for user in platform.users if user.pid != os.getpid() and user.process() is not None]
+        if platform.kept or others:
+            _remember(settings, platform.model_copy(update={"users": others}))
+        else:
+            down(settings, lambda _: None)
 
 
 def down(settings: Settings, say: Callable[[str], None]) -> bool:
@@ -222,8 +264,11 @@ def _start(settings: Settings, platform: LocalPlatform, name: str, command: list
             env={**os.environ, **environment(settings, platform.port)},
             start_new_session=True,
         )
-    member = Member(pid=process.pid, created=psutil.Process(process.pid).create_time())
-    platform = platform.model_copy(update={"members": {**platform.members, name: member}})
+    members = {**platform.members, name: Member.of(process.pid)}
+    return _remember(settings, platform.model_copy(update={"members": members}))
+
+
+def _remember(settings: Settings, platform: LocalPlatform) -> LocalPlatform:
     write_atomically(state_file(settings), platform.model_dump_json(indent=2))
     return platform
 

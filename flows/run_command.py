@@ -39,17 +39,19 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
     check_run(spec, settings)
     check_channel(spec, settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    stays = keep_up or local.find_platform(settings) is not None
     flow_run_id: UUID | None = None
     try:
-        platform = local.up(settings, console.print)
+        with local.exclusive(settings):
+            platform = local.up(settings, console.print, keep=keep_up)
         from flows import submission
 
         flow_run_id = submission.submit(spec)
         run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
         console.print(f"run {run_dir.root.name}: {platform.run_url(flow_run_id)}")
         state = _follow(flow_run_id, run_dir, console, lambda: local.require_server(settings, platform))
-        return _sum_up(run_dir, state, platform.run_url(flow_run_id) + ("" if stays else " (draftline up)"), console)
+        return _sum_up(
+            run_dir, state, platform.run_url(flow_run_id) + ("" if platform.kept else " (draftline up)"), console
+        )
     except KeyboardInterrupt:
         _end_uninterrupted()
         console.print("interrupted: cancelling the run")
@@ -57,9 +59,8 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
             _cancel(flow_run_id, console)
         return INTERRUPTED
     finally:
-        if not stays:
-            _end_uninterrupted()
-            local.down(settings, lambda _: None)
+        _end_uninterrupted()
+        local.leave(settings)
 
 
 def _end_uninterrupted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,26 @@ def test_workers_whose_server_is_gone_are_stopped_even_if_they_do_not_listen(
     assert not local.down(settings, lambda _: None)
 
 
+@pytest.mark.parametrize(("kept", "shared", "stays"), [(False, False, False), (True, False, True), (False, True, True)])
+def test_the_last_user_takes_down_a_platform_that_nobody_keeps(
+    tmp_path: Path,
+    stubborn: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: bool,
+    shared: bool,
+    stays: bool,
+) -> None:
+    monkeypatch.setattr(local, "_STOP_TIMEOUT_S", 0.2)
+    settings = remember(tmp_path, stubborn)
+    platform = local.LocalPlatform.model_validate_json(local.state_file(settings).read_bytes())
+    users = [local.Member.of(os.getpid()), local.Member(pid=os.getpid(), created=0.0)]
+    users += [local.Member.of(os.getppid())] if shared else []
+    local.state_file(settings).write_text(platform.model_copy(update={"users": users, "kept": kept}).model_dump_json())
+    local.leave(settings)
+    assert psutil.pid_exists(stubborn.pid) == stays
+    assert local.state_file(settings).exists() == stays
+
+
 def test_a_server_that_ended_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     (tmp_path / "logs").mkdir()
@@ -63,8 +84,9 @@ def test_a_server_that_ended_is_named_with_the_end_of_its_log(tmp_path: Path) ->
 def test_a_home_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
     home = tmp_path / "file"
     home.touch()
-    with pytest.raises(BadInput, match=r"DRAFTLINE_HOME: nothing can be written into .*file .File exists"):
-        local.up(Settings(home=home), lambda _: None)
+    complaint = r"DRAFTLINE_HOME: nothing can be written into .*file .File exists"
+    with pytest.raises(BadInput, match=complaint), local.exclusive(Settings(home=home)):
+        pass
 
 
 def test_a_setting_of_the_wrong_type_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
