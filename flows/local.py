@@ -203,7 +203,10 @@ def down(settings: Settings, say: Callable[[str], None]) -> bool:
     platform = LocalPlatform.model_validate_json(path.read_bytes())
     if platform.alive("server") and platform.alive("workers"):
         os.environ.update(environment(settings, platform.port))
-        _cancel_runs(say)
+        if _answers(platform):
+            _cancel_runs(say)
+        else:
+            say("the Prefect server does not answer: what runs is stopped without its word")
     stopped = False
     for name in ("workers", "server"):
         member = platform.members.get(name)
@@ -273,13 +276,18 @@ def _remember(settings: Settings, platform: LocalPlatform) -> LocalPlatform:
     return platform
 
 
+def _answers(platform: LocalPlatform) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{platform.api_url}/ready", timeout=5, trust_env=False).status_code == httpx.codes.OK
+    return False
+
+
 def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         require_server(settings, platform)
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{platform.api_url}/ready", timeout=5, trust_env=False).status_code == httpx.codes.OK:
-                return
+        if _answers(platform):
+            return
         time.sleep(0.1)
     raise PlatformError(
         f"the Prefect server was not ready after {START_TIMEOUT_S:.0f} s; see {_log(settings, 'server')}"
