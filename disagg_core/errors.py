@@ -59,7 +59,12 @@ class ChannelError(DraftlineError):
 
 
 class ChannelDamaged(ChannelError):
-    """A record in the middle of the stream is not what was written: place, expected and found are named."""
+    """A record in the middle of the stream is not what was written: place, expected and found are named.
+
+    Another attempt has another channel and continues from the checkpoint's cursor, so it is tried again.
+    """
+
+    failure_class: FailureClass = "store_lost"
 
 
 class ChannelBusy(ChannelError):

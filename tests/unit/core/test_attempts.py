@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from disagg_core.accounting import Accounting
-from disagg_core.attempts import AttemptLoop, AttemptOutcome
-from disagg_core.errors import AccountingError, RoleFailed
+from disagg_core.attempts import RETRIED, AttemptLoop, AttemptOutcome
+from disagg_core.errors import AccountingError, ChannelDamaged, RoleFailed
 
 pytestmark = pytest.mark.unit
 
@@ -35,6 +35,10 @@ def test_what_would_only_fail_again_is_not_retried(failure_class: str) -> None:
     loop.record(AttemptOutcome(attempt=1, failure_class=failure_class, reason="no"))
     with pytest.raises(RoleFailed, match="no"):
         loop.next()
+
+
+def test_a_damaged_channel_is_worth_another_attempt_with_a_new_one() -> None:
+    assert ChannelDamaged("x").failure_class in RETRIED
 
 
 def test_lost_samples_are_captured_again_in_another_attempt() -> None:
