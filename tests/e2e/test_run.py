@@ -111,6 +111,7 @@ def wait_for_trainer(home: Path, ours: Ours, sign: str) -> psutil.Process:
     raise AssertionError(f"no trainer with {sign}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draftline, tiny: str, ours: Ours) -> None:
     run = draftline("run", tiny, "--set", "data.limit=2000")
     wait_for_trainer(home, ours, "metrics/train.jsonl")
@@ -126,10 +127,8 @@ def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draf
     [
         ("training.max_step=3", "training.max_step: unknown key; did you mean max_steps"),
         ("data.prompts=./nothing.jsonl", "nothing.jsonl"),
-        ("target.model=./nothing", "no such directory"),
         ("target.aux_layers=[0, 1, 9]", "target.aux_layers"),
         ("rollout.high_watermark_refs=7", "high_watermark_refs: expected at least one optimizer window"),
-        ("store.capacity=1MiB", "store.capacity: expected at least"),
     ],
 )
 def test_bad_input_is_one_message_before_anything_starts(
