@@ -148,9 +148,12 @@ def test_an_entry_that_was_changed_or_removed_is_damage(redis_port: int, client:
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 def test_a_server_that_may_evict_the_stream_is_refused(server: Server, policy: str) -> None:
     evicting = server("--maxmemory", "50mb", "--maxmemory-policy", policy)
-    with evicting as port, StreamingRefChannel(f"redis://127.0.0.1:{port}/0") as channel:
-        with pytest.raises(BadInput, match="set noeviction"):
-            channel.claim_writer()
+    with (
+        evicting as port,
+        StreamingRefChannel(f"redis://127.0.0.1:{port}/0") as channel,
+        pytest.raises(BadInput, match="set noeviction"),
+    ):
+        channel.claim_writer()
 
 
 def test_a_full_server_is_transient_and_doubles_nothing(server: Server) -> None:
