@@ -144,7 +144,9 @@ def test_one_of_three_servers_is_killed_and_one_hangs(
     assert Counter(ref.sample_id for ref in consumer.refs) == Counter(task.task_id for task in tasks)
     assert (totals.prompts, totals.refs, totals.rejected) == (600, 600, 0)
     assert any("killed by SIGKILL" in event for event in health["sglang-0"].events)
-    assert any("hangs" in event for event in health["sglang-1"].events)
+    # the supervisor's word, or the circuit breaker's, whichever saw it before the prompts were through
+    told = health["sglang-1"].events
+    assert any("hangs" in event or "no answer in time" in event for event in told), told
     assert health["sglang-2"].restarts == 0
     assert store.key_count() == 0
 
