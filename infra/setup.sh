@@ -35,10 +35,9 @@ find_python() {
     fail "expected Python 3.11, found none on the PATH; install it or set PYTHON=/path/to/python3.11"
 }
 
-# The libraries that Mooncake's wheel takes from the system, and libdeflate, whose checksum is twice as fast as zlib's;
-# with the Debian package of each.
+# The libraries that Mooncake's wheel takes from the system, with the Debian package of each.
 declare -A LIBRARIES=(
-    [libibverbs.so.1]=libibverbs1 [libnuma.so.1]=libnuma1 [libcurl.so.4]=libcurl4 [libdeflate.so.0]=libdeflate0
+    [libibverbs.so.1]=libibverbs1 [libnuma.so.1]=libnuma1 [libcurl.so.4]=libcurl4
 )
 
 missing_packages() {

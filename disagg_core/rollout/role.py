@@ -41,6 +41,7 @@ from disagg_core.run_spec import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
 from disagg_core.stop_signal import StopSignal
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.outgoing import allocate_plain
 from disagg_core.target_facts import TargetFacts
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def _assemble(
 def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore | None, log_dir: Path) -> Target:
     """Return the target that a run document asks for; nothing is loaded or started yet.
 
-    Only servers write to `store` and `log_dir`.
+    Its samples are for `store`; without one it can only generate. Servers log to `log_dir`.
     """
     if spec.target.backend == "sglang":
         from disagg_core.rollout.sglang.target import SGLangTarget
@@ -196,7 +197,13 @@ def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore 
     sampling = None
     if spec.data.generate is not None:
         sampling = Sampling.of(spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed)
-    return TransformersTarget(spec.target, facts, batch_tokens=spec.rollout.batch_tokens, sampling=sampling)
+    return TransformersTarget(
+        spec.target,
+        facts,
+        batch_tokens=spec.rollout.batch_tokens,
+        sampling=sampling,
+        allocate=store.allocate if store is not None else allocate_plain,
+    )
 
 
 def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from disagg_core.errors import MissingLibrary, TargetError
 from disagg_core.rollout.generate import Sampling, continue_tasks
 from disagg_core.rollout.target import Captured, CaptureOutcome, Failed, Generated, ServerHealth
 from disagg_core.run_spec import TargetSection
+from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target_facts import TargetFacts, is_local
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class TransformersTarget:
     """The `Target` that runs transformers itself. See `disagg_core.rollout.target` for the contract.
 
     `sampling` switches generation on. `model` is a loaded causal LM to use instead of loading `section.model`.
+    `allocate` makes the tensors that samples are handed over in; a store's own is for samples that it will be given.
     """
 
     concurrency = 1
@@ -54,12 +56,14 @@ class TransformersTarget:
         batch_tokens: int = 8192,
         sampling: Sampling | None = None,
         model: nn.Module | None = None,
+        allocate: Allocate = allocate_plain,
     ) -> None:
         self.batch_size = group_for(batch_tokens)
         self._section = section
         self._facts = facts
         self._batch_tokens = batch_tokens
         self._sampling = sampling
+        self._allocate = allocate
         self._model: Any = model
         self._device = torch.device("cpu")
         self._states: dict[str, Tensor] = {}
@@ -238,23 +242,25 @@ class TransformersTarget:
 
     def _trimmed(self, batch: list[PromptTask]) -> list[dict[str, Tensor]]:
         """Return the tensors of each sample without padding, on the CPU."""
-        width = self._facts.hidden_size
+        width, dtype = self._facts.hidden_size, self._states["last"].dtype
         samples = []
         for row, task in enumerate(batch):
             tokens = len(task.input_ids)
-            aux = torch.empty(tokens, 3 * width, dtype=self._states["last"].dtype)  # [tokens, 3 * hidden]
-            for third, name in enumerate(self._names):
-                aux[:, third * width : (third + 1) * width].copy_(self._states[name][row, :tokens])
-            last = torch.empty(tokens, width, dtype=aux.dtype)  # [tokens, hidden]
-            last.copy_(self._states["last"][row, :tokens])
-            samples.append(
+            sample = self._allocate(
                 {
-                    "input_ids": torch.tensor(task.input_ids, dtype=torch.int32),
-                    "loss_mask": torch.tensor(task.loss_mask, dtype=torch.uint8),
-                    "aux_hidden_states": aux,
-                    "last_hidden_state": last,
+                    "input_ids": ((tokens,), torch.int32),
+                    "loss_mask": ((tokens,), torch.uint8),
+                    "aux_hidden_states": ((tokens, 3 * width), dtype),
+                    "last_hidden_state": ((tokens, width), dtype),
                 }
             )
+            sample["input_ids"].copy_(torch.tensor(task.input_ids, dtype=torch.int32))
+            sample["loss_mask"].copy_(torch.tensor(task.loss_mask, dtype=torch.uint8))
+            for third, name in enumerate(self._names):
+                part = sample["aux_hidden_states"][:, third * width : (third + 1) * width]
+                part.copy_(self._states[name][row, :tokens])
+            sample["last_hidden_state"].copy_(self._states["last"][row, :tokens])
+            samples.append(sample)
         return samples
 
 

@@ -27,6 +27,7 @@ from disagg_core.plan import StoreEndpoints
 from disagg_core.store.codes import Verdict, error_from_code, verdict_of
 from disagg_core.store.devices import DeviceCopies, written_so_far
 from disagg_core.store.master import MasterView, StoreHealth
+from disagg_core.store.outgoing import Outgoing, Shapes
 from disagg_core.store.packing import grouped, in_a_row, plan_layout, unpack
 from disagg_core.store.reclaimer import Reclaimer
 from disagg_core.store.references import (
@@ -108,17 +109,33 @@ class MooncakeFeatureStore:
             full_timeout_s=put_timeout_s,
             retry_timeout_s=retry_timeout_s,
         )
-        self._out = StagingPool(staging_bytes, self._register, "outgoing")
         self._in = StagingPool(staging_bytes, self._register, "incoming")
         self._lent = StagingPool(staging_bytes, self._register, "lent")
         self._writer = Writer(self._link)
         self._reader = Reader(self._link)
         self._copies = DeviceCopies()
+        self._out = Outgoing(staging_bytes, self._register, self._copies)
         self._putters = ThreadPoolExecutor(threads, thread_name_prefix="store-put")
         self._getters = ThreadPoolExecutor(threads, thread_name_prefix="store-get")
         self._submitted = threading.BoundedSemaphore(4 * threads)
 
     # --- put ------------------------------------------------------------------------------------------------------
+
+    def allocate(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Return uninitialised CPU tensors for one sample, from transfer memory while there is room.
+
+        Filled and then put, together and under the same names, they are sent from where they lie; a put of any other
+        tensors copies them first. They belong to the caller for as long as it holds them.
+
+        Args:
+            shapes: shape and dtype of each tensor, in the order in which they will be put.
+
+        Raises:
+            BadInput: a dtype is not in `packing.DTYPES`.
+            StoreMisuse: after close, or in a forked child.
+        """
+        with self._session.operation():
+            return self._out.allocate(shapes)
 
     def put(
         self,
@@ -148,7 +165,7 @@ class MooncakeFeatureStore:
         """
         sample = NewSample(sample_id, tensors, source_task_id, num_tokens, metadata or {})
         with self._session.operation():
-            return self._put(sample, identity, written_so_far(tensors))
+            return self._put([sample], identity, [written_so_far(tensors)])[0]
 
     def put_many(self, samples: Iterable[NewSample], *, identity: RunIdentity) -> list[SampleRef]:
         """Store many samples, small ones several to a call; return their references in order.
@@ -160,7 +177,7 @@ class MooncakeFeatureStore:
         with self._session.operation():
             try:
                 for batch in grouped(listed, [plan_layout(sample.tensors).size_bytes for sample in listed]):
-                    refs += self._put_batch(batch, identity)
+                    refs += self._put(batch, identity, [written_so_far(sample.tensors) for sample in batch])
             except DraftlineError:
                 self._reclaimer.park([ref.key for ref in refs])
                 raise
@@ -194,34 +211,21 @@ class MooncakeFeatureStore:
 
     def _put_submitted(self, sample: NewSample, identity: RunIdentity, ready: torch.cuda.Event | None) -> SampleRef:
         with self._session.operation():
-            return self._put(sample, identity, ready)
+            return self._put([sample], identity, [ready])[0]
 
-    def _put(self, sample: NewSample, identity: RunIdentity, ready: torch.cuda.Event | None) -> SampleRef:
-        check_identity(identity, self.namespace)
-        layout = plan_layout(sample.tensors)
-        begin = time.perf_counter()
-        with self._out.acquire(layout.size_bytes, self._room_timeout_s) as slot:
-            self._copies.pack(self._out, slot.buffer, sample.tensors, layout, ready)
-            crc = self._link.checksum_of(slot.memory)
-            key = self._writer.write(slot, sample.sample_id)
-        self._link.counters.add(puts=1, put_bytes=layout.size_bytes, put_seconds=time.perf_counter() - begin)
-        return make_reference(sample, layout, key, crc, identity, self._uri)
-
-    def _put_batch(self, batch: Sequence[NewSample], identity: RunIdentity) -> list[SampleRef]:
-        if len(batch) == 1:
-            return [self._put(batch[0], identity, written_so_far(batch[0].tensors))]
+    def _put(
+        self, batch: Sequence[NewSample], identity: RunIdentity, ready: Sequence[torch.cuda.Event | None]
+    ) -> list[SampleRef]:
         check_identity(identity, self.namespace)
         begin = time.perf_counter()
         layouts = [plan_layout(sample.tensors) for sample in batch]
-        offsets, total = in_a_row([layout.size_bytes for layout in layouts])
-        crcs: list[int | None] = []
-        with self._out.acquire(total, self._room_timeout_s) as slot:
-            for sample, layout, offset in zip(batch, layouts, offsets, strict=True):
-                part = slice(offset, offset + layout.size_bytes)
-                self._copies.pack(self._out, slot.buffer[part], sample.tensors, layout, written_so_far(sample.tensors))
-                crcs.append(self._link.checksum_of(slot.memory[part]))
-            rows = zip(batch, offsets, layouts, strict=True)
-            keys = self._writer.write_batch(slot, [(s.sample_id, offset, lay.size_bytes) for s, offset, lay in rows])
+        with self._out.packed([s.tensors for s in batch], layouts, ready, self._room_timeout_s) as slots:
+            crcs = [self._link.checksum_of(slot.memory) for slot in slots]
+            if len(batch) == 1:
+                keys = [self._writer.write(slots[0], batch[0].sample_id)]
+            else:
+                keys = self._writer.write_batch(slots, [sample.sample_id for sample in batch])
+        total = sum(layout.size_bytes for layout in layouts)
         self._link.counters.add(puts=len(batch), put_bytes=total, put_seconds=time.perf_counter() - begin)
         return [
             make_reference(sample, layout, key, crc, identity, self._uri)
@@ -361,7 +365,6 @@ class MooncakeFeatureStore:
         if left:
             log.warning("%d objects under %s could not be removed; they are left to the sweep", left, self.namespace)
         self._session.close()
-        self._link.summers.shutdown()
         for pool in (self._out, self._in, self._lent):
             pool.close()
 

@@ -81,13 +81,32 @@ def pack_into(buffer: Tensor, tensors: Mapping[str, Tensor], layout: Layout, *, 
 
     With `non_blocking` the caller waits for the GPU's stream before it reads the buffer.
     """
-    end = 0
+    zero_gaps(buffer, layout)
     for name, spec in layout.specs.items():
-        buffer[end : spec.offset].zero_()
-        end = spec.offset + spec.nbytes
         if spec.nbytes:
             _view(buffer, spec).copy_(tensors[name], non_blocking=non_blocking)
-    buffer[end:].zero_()
+
+
+def zero_gaps(buffer: Tensor, layout: Layout) -> None:
+    """Zero the bytes of `buffer` between and behind the tensors of `layout`."""
+    end = 0
+    for spec in layout.specs.values():
+        if spec.offset > end:
+            buffer[end : spec.offset].zero_()
+        end = spec.offset + spec.nbytes
+    buffer[end : layout.size_bytes].zero_()
+
+
+def packed_at(tensors: Mapping[str, Tensor], layout: Layout) -> int | None:
+    """Return the address of the memory in which `tensors` lie as `layout` says already, or None."""
+    starts: set[int] = set()
+    for name, spec in layout.specs.items():
+        tensor = tensors[name]
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if spec.nbytes:
+            starts.add(tensor.data_ptr() - spec.offset)
+    return starts.pop() if len(starts) == 1 else None
 
 
 def unpack(buffer: Tensor, specs: Mapping[str, FeatureSpec]) -> dict[str, Tensor]:

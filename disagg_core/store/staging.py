@@ -76,11 +76,11 @@ class Slot:
     It is `tainted` when a transfer into it was given up: that may still write the bytes of its object into it.
     """
 
-    def __init__(self, pool: StagingPool, region: Region, offset: int, size: int) -> None:
+    def __init__(self, pool: StagingPool, region: Region, offset: int, size: int, *, held: bool = True) -> None:
         self._pool = pool
         self._region = region
         self._offset = offset
-        self._held = True
+        self._held = held
         self.size = size
         self.tainted = False
         self.address = region.address + offset
@@ -100,9 +100,7 @@ class Slot:
 
     def part(self, offset: int, size: int) -> Slot:
         """Return a slot over a part of this one; it is never given back by itself."""
-        part = Slot(self._pool, self._region, self._offset + offset, size)
-        part._held = False
-        return part
+        return Slot(self._pool, self._region, self._offset + offset, size, held=False)
 
     def lend(self) -> Tensor:
         """Return the slot's bytes as a tensor that gives the slot back when its storage is freed."""
@@ -176,6 +174,14 @@ class StagingPool:
     def acquire_now(self, nbytes: int) -> Slot | None:
         """Return a slot of `nbytes` of the first region if one is free at this moment."""
         return self._take(nbytes) if nbytes <= self._region_bytes else None
+
+    def slot_at(self, address: int, nbytes: int) -> Slot | None:
+        """Return the `nbytes` at `address` as a slot that is never given back by itself; None if they lie elsewhere."""
+        for region in self._regions:
+            offset = address - region.address
+            if 0 <= offset <= len(region.memory) - nbytes:
+                return Slot(self, region, offset, nbytes, held=False)
+        return None
 
     def pin(self) -> None:
         """Page-lock the regions for CUDA, now and for regions to come; needs a CUDA device."""

@@ -6,17 +6,16 @@ checksum and tells damage from loss. Both work on staging slots and know nothing
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+
+from isal.isal_zlib import crc32
 
 from disagg_core.contracts import SampleRef
 from disagg_core.errors import SampleLost, StoreError, StoreUnavailable
-from disagg_core.store.checksum import combine, crc32, crc32_of
 from disagg_core.store.codes import Verdict, error_from_code, is_settled, verdict_of
 from disagg_core.store.master import MasterView
 from disagg_core.store.reclaimer import Reclaimer
@@ -27,9 +26,6 @@ DAMAGE_TRIES = 4
 LOSS_TRIES = 2
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1
-PIPELINE_BYTES = 8 << 20
-"""A sample of two or more parts is read part by part: they stay in the cache, and sums run beside transfers."""
-
 
 COUNTERS = (
     "puts",
@@ -86,12 +82,10 @@ class Link:
     full_timeout_s: float
     retry_timeout_s: float
     counters: Counters = field(default_factory=Counters)
-    lanes: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
-    summers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="store-crc"))
 
     def checksum_of(self, memory: memoryview) -> int | None:
         """Return the CRC-32 of `memory`, or None when checksums are switched off."""
-        return crc32(memory, self.summers, self.lanes) if self.checksum else None
+        return crc32(memory) if self.checksum else None
 
 
 class Patience:
@@ -149,23 +143,22 @@ class Writer:
                 return key
             self._after_failure(key, code, slot.size, patience)
 
-    def write_batch(self, slot: Slot, samples: Sequence[tuple[str, int, int]]) -> list[str]:
-        """Store several samples of one slot, given as sample id, offset and size; return their keys.
+    def write_batch(self, slots: Sequence[Slot], sample_ids: Sequence[str]) -> list[str]:
+        """Store several samples with one call; return their keys.
 
         What the batch call could not store is put one by one; if that fails too, nothing of the batch stays.
         """
         link = self._link
-        keys = [self.new_key(sample_id) for sample_id, _, _ in samples]
-        addresses = [slot.address + offset for _, offset, _ in samples]
+        keys = [self.new_key(sample_id) for sample_id in sample_ids]
+        addresses, sizes = [slot.address for slot in slots], [slot.size for slot in slots]
         with link.session.raw() as client:
-            codes = client.batch_put_from(keys, addresses, [size for _, _, size in samples], link.session.hard_pin)
+            codes = client.batch_put_from(keys, addresses, sizes, link.session.hard_pin)
         stored = [key for key, code in zip(keys, codes, strict=True) if code == 0]
         try:
             for index, code in enumerate(codes):
                 if code:
-                    sample_id, offset, size = samples[index]
-                    self._after_failure(keys[index], code, size, Patience(link, time.monotonic()))
-                    keys[index] = self.write(slot.part(offset, size), sample_id)
+                    self._after_failure(keys[index], code, sizes[index], Patience(link, time.monotonic()))
+                    keys[index] = self.write(slots[index], sample_ids[index])
                     stored.append(keys[index])
         except StoreError:
             link.reclaimer.park(stored)
@@ -227,12 +220,10 @@ class Reader:
         """
         link, patience = self._link, Patience(self._link, began)
         damaged = lost = 0
-        in_parts = True
         while True:
-            code, crc = self._fetch(slot, ref, in_parts)
+            code, crc = self._fetch(slot, ref)
             if code == ref.size_bytes and crc == self._expected(ref):
                 return
-            in_parts = False  # a call in parts takes longer to fail
             verdict = verdict_of(code)
             link.counters.add(get_retries=1)
             if verdict is Verdict.DONE:
@@ -264,35 +255,12 @@ class Reader:
             for ref, offset, code in zip(refs, offsets, codes, strict=True)
         ]
 
-    def _fetch(self, slot: Slot, ref: SampleRef, in_parts: bool) -> tuple[int, int | None]:
+    def _fetch(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
         """Return the answer and, for a whole read, the checksum of what arrived."""
-        if in_parts and ref.size_bytes >= 2 * PIPELINE_BYTES:
-            code, crc = self._fetch_in_parts(slot, ref)
-        else:
-            with self._link.session.raw() as client:
-                code = client.get_into(ref.key, slot.address, ref.size_bytes)
-            crc = self._sum(slot.memory) if code == ref.size_bytes else None
+        with self._link.session.raw() as client:
+            code = client.get_into(ref.key, slot.address, ref.size_bytes)
         slot.tainted = slot.tainted or not is_settled(code)
-        return code, crc
-
-    def _fetch_in_parts(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
-        sums: list[tuple[Future[int], int]] = []
-        for offset in range(0, ref.size_bytes, PIPELINE_BYTES):
-            size = min(PIPELINE_BYTES, ref.size_bytes - offset)
-            with self._link.session.raw() as client:
-                answer = client.get_into_ranges([slot.address], [[ref.key]], [[[offset]]], [[[offset]]], [[[size]]])
-            code = answer[0][0][0]
-            if code != size:
-                wait([total for total, _ in sums])
-                return (code if code < 0 else offset + code), None
-            if self._link.checksum:
-                sums.append((self._link.summers.submit(crc32_of, slot.memory[offset : offset + size]), size))
-        if not self._link.checksum:
-            return ref.size_bytes, None
-        crc = 0
-        for total, size in sums:
-            crc = combine(crc, total.result(), size)
-        return ref.size_bytes, crc
+        return code, self._sum(slot.memory) if code == ref.size_bytes else None
 
     def _sum(self, memory: memoryview) -> int | None:
         return self._link.checksum_of(memory)

@@ -35,6 +35,7 @@ from disagg_core.rollout.sglang.wire import (
     encode_reply,
     mask_of,
 )
+from disagg_core.store.outgoing import Shapes
 from disagg_core.store.packing import pack_into, plan_layout
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,11 @@ class CapturableRequest(Protocol):
 
 
 class WritableStore(Protocol):
-    """The two things that the writer does with a feature store, as `MooncakeFeatureStore` does them."""
+    """What the writer does with a feature store, as `MooncakeFeatureStore` does it."""
+
+    def allocate(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Return memory for the tensors of one sample."""
+        ...
 
     def put(
         self,
@@ -260,12 +265,18 @@ class _Writer:
             return RefusedReply(reason="the request's time was over before its sample was written", retryable=True)
         store = self._store(order.store)
         started = time.perf_counter()
-        tensors = {
-            "input_ids": torch.tensor(recording.input_ids, dtype=torch.int32),
-            "loss_mask": torch.tensor(mask_of(order.loss_spans, order.num_tokens), dtype=torch.uint8),
-            "aux_hidden_states": _gather(recording.aux),
-            "last_hidden_state": _gather(recording.last),
-        }
+        tensors = store.allocate(
+            {
+                "input_ids": ((order.num_tokens,), torch.int32),
+                "loss_mask": ((order.num_tokens,), torch.uint8),
+                "aux_hidden_states": _whole_of(recording.aux),
+                "last_hidden_state": _whole_of(recording.last),
+            }
+        )
+        tensors["input_ids"].copy_(torch.tensor(recording.input_ids, dtype=torch.int32))
+        tensors["loss_mask"].copy_(torch.tensor(mask_of(order.loss_spans, order.num_tokens), dtype=torch.uint8))
+        _gather(recording.aux, tensors["aux_hidden_states"])
+        _gather(recording.last, tensors["last_hidden_state"])
         if not bool(torch.isfinite(tensors["last_hidden_state"]).all()):
             return RefusedReply(reason="the target's last hidden states are not finite", retryable=False)
         copied = time.perf_counter()
@@ -293,10 +304,17 @@ class _Writer:
         return store
 
 
-def _gather(parts: list[Tensor]) -> Tensor:
-    """Return the rows of all chunks on the CPU, contiguous and owned; waits for the copy from the device."""
-    whole = parts[0] if len(parts) == 1 else torch.cat([part.to("cpu") for part in parts])
-    return whole.to("cpu").contiguous()
+def _whole_of(parts: list[Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and dtype of the rows of all chunks."""
+    return (sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype
+
+
+def _gather(parts: list[Tensor], whole: Tensor) -> None:
+    """Copy the rows of all chunks into `whole`, on the CPU; waits for the copies from the device."""
+    begin = 0
+    for part in parts:
+        whole[begin : begin + len(part)].copy_(part)
+        begin += len(part)
 
 
 def _attach(recording: Recording, request: CapturableRequest) -> None:
@@ -317,7 +335,10 @@ def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> st
 
 
 def _probe_reply(recording: Recording, facts: ServerFacts) -> ProbeReply:
-    tensors = {"aux_hidden_states": _gather(recording.aux), "last_hidden_state": _gather(recording.last)}
+    tensors = {
+        "aux_hidden_states": torch.cat(recording.aux).to("cpu"),
+        "last_hidden_state": torch.cat(recording.last).to("cpu"),
+    }
     recording.aux.clear()
     recording.last.clear()
     layout = plan_layout(tensors)

@@ -45,13 +45,6 @@ def damage(real: Callable[..., Any], key: Any, address: Any, *rest: Any) -> Any:
     return code
 
 
-def damage_part(real: Callable[..., Any], addresses: list[int], keys: Any, offsets: Any, *rest: Any) -> Any:
-    """`damage` for a read in parts."""
-    code = real(addresses, keys, offsets, *rest)
-    ctypes.c_ubyte.from_address(addresses[0] + offsets[0][0][0] + 9).value ^= 1
-    return code
-
-
 def put(store: MooncakeFeatureStore, identity: RunIdentity, tensors: dict[str, torch.Tensor] = SAMPLE) -> SampleRef:
     return store.put("s000000001", tensors, identity=identity, source_task_id="t", num_tokens=1)
 
@@ -116,19 +109,6 @@ def test_damage_on_the_way_is_found_and_read_again(open_store: Open, identity: R
     assert_whole(store.get(ref))
     assert store.counters["damaged_reads"] == 2
     assert store.counters["samples_lost"] == 0
-    store.release(ref)
-
-
-def test_damage_in_one_part_of_a_large_sample_is_found(open_store: Open, identity: RunIdentity, faults: Any) -> None:
-    store = open_store(wrap=faults.wrap)
-    large = {"x": torch.randint(0, 256, (18 << 20,), dtype=torch.uint8)}
-    ref = put(store, identity, large)
-    faults.on("get_into_ranges", damage_part)
-    assert_whole(store.get(ref), large)
-    faults.on("get_into_ranges", lambda real, *args: real(*args), answer([[[-707]]]))
-    assert_whole(store.get(ref), large)
-    assert store.counters["damaged_reads"] == 1
-    assert store.counters["get_retries"] == 2
     store.release(ref)
 
 
