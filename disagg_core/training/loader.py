@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,7 +34,7 @@ from disagg_core.training.distributed import Ranks
 PREFETCH_BYTES = 4 * 1024**3
 """Bytes of samples that one rank fetches ahead, besides the window in training."""
 POLL_S = 0.5
-"""A rank that waits for references looks this often whether it has to stop."""
+"""A rank that waits for references or samples looks this often whether it has to stop."""
 KEEPALIVE_S = 10.0
 """Rank 0 talks to the other ranks at least this often while it waits for references."""
 
@@ -95,6 +95,9 @@ class TrainingWindow:
 class _Pending:
     refs: list[SampleRef]
     shares: list[list[tuple[SampleRef, Future[dict[str, Tensor]]]]]
+
+    def futures(self) -> list[Future[dict[str, Tensor]]]:
+        return [future for share in self.shares for _ref, future in share]
 
 
 def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
@@ -202,7 +205,10 @@ class FeatureDataLoader:
         return self._quantum
 
     def request_stop(self) -> None:
-        """End the iteration on all ranks before the next window. May be called from a signal handler."""
+        """End the iteration on all ranks before the next window, also while they wait for its samples.
+
+        May be called from a signal handler.
+        """
         self._stop = True
 
     def __iter__(self) -> Iterator[TrainingWindow]:
@@ -211,14 +217,16 @@ class FeatureDataLoader:
             self._advance()
             if self.end_reason is not None:
                 return
+            if not self._arrived(self._pending[0]):
+                self.end_reason = "stop requested"
+                return
             yield self._collected(self._pending.popleft(), started)
 
     def close(self) -> None:
-        """Drop what was fetched ahead; waits for transfers that run."""
+        """Drop what was fetched ahead. Transfers that run are not waited for: they end with the store's client."""
         for pending in self._pending:
-            for _ref, future in (item for share in pending.shares for item in share):
-                if not future.cancel():
-                    future.exception()
+            for future in pending.futures():
+                future.cancel()
         self._pending.clear()
 
     # --- one round: which windows come next ---------------------------------------------------------------------
@@ -308,8 +316,19 @@ class FeatureDataLoader:
             [[(ref, self._store.submit_get(ref)) for ref in share] for share in own],
         )
 
+    def _arrived(self, pending: _Pending) -> bool:
+        """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before it had its own.
+
+        A store that is away may keep a transfer for longer than there is time after a stop signal.
+        """
+        left: set[Future[dict[str, Tensor]]] = set(pending.futures())
+        while left := wait(left, POLL_S).not_done:
+            if self._stop:
+                break
+        return not self._ranks.sum([float(len(left))])[0]
+
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
-        """Wait for a window's samples and collate them."""
+        """Collate a window's samples, which have arrived."""
         given_up: list[GivenUp] = []
         batches: list[Eagle3Batch | None] = []
         tokens = live = 0

@@ -146,6 +146,7 @@ class Trainer:
         self._max_steps = max_steps
         self._observer = observer if ranks.is_first else None
         self._saved: Path | None = None
+        self._saved_cursor: DataCursor | None = None
         self.progress = TrainingProgress()
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -197,14 +198,19 @@ class Trainer:
         ):
             for ordinal in OrdinalSet(ranges):
                 ordinals.add(ordinal)
+        self._saved_cursor = self.progress.cursor()
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step boundary; every rank must call it. None without a checkpoint policy."""
+        """Write a checkpoint of this step boundary, if there is none; every rank must call it.
+
+        One of the same step with another cursor is replaced: a window without anything to train on is acknowledged
+        all the same. None without a checkpoint policy.
+        """
         policy = self._policy
         if policy is None:
             return None
-        path = checkpoint_path(policy.root, self.progress.step)
-        if self._saved == path:
+        path, cursor = checkpoint_path(policy.root, self.progress.step), self.progress.cursor()
+        if (self._saved, self._saved_cursor) == (path, cursor):
             return path
         self._phase("saving")
         draft = self.weights()
@@ -215,7 +221,7 @@ class Trainer:
                 CheckpointContent(draft, self._draft.config.to_dict(), optimizer, self._rng(), self._state(policy)),
                 keep=policy.keep,
             )
-        self._saved = path
+        self._saved, self._saved_cursor = path, cursor
         return path
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -280,8 +286,8 @@ class Trainer:
             if not tally.started:
                 tally.started = time.monotonic()
                 self._phase("training")
-            self._train_window(loader, window, tally)
-            if self._policy is not None and self.progress.step % self._policy.every_steps == 0:
+            stepped = self._train_window(loader, window, tally)
+            if stepped and self._policy is not None and self.progress.step % self._policy.every_steps == 0:
                 self.save()
             if self._reached_max_steps():
                 return "max_steps"
@@ -291,7 +297,8 @@ class Trainer:
     def _reached_max_steps(self) -> bool:
         return self._max_steps is not None and self.progress.step >= self._max_steps
 
-    def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: _FitTally) -> None:
+    def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: _FitTally) -> bool:
+        """Train on `window` and complete it; return whether there was anything in it to take a step on."""
         started = time.monotonic()
         result = self._step.run(window, self.progress.step)
         if result is not None:
@@ -305,6 +312,7 @@ class Trainer:
         tally.wait_s += window.wait_s
         if result is not None and self._observer is not None:
             self._observer.on_step(self._record(loader, window, result, tally, time.monotonic() - started))
+        return result is not None
 
     def _count(
         self, window: TrainingWindow, given_up: list[GivenUp], tally: _FitTally, result: StepResult | None

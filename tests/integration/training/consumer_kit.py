@@ -72,11 +72,15 @@ def draft_and_head(seed: int = 0) -> tuple[Eagle3Draft, Tensor]:
     return draft, torch.randn(VOCAB, TARGET_HIDDEN)
 
 
-def store_samples(client: MooncakeFeatureStore, identity: RunIdentity, ordinals: Iterable[int]) -> list[SampleRef]:
-    """Store the samples of `ordinals`, as the producer does."""
+def store_samples(
+    client: MooncakeFeatureStore, identity: RunIdentity, ordinals: Iterable[int], *, masked: bool = False
+) -> list[SampleRef]:
+    """Store the samples of `ordinals`, as the producer does; with nothing to train on if they are `masked`."""
     refs = []
     for ordinal in ordinals:
         tensors = sample(ordinal)
+        if masked:
+            tensors["loss_mask"] = torch.zeros_like(tensors["loss_mask"])
         refs.append(
             client.put(
                 sample_id_of(ordinal),

@@ -11,10 +11,11 @@ import torch
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
 from disagg_core.run_spec import LossSection
+from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver
-from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section
+from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 
 pytestmark = pytest.mark.integration
 
@@ -246,6 +247,78 @@ def test_a_stop_request_saves_and_tells_the_producer(attempt, ranks, tmp_path):
     assert (status.state, status.reason) == ("failed", "preempted")
     state = read_state(newest_complete(tmp_path / "c"))
     assert (state.step, state.cursor.trained) == (2, [(0, 7)])
+
+
+def test_a_window_with_nothing_to_train_on_after_a_checkpoint_is_remembered(endpoints, ranks, tmp_path, run_id):
+    """It is acknowledged without a step: the checkpoint of that step must cover it all the same."""
+    checkpoints, training = tmp_path / "c", section(save_every_steps=1)
+    with Attempt(endpoints, tmp_path, run_id, 1) as first:
+        refs = first.stored(range(4))
+        refs += store_samples(first.store, first.identity, range(4, 8), masked=True)
+        first.writer.publish_many(refs)
+        trainer, loader = consumer(first.reader, first.store, ranks, checkpoints=checkpoints, training=training)
+        trainer._observer = StopWhen(loader, lambda: first.reader.in_flight_remote() == 0)
+        with pytest.raises(Preempted):
+            trainer.fit(loader)
+    state = read_state(newest_complete(checkpoints))
+    assert (state.step, state.samples, state.cursor.trained) == (1, 8, [(0, 7)])
+
+    with Attempt(endpoints, tmp_path, run_id, 2) as second:
+        covered = covered_ordinals(checkpoints)
+        second.publish([ordinal for ordinal in range(12) if ordinal not in covered])
+        trainer, loader = consumer(second.reader, second.store, ranks, checkpoints=checkpoints, training=training)
+        outcome = trainer.fit(loader)
+        assert (outcome.steps, outcome.samples, outcome.samples_here) == (2, 12, 4)
+
+
+class StopWhen:
+    """Asks the loader to stop as soon as `due` says so while training waits."""
+
+    def __init__(self, loader, due):
+        self._loader, self._due = loader, due
+
+    def on_step(self, record): ...
+
+    def on_phase(self, phase, progress): ...
+
+    def on_wait(self):
+        if self._due():
+            self._loader.request_stop()
+
+
+def test_a_stop_request_does_not_wait_for_a_store_that_is_away(endpoints, ranks, tmp_path, run_id):
+    """A sample that the store does not answer for is tried again for minutes; the stop signal must not wait so long."""
+    asked = threading.Event()
+
+    class Away:
+        """The native client of a store whose owner is gone: every get fails in a way that is tried again."""
+
+        def __init__(self, client):
+            self._client = client
+
+        def __getattr__(self, name):
+            return getattr(self._client, name)
+
+        def get_into(self, *_):
+            asked.set()
+            return -800  # TRANSFER_FAIL
+
+    with (
+        Attempt(endpoints, tmp_path, run_id) as attempt,
+        MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1", retry_timeout_s=3600, wrap=Away) as store,
+    ):
+        attempt.publish(range(8))
+        trainer, loader = consumer(attempt.reader, store, ranks, checkpoints=tmp_path / "c")
+        stopper = threading.Thread(target=lambda: (asked.wait(60), loader.request_stop()))
+        stopper.start()
+
+        with pytest.raises(Preempted):
+            trainer.fit(loader)
+
+        stopper.join()
+        assert attempt.writer.reader_status().reason == "preempted"
+        assert attempt.writer.in_flight_remote() == 8
+    assert newest_complete(tmp_path / "c").name == "step-0"
 
 
 def test_the_untrained_draft_is_kept_as_step_0(attempt, ranks, tmp_path):
