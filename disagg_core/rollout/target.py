@@ -28,7 +28,7 @@ class Captured:
     """
 
     task: PromptTask
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     num_tokens: int
     server: str = "local"
     capture_s: float = 0.0

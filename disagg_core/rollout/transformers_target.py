@@ -240,7 +240,7 @@ class TransformersTarget:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _trimmed(self, batch: list[PromptTask]) -> list[dict[str, Tensor]]:
+    def _trimmed(self, batch: list[PromptTask]) -> list[Mapping[str, Tensor]]:
         """Return the tensors of each sample without padding, on the CPU."""
         width, dtype = self._facts.hidden_size, self._states["last"].dtype
         samples = []

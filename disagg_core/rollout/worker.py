@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -128,7 +128,7 @@ class Putters:
                 self._store.abort(ref)
 
 
-def _bytes_of(tensors: dict[str, Tensor]) -> int:
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

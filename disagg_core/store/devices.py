@@ -63,7 +63,8 @@ class DeviceCopies:
 
 def written_so_far(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
     """Return an event that happens when the work queued so far on the tensors' GPU is done; None without a GPU."""
-    if not any(tensor.is_cuda for tensor in tensors.values()):
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not in_use or not any(tensor.is_cuda for tensor in tensors.values()):
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(_gpu_of(tensors)))

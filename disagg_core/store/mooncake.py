@@ -27,8 +27,8 @@ from disagg_core.plan import StoreEndpoints
 from disagg_core.store.codes import Verdict, error_from_code, verdict_of
 from disagg_core.store.devices import DeviceCopies, written_so_far
 from disagg_core.store.master import MasterView, StoreHealth
-from disagg_core.store.outgoing import Outgoing, Shapes
-from disagg_core.store.packing import grouped, in_a_row, plan_layout, unpack
+from disagg_core.store.outgoing import Outgoing, Shapes, layout_of
+from disagg_core.store.packing import grouped, in_a_row, unpack
 from disagg_core.store.reclaimer import Reclaimer
 from disagg_core.store.references import (
     Metadata,
@@ -99,7 +99,7 @@ class MooncakeFeatureStore:
         self._room_timeout_s = put_timeout_s + retry_timeout_s  # others wait for room with staging memory in hand
         self._master = MasterView(endpoints)
         self._session = Session(endpoints, host=host, protocol=protocol, connect_timeout_s=connect_timeout_s, wrap=wrap)
-        self._reclaimer = Reclaimer(self._remove_codes)
+        self._reclaimer = Reclaimer(self._remove_parked)
         self._link = Link(
             session=self._session,
             master=self._master,
@@ -114,18 +114,18 @@ class MooncakeFeatureStore:
         self._writer = Writer(self._link)
         self._reader = Reader(self._link)
         self._copies = DeviceCopies()
-        self._out = Outgoing(staging_bytes, self._register, self._copies)
+        self._out = Outgoing(staging_bytes, self._register)
         self._putters = ThreadPoolExecutor(threads, thread_name_prefix="store-put")
         self._getters = ThreadPoolExecutor(threads, thread_name_prefix="store-get")
         self._submitted = threading.BoundedSemaphore(4 * threads)
 
     # --- put ------------------------------------------------------------------------------------------------------
 
-    def allocate(self, shapes: Shapes) -> dict[str, Tensor]:
+    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
         """Return uninitialised CPU tensors for one sample, from transfer memory while there is room.
 
-        Filled and then put, together and under the same names, they are sent from where they lie; a put of any other
-        tensors copies them first. They belong to the caller for as long as it holds them.
+        Given to `put` as it is, the filled mapping is sent from where it lies; a put of anything else copies it first.
+        The tensors belong to the caller for as long as it holds them.
 
         Args:
             shapes: shape and dtype of each tensor, in the order in which they will be put.
@@ -176,7 +176,7 @@ class MooncakeFeatureStore:
         listed = list(samples)
         with self._session.operation():
             try:
-                for batch in grouped(listed, [plan_layout(sample.tensors).size_bytes for sample in listed]):
+                for batch in grouped(listed, [layout_of(sample.tensors).size_bytes for sample in listed]):
                     refs += self._put(batch, identity, [written_so_far(sample.tensors) for sample in batch])
             except DraftlineError:
                 self._reclaimer.park([ref.key for ref in refs])
@@ -218,18 +218,17 @@ class MooncakeFeatureStore:
     ) -> list[SampleRef]:
         check_identity(identity, self.namespace)
         begin = time.perf_counter()
-        layouts = [plan_layout(sample.tensors) for sample in batch]
-        with self._out.packed([s.tensors for s in batch], layouts, ready, self._room_timeout_s) as slots:
-            crcs = [self._link.checksum_of(slot.memory) for slot in slots]
+        with self._out.packed([sample.tensors for sample in batch], ready, self._room_timeout_s) as packed:
+            crcs = [self._link.checksum_of(slot.memory) for slot, _ in packed]
             if len(batch) == 1:
-                keys = [self._writer.write(slots[0], batch[0].sample_id)]
+                keys = [self._writer.write(packed[0].slot, batch[0].sample_id)]
             else:
-                keys = self._writer.write_batch(slots, [sample.sample_id for sample in batch])
-        total = sum(layout.size_bytes for layout in layouts)
+                keys = self._writer.write_batch([slot for slot, _ in packed], [sample.sample_id for sample in batch])
+        total = sum(layout.size_bytes for _, layout in packed)
         self._link.counters.add(puts=len(batch), put_bytes=total, put_seconds=time.perf_counter() - begin)
         return [
             make_reference(sample, layout, key, crc, identity, self._uri)
-            for sample, layout, key, crc in zip(batch, layouts, keys, crcs, strict=True)
+            for sample, (_, layout), key, crc in zip(batch, packed, keys, crcs, strict=True)
         ]
 
     # --- get ------------------------------------------------------------------------------------------------------
@@ -328,8 +327,8 @@ class MooncakeFeatureStore:
             StoreUnavailable: the master does not answer.
         """
         pattern = pattern_of(self.namespace if prefix is None else prefix)
-        with self._session.operation(), self._session.raw() as client:
-            found = client.remove_by_regex(pattern, True)
+        with self._session.operation():
+            found = self._session.client.remove_by_regex(pattern, True)
         if found < 0:
             raise error_from_code(found, operation="sweep", key=pattern)
         self._link.counters.add(swept=found)
@@ -380,23 +379,23 @@ class MooncakeFeatureStore:
         for ref in refs:
             check_key(ref, self.namespace)
         keys = [ref.key for ref in refs]
-        codes = self._remove_codes(keys)
+        codes = _removal_codes(self._session.client, keys)
         failed = [key for key, code in zip(keys, codes, strict=True) if verdict_of(code) not in _GONE]
         if failed:
             self._link.counters.add(failed_removals=len(failed))
             self._reclaimer.park(failed)
 
-    def _remove_codes(self, keys: Sequence[str]) -> Sequence[int]:
+    def _remove_parked(self, keys: Sequence[str]) -> Sequence[int]:
         with self._session.raw() as client:
-            if len(keys) == 1:
-                return [client.remove(keys[0], True)]
-            codes: list[int] = client.batch_remove(list(keys), True)
-            return codes
+            return _removal_codes(client, keys)
 
     def _register(self, address: int, size: int) -> int:
-        with self._session.raw() as client:
-            code: int = client.register_buffer(address, size)
-            return code
+        code: int = self._session.client.register_buffer(address, size)
+        return code
+
+
+def _removal_codes(client: Any, keys: Sequence[str]) -> Sequence[int]:
+    return [client.remove(keys[0], True)] if len(keys) == 1 else client.batch_remove(list(keys), True)
 
 
 _GONE = (Verdict.DONE, Verdict.LOST)

@@ -7,19 +7,19 @@ layout of the object to be; such a sample is put without another copy. Any other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TypeAlias
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from disagg_core.store.devices import DeviceCopies
-from disagg_core.store.packing import Layout, in_a_row, packed_at, plan_layout, unpack, zero_gaps
+from disagg_core.store.packing import Layout, in_a_row, plan_layout, unpack, zero_gaps
 from disagg_core.store.staging import Slot, StagingPool
 
 Shapes: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each tensor of a sample, in the order in which they will be put."""
-Allocate: TypeAlias = Callable[[Shapes], dict[str, Tensor]]
+Allocate: TypeAlias = Callable[[Shapes], Mapping[str, Tensor]]
 """Makes the tensors of a sample, uninitialised; `MooncakeFeatureStore.allocate` or `allocate_plain`."""
 
 
@@ -28,15 +28,49 @@ def allocate_plain(shapes: Shapes) -> dict[str, Tensor]:
     return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
 
+class Packed(NamedTuple):
+    """A sample in transfer memory, ready to be sent."""
+
+    slot: Slot
+    layout: Layout
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """The tensors of one sample in the transfer memory of one client.
+
+    Their values may change, the mapping may not: it holds what lies at `packed`.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        buffer = packed.slot.lend()
+        zero_gaps(buffer, packed.layout)
+        self.packed = packed
+        self._tensors = unpack(buffer, packed.layout.specs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Return the layout in which `tensors` lie or will lie."""
+    return tensors.packed.layout if isinstance(tensors, PackedTensors) else plan_layout(tensors)
+
+
 class Outgoing:
     """The outgoing transfer memory of one client: `staging_bytes` for copies, as much for what producers allocate."""
 
-    def __init__(self, staging_bytes: int, register: Callable[[int, int], int], copies: DeviceCopies) -> None:
+    def __init__(self, staging_bytes: int, register: Callable[[int, int], int]) -> None:
         self._copied = StagingPool(staging_bytes, register, "outgoing")
         self._allocated = StagingPool(staging_bytes, register, "allocated")
-        self._copies = copies
+        self._copies = DeviceCopies()
 
-    def allocate(self, shapes: Shapes) -> dict[str, Tensor]:
+    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
         """Return tensors that lie as a packed sample, in transfer memory if there is room at this moment.
 
         The memory comes back when the last of them is gone.
@@ -47,42 +81,49 @@ class Outgoing:
             return allocate_plain(shapes)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._allocated.pin()
-        buffer = slot.lend()
-        zero_gaps(buffer, layout)
-        return unpack(buffer, layout.specs)
+        return PackedTensors(Packed(slot, layout))
 
-    @contextmanager
     def packed(
-        self,
-        samples: Sequence[Mapping[str, Tensor]],
-        layouts: Sequence[Layout],
-        ready: Sequence[torch.cuda.Event | None],
-        timeout_s: float,
-    ) -> Iterator[list[Slot]]:
-        """Yield the transfer memory of each sample, packed as its layout says, for as long as the context lasts.
+        self, samples: Sequence[Mapping[str, Tensor]], ready: Sequence[torch.cuda.Event | None], timeout_s: float
+    ) -> AbstractContextManager[list[Packed]]:
+        """Hold the samples in transfer memory for as long as the context lasts; copies those that lie elsewhere.
 
         Args:
+            samples: the tensors of each sample.
             ready: the work on the GPU that writes each sample, as `written_so_far` says.
             timeout_s: how long to wait for memory for copies.
 
         Raises:
             StoreUnavailable: none came free.
+            BadInput: a tensor cannot be stored.
         """
-        slots = [self._in_place(tensors, layout) for tensors, layout in zip(samples, layouts, strict=True)]
-        sizes = [0 if slot else layout.size_bytes for slot, layout in zip(slots, layouts, strict=True)]
-        offsets, total = in_a_row(sizes)
-        with self._copied.acquire(total, timeout_s) if total else nullcontext() as room:
-            for index, slot in enumerate(slots):
-                if room is not None and slot is None:
-                    slots[index] = part = room.part(offsets[index], sizes[index])
-                    self._copies.pack(self._copied, part.buffer, samples[index], layouts[index], ready[index])
-            yield [slot for slot in slots if slot is not None]
+        in_place = [sample.packed for sample in samples if self._holds(sample)]
+        return nullcontext(in_place) if len(in_place) == len(samples) else self._copy(samples, ready, timeout_s)
 
     def close(self) -> None:
         """Undo the page-locking of the memory."""
         for pool in (self._copied, self._allocated):
             pool.close()
 
-    def _in_place(self, tensors: Mapping[str, Tensor], layout: Layout) -> Slot | None:
-        address = packed_at(tensors, layout)
-        return None if address is None else self._allocated.slot_at(address, layout.size_bytes)
+    def _holds(self, sample: Mapping[str, Tensor]) -> TypeGuard[PackedTensors]:
+        return isinstance(sample, PackedTensors) and sample.packed.slot.pool is self._allocated
+
+    @contextmanager
+    def _copy(
+        self, samples: Sequence[Mapping[str, Tensor]], ready: Sequence[torch.cuda.Event | None], timeout_s: float
+    ) -> Iterator[list[Packed]]:
+        layouts = [layout_of(sample) for sample in samples]
+        sizes = [
+            0 if self._holds(sample) else layout.size_bytes for sample, layout in zip(samples, layouts, strict=True)
+        ]
+        offsets, total = in_a_row(sizes)
+        with self._copied.acquire(total, timeout_s) as room:
+            packed = []
+            for sample, layout, offset, event in zip(samples, layouts, offsets, ready, strict=True):
+                if self._holds(sample):
+                    packed.append(sample.packed)
+                    continue
+                part = room.part(offset, layout.size_bytes)
+                self._copies.pack(self._copied, part.buffer, sample, layout, event)
+                packed.append(Packed(part, layout))
+            yield packed

@@ -97,18 +97,6 @@ def zero_gaps(buffer: Tensor, layout: Layout) -> None:
     buffer[end : layout.size_bytes].zero_()
 
 
-def packed_at(tensors: Mapping[str, Tensor], layout: Layout) -> int | None:
-    """Return the address of the memory in which `tensors` lie as `layout` says already, or None."""
-    starts: set[int] = set()
-    for name, spec in layout.specs.items():
-        tensor = tensors[name]
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return None
-        if spec.nbytes:
-            starts.add(tensor.data_ptr() - spec.offset)
-    return starts.pop() if len(starts) == 1 else None
-
-
 def unpack(buffer: Tensor, specs: Mapping[str, FeatureSpec]) -> dict[str, Tensor]:
     """Return views of `buffer`, one for each feature; they share its memory."""
     return {name: _view(buffer, spec) for name, spec in specs.items()}
@@ -124,7 +112,7 @@ def check_layout(ref: SampleRef) -> None:
     for name, spec in ref.feature_specs.items():
         if spec.dtype not in DTYPES:
             raise _damaged(ref, f"feature {name!r}: expected a dtype of torch, found {spec.dtype!r}")
-        if any(extent < 0 for extent in spec.shape):
+        if min(spec.shape, default=0) < 0:
             raise _damaged(ref, f"feature {name!r}: expected extents of 0 or more, found shape {spec.shape}")
         nbytes = math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
         if (spec.offset, spec.nbytes) != (end, nbytes):

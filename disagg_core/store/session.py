@@ -1,7 +1,8 @@
 """One process's connection to Mooncake: opened after a probe, guarded against fork and use after close.
 
 The native client must not be touched in a forked child (it hangs the child and corrupts the parent's connection) nor
-after its ``close`` (it crashes the process). Every call goes through `Session.raw`, which holds these rules.
+after its ``close`` (it crashes the process). Every call is made inside `Session.operation` or `Session.raw`, which hold
+these rules.
 """
 
 from __future__ import annotations
@@ -86,9 +87,18 @@ class Session:
                 self._operations -= 1
                 self._idle.notify_all()
 
+    @property
+    def client(self) -> Any:
+        """The client, for calls inside an `operation`."""
+        return self._client
+
     @contextmanager
     def raw(self) -> Iterator[Any]:
-        """Yield the client for one call; `StoreMisuse` in a forked child, or after `close`."""
+        """Yield the client for one call outside of an operation, which `close` waits for.
+
+        Raises:
+            StoreMisuse: in a forked child, or after `close`.
+        """
         self._check_process()
         with self._idle:
             if self._native is None:

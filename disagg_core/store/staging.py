@@ -77,7 +77,7 @@ class Slot:
     """
 
     def __init__(self, pool: StagingPool, region: Region, offset: int, size: int, *, held: bool = True) -> None:
-        self._pool = pool
+        self.pool = pool
         self._region = region
         self._offset = offset
         self._held = held
@@ -95,17 +95,17 @@ class Slot:
         """Give the slot back; a second call does nothing. A tainted one is set aside for a while first."""
         if self._held:
             self._held = False
-            give_back = self._pool.set_aside if self.tainted else self._pool.returned
+            give_back = self.pool.set_aside if self.tainted else self.pool.returned
             give_back(self._region, self._offset, self.size)
 
     def part(self, offset: int, size: int) -> Slot:
         """Return a slot over a part of this one; it is never given back by itself."""
-        return Slot(self._pool, self._region, self._offset + offset, size, held=False)
+        return Slot(self.pool, self._region, self._offset + offset, size, held=False)
 
     def lend(self) -> Tensor:
         """Return the slot's bytes as a tensor that gives the slot back when its storage is freed."""
         view = self.memory
-        comes_back = weakref.finalize(view, self._pool.returned, self._region, self._offset, self.size)
+        comes_back = weakref.finalize(view, self.pool.returned, self._region, self._offset, self.size)
         comes_back.atexit = False
         self._held = False
         return torch.frombuffer(view, dtype=torch.uint8)
@@ -174,14 +174,6 @@ class StagingPool:
     def acquire_now(self, nbytes: int) -> Slot | None:
         """Return a slot of `nbytes` of the first region if one is free at this moment."""
         return self._take(nbytes) if nbytes <= self._region_bytes else None
-
-    def slot_at(self, address: int, nbytes: int) -> Slot | None:
-        """Return the `nbytes` at `address` as a slot that is never given back by itself; None if they lie elsewhere."""
-        for region in self._regions:
-            offset = address - region.address
-            if 0 <= offset <= len(region.memory) - nbytes:
-                return Slot(self, region, offset, nbytes, held=False)
-        return None
 
     def pin(self) -> None:
         """Page-lock the regions for CUDA, now and for regions to come; needs a CUDA device."""

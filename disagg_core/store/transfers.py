@@ -1,11 +1,13 @@
 """Moving packed samples between staging memory and the store, with every answer checked and every retry bounded.
 
 `Writer` uses a fresh key for each try and hands the keys of failed tries to the reclaimer. `Reader` compares size and
-checksum and tells damage from loss. Both work on staging slots and know nothing of tensors.
+checksum and tells damage from loss. Both work on staging slots, inside an operation of the session, and know nothing of
+tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import uuid
@@ -101,7 +103,6 @@ class Patience:
         self._since: dict[Verdict, float] = {}
         self._try_began = began
         self._pause = FIRST_PAUSE_S
-        self._sleep = threading.Event()
 
     def allows(self, verdict: Verdict) -> bool:
         """Tell whether there is time for another try after trouble of this kind."""
@@ -114,7 +115,7 @@ class Patience:
         Raises:
             StoreMisuse: the client was closed meanwhile.
         """
-        self._sleep.wait(self._pause)
+        time.sleep(self._pause)
         waited, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_S)
         self._session.check()
         self._try_began = time.monotonic()
@@ -126,6 +127,8 @@ class Writer:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._name = uuid.uuid4().hex
+        self._tries = itertools.count()
 
     def write(self, slot: Slot, sample_id: str) -> str:
         """Store the bytes of `slot` and return the key they are under.
@@ -137,8 +140,7 @@ class Writer:
         link, patience = self._link, Patience(self._link, time.monotonic())
         while True:
             key = self.new_key(sample_id)
-            with link.session.raw() as client:
-                code = client.put_from(key, slot.address, slot.size, link.session.hard_pin)
+            code = link.session.client.put_from(key, slot.address, slot.size, link.session.hard_pin)
             if code == 0:
                 return key
             self._after_failure(key, code, slot.size, patience)
@@ -151,8 +153,7 @@ class Writer:
         link = self._link
         keys = [self.new_key(sample_id) for sample_id in sample_ids]
         addresses, sizes = [slot.address for slot in slots], [slot.size for slot in slots]
-        with link.session.raw() as client:
-            codes = client.batch_put_from(keys, addresses, sizes, link.session.hard_pin)
+        codes = link.session.client.batch_put_from(keys, addresses, sizes, link.session.hard_pin)
         stored = [key for key, code in zip(keys, codes, strict=True) if code == 0]
         try:
             for index, code in enumerate(codes):
@@ -166,8 +167,8 @@ class Writer:
         return keys
 
     def new_key(self, sample_id: str) -> str:
-        """Return a key that was never used."""
-        return f"{self._link.namespace}/{sample_id}/{uuid.uuid4().hex}"
+        """Return a key that was never used: no other writer has this one's name."""
+        return f"{self._link.namespace}/{sample_id}/{self._name}-{next(self._tries):x}"
 
     def _after_failure(self, key: str, code: int, size: int, patience: Patience) -> None:
         """Pause before the next try, or raise the named error."""
@@ -247,8 +248,7 @@ class Reader:
         link = self._link
         addresses = [slot.address + offset for offset in offsets]
         sizes = [ref.size_bytes for ref in refs]
-        with link.session.raw() as client:
-            codes = client.batch_get_into([ref.key for ref in refs], addresses, sizes)
+        codes = link.session.client.batch_get_into([ref.key for ref in refs], addresses, sizes)
         slot.tainted = not all(is_settled(code) for code in codes)
         return [
             code == ref.size_bytes and self._sum(slot.memory[offset : offset + code]) == self._expected(ref)
@@ -257,8 +257,7 @@ class Reader:
 
     def _fetch(self, slot: Slot, ref: SampleRef) -> tuple[int, int | None]:
         """Return the answer and, for a whole read, the checksum of what arrived."""
-        with self._link.session.raw() as client:
-            code = client.get_into(ref.key, slot.address, ref.size_bytes)
+        code = self._link.session.client.get_into(ref.key, slot.address, ref.size_bytes)
         slot.tainted = slot.tainted or not is_settled(code)
         return code, self._sum(slot.memory) if code == ref.size_bytes else None
 

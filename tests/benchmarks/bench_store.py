@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from disagg_core.store.session import Session
 from disagg_core.store.staging import StagingPool
 
 MIB = 1 << 20
+Sample = Mapping[str, torch.Tensor]
 IDENTITY = RunIdentity(
     run_id="bench", attempt=1, strategy="eagle3", target_model_version="t", tokenizer_version="k",
     vocab_map_version="v", draft_weight_version=0, aux_layers=(1, 2, 3), dtype="bfloat16",
@@ -86,7 +87,7 @@ class Raw:
             assert self.client.remove(f"{stem}/{name}", True) == 0
 
 
-def in_transfer_memory(store: MooncakeFeatureStore, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_transfer_memory(store: MooncakeFeatureStore, tensors: Sample) -> Sample:
     """The same sample as a producer leaves it that captures into what `store.allocate` gave."""
     places = store.allocate({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
@@ -94,7 +95,7 @@ def in_transfer_memory(store: MooncakeFeatureStore, tensors: dict[str, torch.Ten
     return places
 
 
-def ours_parts(store: MooncakeFeatureStore, tensors: dict[str, torch.Tensor]) -> tuple[float, float, float]:
+def ours_parts(store: MooncakeFeatureStore, tensors: Sample) -> tuple[float, float, float]:
     """Seconds of one put, one get, one release."""
     begin = time.perf_counter()
     ref = store.put("s1", tensors, identity=IDENTITY, source_task_id="t", num_tokens=1)

@@ -58,7 +58,7 @@ class CapturableRequest(Protocol):
 class WritableStore(Protocol):
     """What the writer does with a feature store, as `MooncakeFeatureStore` does it."""
 
-    def allocate(self, shapes: Shapes) -> dict[str, Tensor]:
+    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
         """Return memory for the tensors of one sample."""
         ...
 
@@ -110,13 +110,14 @@ class Recorder:
         open_store: Callable[[StoreAddress], WritableStore],
         *,
         max_pending_bytes: int = MAX_PENDING_BYTES,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_pending_bytes = max_pending_bytes
         self._pending_bytes = 0
         self._queue: deque[Recording] = deque()
         self._changed = threading.Condition()
         self._held: list[tuple[Recording, Any, Any]] = []
+        self._clock = clock
         self._writer = _Writer(open_store, clock)
         self._thread: threading.Thread | None = None
 
@@ -167,7 +168,7 @@ class Recorder:
         recording.input_ids = input_ids
         recording.handed_over = True
         if isinstance(order, ProbeOrder):
-            recording.reply = _probe_reply(recording, facts())
+            recording.reply = _probe_reply(recording, facts(), self._clock())
             return
         if (mismatch := _mismatch(order, recording.aux[0].dtype, facts())) is not None:
             self.refuse(recording, mismatch, retryable=False)
@@ -334,7 +335,7 @@ def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> st
     return None
 
 
-def _probe_reply(recording: Recording, facts: ServerFacts) -> ProbeReply:
+def _probe_reply(recording: Recording, facts: ServerFacts, now: float) -> ProbeReply:
     tensors = {
         "aux_hidden_states": torch.cat(recording.aux).to("cpu"),
         "last_hidden_state": torch.cat(recording.last).to("cpu"),
@@ -344,4 +345,4 @@ def _probe_reply(recording: Recording, facts: ServerFacts) -> ProbeReply:
     layout = plan_layout(tensors)
     buffer = torch.empty(layout.size_bytes, dtype=torch.uint8)
     pack_into(buffer, tensors, layout)
-    return ProbeReply(facts=facts, tensors=layout.specs, data=buffer.numpy().tobytes())
+    return ProbeReply(facts=facts, now=now, tensors=layout.specs, data=buffer.numpy().tobytes())

@@ -1,7 +1,7 @@
 """A producer that captures into the store's own memory is spared a copy, and nothing else changes for anyone."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from tests.integration.store.test_put_get import assert_same, eagle3_sample, put
 pytestmark = pytest.mark.integration
 
 Open = Callable[..., MooncakeFeatureStore]
-Sample = dict[str, torch.Tensor]
+Sample = Mapping[str, torch.Tensor]
 
 
 def filled(store: MooncakeFeatureStore, sample: Sample) -> Sample:
@@ -57,7 +57,7 @@ def test_allocated_and_other_samples_share_a_batch(open_store: Open, identity: R
 def test_what_does_not_lie_as_it_will_be_stored_is_copied(store: MooncakeFeatureStore, identity: RunIdentity) -> None:
     placed = filled(store, eagle3_sample(100))
     turned = {"last_hidden_state": placed["last_hidden_state"].t()}
-    backwards = dict(reversed(placed.items()))
+    backwards = dict(reversed(list(placed.items())))
     middle = {name: tensor[20:40] for name, tensor in placed.items()}
     part = {"aux_hidden_states": placed["aux_hidden_states"][3:5]}
     empty = {"nothing": placed["input_ids"][:0]}
