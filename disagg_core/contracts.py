@@ -13,6 +13,8 @@ import msgspec
 
 SCHEMA_VERSION = 1
 """Version of `SampleRef`. A reader refuses a reference of any other version."""
+IDENTITY_FIELDS = ("strategy", "target_model_version", "tokenizer_version", "vocab_map_version")
+"""The versions that a reference carries, and that must equal those of the `RunIdentity` that it is read under."""
 
 
 class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from disagg_core.contracts import SCHEMA_VERSION, RunIdentity, SampleRef
+from disagg_core.contracts import IDENTITY_FIELDS, SCHEMA_VERSION, RunIdentity, SampleRef
 from disagg_core.errors import BadInput, IdentityMismatch
-
-_STRICT = ("strategy", "target_model_version", "tokenizer_version", "vocab_map_version")
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Staleness:
             self._mismatch(ref, "schema_version", SCHEMA_VERSION, ref.schema_version)
         if self.identity is None:
             return
-        for name in _STRICT:
+        for name in IDENTITY_FIELDS:
             expected, found = getattr(self.identity, name), getattr(ref, name)
             if expected != found:
                 self._mismatch(ref, name, expected, found)

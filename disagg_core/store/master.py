@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from typing import Any
 
 import msgspec
 
@@ -36,6 +35,17 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     used_bytes: int
     status: str
+
+
+class _Segment(msgspec.Struct):
+    segment_name: str
+    size_bytes: int
+    allocator_used_bytes: int
+    status: str
+
+
+class _Segments(msgspec.Struct):
+    segments: list[_Segment]
 
 
 def split_address(address: str, what: str) -> tuple[str, int]:
@@ -116,14 +126,24 @@ class MasterView:
         return dict(Counter("/".join(key.split("/")[:-2]) or key.split("/")[0] for key in self.keys()))
 
     def segments(self) -> list[Segment]:
-        """Return the owners' segments."""
-        found: list[dict[str, Any]] = json.loads(self._get("/get_segments_detail"))["segments"]
+        """Return the owners' segments.
+
+        Raises:
+            StoreUnavailable: the master does not answer, or what answers is not a Mooncake master.
+        """
+        try:
+            found = msgspec.json.decode(self._get("/get_segments_detail"), type=_Segments, strict=False).segments
+        except msgspec.MsgspecError as error:
+            raise StoreUnavailable(
+                f"expected the segments of a Mooncake master at {self.endpoints.metrics_address}, found something else "
+                f"({error}); is metrics_address the master's metrics port?"
+            ) from error
         return [
             Segment(
-                name=segment["segment_name"],
-                size_bytes=int(segment["size_bytes"]),
-                used_bytes=int(segment["allocator_used_bytes"]),
-                status=segment["status"],
+                name=segment.segment_name,
+                size_bytes=segment.size_bytes,
+                used_bytes=segment.allocator_used_bytes,
+                status=segment.status,
             )
             for segment in found
         ]

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from disagg_core.contracts import SCHEMA_VERSION, RunIdentity, SampleRef
+from disagg_core.contracts import IDENTITY_FIELDS, SCHEMA_VERSION, RunIdentity, SampleRef
 from disagg_core.errors import BadInput, StoreMisuse
 from disagg_core.store.packing import Layout, check_layout
 
 Metadata = Mapping[str, str | int | float | bool | None]
-
-_VERSIONS = ("strategy", "target_model_version", "tokenizer_version", "vocab_map_version")
-
 
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
 
@@ -96,7 +93,7 @@ def check_reference(ref: SampleRef, namespace: str, expected: RunIdentity | None
             f"sample {ref.sample_id}: expected schema version {SCHEMA_VERSION}, found {ref.schema_version}; "
             "run the same version of draftline on both sides"
         )
-    for name in _VERSIONS if expected is not None else ():
+    for name in IDENTITY_FIELDS if expected is not None else ():
         wanted, found = getattr(expected, name), getattr(ref, name)
         if found != wanted:
             raise BadInput(
