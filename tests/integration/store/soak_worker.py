@@ -4,6 +4,7 @@ import queue
 import random
 import sys
 import threading
+from collections.abc import Mapping
 
 import msgspec
 import torch
@@ -38,7 +39,12 @@ def main() -> None:
             sys.stdout.flush()
 
     def produce(store: MooncakeFeatureStore, command: str) -> None:
-        tensors = sample_of(int(command), int(largest))
+        tensors: Mapping[str, torch.Tensor] = sample_of(int(command), int(largest))
+        if int(command) % 2:  # every other sample is written where it will be sent from
+            places = store.allocate({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+            for name, tensor in tensors.items():
+                places[name].copy_(tensor)
+            tensors = places
         ref = store.put(command, tensors, identity=identity, source_task_id=command, num_tokens=1)
         say(msgspec.json.encode(ref).decode())
 

@@ -25,8 +25,20 @@ def test_gpu_tensors_come_back_on_the_gpu(store: MooncakeFeatureStore, identity:
         assert torch.equal(found["aux_hidden_states"], sample["aux_hidden_states"])
         assert torch.equal(store.get(ref)["aux_hidden_states"], sample["aux_hidden_states"].cpu())
         store.release(ref)
-    assert store._out.is_pinned
     assert store._in.is_pinned
+
+
+def test_allocated_memory_is_page_locked_and_takes_copies_from_the_gpu(
+    store: MooncakeFeatureStore, identity: RunIdentity
+) -> None:
+    hidden = torch.randn(1 << 20, device="cuda")
+    places = store.allocate({"x": ((1 << 20,), torch.float32)})
+    places["x"].copy_(hidden, non_blocking=True)
+    torch.cuda.synchronize()
+    ref = store.put("s1", places, identity=identity, source_task_id="t", num_tokens=1)
+    assert places["x"].is_pinned()
+    assert torch.equal(store.get(ref, device="cuda")["x"], hidden)
+    store.release(ref)
 
 
 def test_a_put_waits_for_the_kernels_that_write_the_sample(store: MooncakeFeatureStore, identity: RunIdentity) -> None:
