@@ -84,7 +84,11 @@ class Slot:
         self.size = size
         self.tainted = False
         self.address = region.address + offset
-        self.buffer = region.buffer[offset : offset + size]
+
+    @property
+    def buffer(self) -> Tensor:
+        """The slot's bytes as a tensor, while the slot is held."""
+        return self._region.buffer[self._offset : self._offset + self.size]
 
     @property
     def memory(self) -> memoryview:

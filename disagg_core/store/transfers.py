@@ -137,12 +137,14 @@ class Writer:
             StoreFull: no room came free before the deadline, or the sample can never fit.
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
-        link, patience = self._link, Patience(self._link, time.monotonic())
+        session, began = self._link.session, time.monotonic()
+        patience = None
         while True:
             key = self.new_key(sample_id)
-            code = link.session.client.put_from(key, slot.address, slot.size, link.session.hard_pin)
+            code = session.client.put_from(key, slot.address, slot.size, session.hard_pin)
             if code == 0:
                 return key
+            patience = patience or Patience(self._link, began)
             self._after_failure(key, code, slot.size, patience)
 
     def write_batch(self, slots: Sequence[Slot], sample_ids: Sequence[str]) -> list[str]:
@@ -219,12 +221,13 @@ class Reader:
             SampleLost: the object is gone, or its bytes are wrong every time.
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
-        link, patience = self._link, Patience(self._link, began)
+        link, patience = self._link, None
         damaged = lost = 0
         while True:
             code, crc = self._fetch(slot, ref)
             if code == ref.size_bytes and crc == self._expected(ref):
                 return
+            patience = patience or Patience(link, began)
             verdict = verdict_of(code)
             link.counters.add(get_retries=1)
             if verdict is Verdict.DONE:
