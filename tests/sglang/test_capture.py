@@ -158,7 +158,7 @@ def test_an_error_in_the_capture_is_an_answer_and_not_the_end_of_the_server(
         loss_spans=[(0, 3)],
         identity=identity_of(server.facts, store),
         store=address,
-        deadline=2e9,
+        deadline=client.server_time(60.0),
     )
     unreadable = {WIRE_KEY: encode_order(order)[WIRE_KEY].replace("deadline", "limit")}
     sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": unreadable}
@@ -198,7 +198,7 @@ def test_a_sample_that_comes_too_late_is_removed_again(
             checksum=True,
             put_timeout_s=5.0,
         ),
-        deadline=1.0,
+        deadline=client.server_time(-1.0),
     )
 
     with pytest.raises(Exception, match="time was over"):

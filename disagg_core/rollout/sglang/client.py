@@ -1,19 +1,21 @@
 """HTTP to one SGLang server: health, continuation, capture and probe; says whose fault a failure is.
 
-What the server did not manage is a `ServerFailure` (the circuit breaker counts it); what it declined to do for this
-prompt is a `PromptRefused`. Safe for use from several threads.
+What the server did not manage is a `ServerFailure` (the circuit breaker counts it), an answer that makes no sense
+included; what it declined to do for this prompt is a `PromptRefused`. Safe for use from several threads.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
 
 from disagg_core.errors import DraftlineError, TargetError, Transient
 from disagg_core.rollout.sglang.wire import (
+    WIRE_KEY,
     CaptureOrder,
     Order,
     ProbeOrder,
@@ -26,12 +28,20 @@ from disagg_core.rollout.sglang.wire import (
 )
 
 _CONNECT_TIMEOUT_S = 10.0
+_REFUSALS = frozenset({400, 413, 422})
+"""What a server answers to a prompt it will not run. Any other error is the server's, or of a proxy before it."""
+
+_Body = TypeVar("_Body")
 
 
 class ServerFailure(Transient):
-    """The server did not answer, or answered that something broke inside it."""
+    """The server did not answer, answered that something broke inside it, or answered what makes no sense."""
 
     failure_class = "target_unavailable"
+
+
+class ServerUnreachable(ServerFailure):
+    """Nobody took the request: whatever it asked for was not tried."""
 
 
 class PromptRefused(DraftlineError):
@@ -42,6 +52,34 @@ class PromptRefused(DraftlineError):
         self.retryable = retryable
 
 
+class _FinishReason(msgspec.Struct):
+    type: str | None = None
+    message: Any = None
+
+
+class _MetaInfo(msgspec.Struct, rename={"entries": WIRE_KEY}):
+    finish_reason: _FinishReason | None = None
+    entries: list[str | None] | None = None
+
+
+class _Answer(msgspec.Struct):
+    """What is read of an answer to ``/generate``."""
+
+    meta_info: _MetaInfo
+    output_ids: list[int] | None = None
+
+
+class _Scheduler(msgspec.Struct):
+    memory_usage: dict[str, Any]
+
+
+class _ServerInfo(msgspec.Struct):
+    """What is read of an answer to ``/server_info``."""
+
+    max_total_num_tokens: float
+    internal_states: list[_Scheduler]
+
+
 class SglangClient:
     """One server. `timeout_s` bounds each request; connections are kept and reused."""
 
@@ -49,6 +87,7 @@ class SglangClient:
         self.name = name
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._clock_ahead_s = 0.0
         self._http = self._connect()
 
     def _connect(self) -> httpx.Client:
@@ -60,11 +99,13 @@ class SglangClient:
         """Tell whether the server generates at present; it can say no for 20 s after its start."""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == 200
-        except httpx.HTTPError:
+        except (httpx.HTTPError, RuntimeError):  # RuntimeError: closed under us
             return False
 
     def probe(self, input_ids: Sequence[int]) -> ProbeReply:
         """Capture `input_ids` without storing and return the states with what the server says about itself.
+
+        Also sets what `server_time` goes by.
 
         Raises:
             TargetError: the server does not capture: no plugin, another version of it, or wrong flags.
@@ -76,8 +117,17 @@ class SglangClient:
             raise TargetError(f"{self.name} ({self.url}) does not capture: {refused}") from refused
         if isinstance(reply, RefusedReply):
             raise TargetError(f"{self.name} ({self.url}) does not capture: {reply.reason}")
-        assert isinstance(reply, ProbeReply)
+        if not isinstance(reply, ProbeReply):
+            raise ServerFailure(f"expected the states of a probe from {self.name}, found a {type(reply).__name__}")
+        self._clock_ahead_s = reply.now - time.monotonic()
         return reply
+
+    def server_time(self, in_s: float) -> float:
+        """Return what the server's monotonic clock will read in `in_s` seconds, known from its last probe.
+
+        Early by as long as the probe's reply was under way, never late.
+        """
+        return time.monotonic() + self._clock_ahead_s + in_s
 
     def capture(self, input_ids: Sequence[int], order: CaptureOrder) -> StoredReply:
         """Have the server write the states of `input_ids` to the store as `order` says.
@@ -93,6 +143,12 @@ class SglangClient:
             raise PromptRefused(reply.reason, retryable=reply.retryable)
         if not isinstance(reply, StoredReply):
             raise ServerFailure(f"expected a stored sample from {self.name}, found a {type(reply).__name__}")
+        ref = reply.ref
+        if (ref.sample_id, ref.num_tokens) != (order.sample_id, order.num_tokens):
+            raise ServerFailure(
+                f"expected sample {order.sample_id} of {order.num_tokens} tokens from {self.name}, found "
+                f"{ref.sample_id} of {ref.num_tokens}"
+            )
         return reply
 
     def generate(self, input_ids: Sequence[int], sampling: dict[str, Any]) -> list[int]:
@@ -103,8 +159,9 @@ class SglangClient:
             ServerFailure: it did not answer.
         """
         answer = self._post({"input_ids": list(input_ids), "sampling_params": sampling})
-        tokens: list[int] = answer["output_ids"]
-        return tokens
+        if answer.output_ids is None:
+            raise ServerFailure(f"{self.name} answered without output_ids")
+        return answer.output_ids
 
     def memory(self) -> dict[str, float]:
         """Return the server's memory in GiB by use (weights, KV cache), and its token capacity.
@@ -117,10 +174,10 @@ class SglangClient:
             response.raise_for_status()
         except httpx.HTTPError as error:
             raise ServerFailure(f"{self.name}: {_describe(error)}") from error
-        info = response.json()
-        usage: dict[str, float] = {"max_total_tokens": float(info["max_total_num_tokens"])}
-        for state in info["internal_states"][:1]:
-            usage |= {name: value for name, value in state["memory_usage"].items() if isinstance(value, (int, float))}
+        info = self._read(response, _ServerInfo)
+        usage = {"max_total_tokens": info.max_total_num_tokens}
+        for state in info.internal_states[:1]:
+            usage |= {name: value for name, value in state.memory_usage.items() if isinstance(value, (int, float))}
         return usage
 
     def reset(self) -> None:
@@ -136,7 +193,7 @@ class SglangClient:
         sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "custom_params": encode_order(order)}
         answer = self._post({"input_ids": list(input_ids), "return_hidden_states": True, "sampling_params": sampling})
         try:
-            reply = find_reply(answer["meta_info"])
+            reply = find_reply(answer.meta_info.entries)
         except msgspec.DecodeError as error:
             raise TargetError(
                 f"{self.name} ({self.url}): the capture plugin's reply cannot be read ({error}); install the same "
@@ -149,20 +206,29 @@ class SglangClient:
             )
         return reply
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, body: dict[str, Any]) -> _Answer:
         try:
             response = self._http.post("/generate", json=body)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise ServerUnreachable(f"{self.name}: {_describe(error)}") from error
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed under us by reset()
             raise ServerFailure(f"{self.name}: {_describe(error)}") from error
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+        if response.status_code in _REFUSALS:
             raise PromptRefused(f"{self.name} answered {response.status_code}: {_said(response)}", retryable=False)
         if response.status_code != 200:
             raise ServerFailure(f"{self.name} answered {response.status_code}: {_said(response)}")
-        answer: dict[str, Any] = response.json()
-        finish = (answer.get("meta_info") or {}).get("finish_reason") or {}
-        if finish.get("type") == "abort":
-            raise ServerFailure(f"{self.name} aborted the request: {finish.get('message')}")
+        answer = self._read(response, _Answer)
+        finish = answer.meta_info.finish_reason
+        if finish is not None and finish.type == "abort":
+            raise ServerFailure(f"{self.name} aborted the request: {finish.message}")
         return answer
+
+    def _read(self, response: httpx.Response, kind: type[_Body]) -> _Body:
+        try:
+            return msgspec.json.decode(response.content, type=kind)
+        except (ValueError, RecursionError) as error:  # what msgspec raises is a ValueError
+            found = response.content[:100].decode(errors="backslashreplace")
+            raise ServerFailure(f"{self.name} answered what cannot be read ({error}): {found!r}") from error
 
 
 def _describe(error: Exception) -> str:
@@ -174,8 +240,8 @@ def _describe(error: Exception) -> str:
 def _said(response: httpx.Response) -> str:
     """Return the message of an error response, short."""
     try:
-        body = response.json()
-    except ValueError:
+        body = msgspec.json.decode(response.content)
+    except (ValueError, RecursionError):
         return response.text[:300]
     error = body.get("error", body) if isinstance(body, dict) else body
     message = error.get("message", error) if isinstance(error, dict) else error

@@ -26,6 +26,8 @@ _POLL_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 _LATE_S = 20.0
 _FAILED_STARTS_AT_FIRST = 2
+_CLOSE_S = 8.0
+"""A role has 25 s from SIGTERM to SIGKILL; ending its drive takes up to 10 of them."""
 
 
 @dataclass
@@ -166,13 +168,20 @@ class ServerPool:
         ]
 
     def close(self) -> None:
-        """Stop the supervisors and every server that they started."""
+        """Stop the servers that we started, all at the same time, and their supervisors; takes 8 s at most."""
         self._stop.set()
+        deadline = time.monotonic() + _CLOSE_S
+        ending = [supervisor for supervisor in self._supervisors if supervisor.is_alive()]
         for member in self._members.values():
             member.suspect.set()
-        for supervisor in self._supervisors:
-            if supervisor.is_alive():
-                supervisor.join()
+            if member.managed is not None:  # at once: its supervisor may wait for an answer of it
+                ending.append(threading.Thread(target=member.managed.close, name=f"stop-{member.name}", daemon=True))
+                ending[-1].start()
+        for thread in ending:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = [thread.name for thread in ending if thread.is_alive()]
+        if late:
+            logger.warning("left behind after %g s: %s", _CLOSE_S, ", ".join(late))
         for member in self._members.values():
             member.client.close()
 

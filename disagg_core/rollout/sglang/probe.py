@@ -116,16 +116,24 @@ def identity_differences(found: ServerFacts, facts: TargetFacts, section: Target
 
 
 def compare_states(reply: ProbeReply, facts: TargetFacts, reference: Reference) -> list[Comparison]:
-    """Return the error of each compared state of a probe against `reference`."""
-    states = unpack(torch.frombuffer(bytearray(reply.data), dtype=torch.uint8), reply.tensors)
-    aux, width = states["aux_hidden_states"], facts.hidden_size
+    """Return the error of each compared state of a probe against `reference`.
+
+    Raises:
+        TargetError: the reply does not hold the states that it says it holds, or they have another shape.
+    """
+    try:
+        states = unpack(torch.frombuffer(bytearray(reply.data), dtype=torch.uint8), reply.tensors)
+        aux, last = states["aux_hidden_states"], states["last_hidden_state"]
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise TargetError(f"the probe's states cannot be read ({error}); found {reply.tensors}") from error
+    width = facts.hidden_size
     compared = []
     for place, layer in enumerate(facts.aux_layers):
         if layer in reference.layers:
             found = aux[:, place * width : (place + 1) * width]
             compared.append(_compare(f"output of layer {layer}", found, reference.layers[layer]))
     if reference.last is not None:
-        compared.append(_compare("last hidden state", states["last_hidden_state"], reference.last))
+        compared.append(_compare("last hidden state", last, reference.last))
     return compared
 
 

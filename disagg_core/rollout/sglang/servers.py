@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,12 @@ class ServerLaunch:
         """Return the variables of a server's process besides ours."""
         from disagg_core.rollout.sglang.plugin import REQUIRED_VARIABLE
 
-        variables = {REQUIRED_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "DRAFTLINE_HOST": self.host}
+        variables = {
+            REQUIRED_VARIABLE: "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",  # what lies in the directory we were started in is none of the server's business
+            "DRAFTLINE_HOST": self.host,
+        }
         if self._needs_room:
             variables["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         if self.cpu:
@@ -95,7 +101,7 @@ _CONTEXT_ROOM = 2
 
 
 class ManagedServer:
-    """One server process at a time, under one name and URL; started again on demand. Not safe across threads."""
+    """One server process at a time, under one name and URL; started again on demand. Safe across threads."""
 
     def __init__(self, launch: ServerLaunch, *, index: int, log_dir: Path) -> None:
         self._launch = launch
@@ -105,33 +111,47 @@ class ManagedServer:
         self.port = free_port(launch.host)
         self.url = f"http://{launch.host}:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """The process id of the running server, None before the first start."""
-        return None if self._process is None else self._process.pid
+        process = self._process
+        return None if process is None else process.pid
 
     def start(self) -> None:
         """Start the server; it is not ready yet. Call from a thread that lives as long as the server may."""
         command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.section.tensor_parallel)
-        logger.info("starting %s: %s", self.name, " ".join(command))
-        self._process = spawn(command, self.log, environment=self._launch.environment(), death_signal=signal.SIGKILL)
+        environment = self._launch.environment()
+        with self._lock:
+            if self._closed:
+                return
+            logger.info("starting %s: %s", self.name, " ".join(command))
+            self._process = spawn(command, self.log, environment=environment, death_signal=signal.SIGKILL)
 
     def exit_reason(self) -> str | None:
         """Return how the server ended, with the end of its log; None while it runs."""
-        if self._process is None:
-            return "never started"
-        code = self._process.poll()
+        process = self._process
+        if process is None:
+            return "not started"
+        code = process.poll()
         if code is None:
             return None
         return f"{describe_exit(code)}; the end of {self.log}:\n{tail(self.log)}"
 
     def stop(self, *, at_once: bool = False) -> None:
         """End the server and all of its processes; `at_once` for one that hangs."""
-        if self._process is not None:
-            first = signal.SIGKILL if at_once else signal.SIGTERM
-            stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
-            self._process = None
+        with self._lock:
+            if self._process is not None:
+                first = signal.SIGKILL if at_once else signal.SIGTERM
+                stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
+                self._process = None
+
+    def close(self) -> None:
+        """End the server for good: `start` does nothing from now on."""
+        self._closed = True
+        self.stop()
 
 
 def find_sglang_python(settings: Settings, checkout: Path = CHECKOUT) -> Path:

@@ -14,7 +14,7 @@ from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import TargetError, TargetUnavailable
 from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.generate import Sampling
-from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
 from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 from disagg_core.rollout.sglang.probe import Reference, check_probe, probe_ids, reference_states
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
@@ -189,7 +189,13 @@ class SGLangTarget:
         pool = self._prepared()
 
         def run(task: PromptTask) -> _Outcome:
-            return work(pool.acquire(avoid.get(task.ordinal, frozenset())), task)
+            avoided = avoid.get(task.ordinal, frozenset())
+            while True:  # a server that cannot be reached is soon out, and with the last one acquire() raises
+                client = pool.acquire(avoided)
+                try:
+                    return work(client, task)
+                except ServerUnreachable:
+                    avoided |= {client.name}
 
         if len(tasks) == 1:
             yield run(tasks[0])
@@ -237,7 +243,11 @@ class SGLangTarget:
         )
 
     def _attempt(self, client: SglangClient, task: PromptTask, work: Callable[[], _Outcome]) -> _Outcome | Failed:
-        """Run `work` on the place that was taken on `client`, and say whose failure a failure is."""
+        """Run `work` on the place that was taken on `client`, and say whose failure a failure is.
+
+        Raises:
+            ServerUnreachable: the task was not tried, and keeps its number of attempts.
+        """
         pool = self._prepared()
         try:
             self._check_task(task)
@@ -245,6 +255,9 @@ class SGLangTarget:
         except PromptRefused as refused:
             pool.succeeded(client.name, captured=False)
             return Failed(task, str(refused), retryable=refused.retryable, server=client.name)
+        except ServerUnreachable as error:
+            pool.failed(client.name, str(error))
+            raise
         except (ServerFailure, TargetError) as error:
             pool.failed(client.name, str(error))
             # Whether the server wrote the sample before it broke is not known; nobody else holds this task now.
@@ -278,6 +291,11 @@ class SGLangTarget:
         if sampling.temperature > 0:
             parameters["sampling_seed"] = sampling.seed_for(task.ordinal) % 2**31
         tokens = client.generate(task.input_ids, parameters)
+        if len(tokens) > sampling.room(task) or not all(0 <= token < self._facts.vocab_size for token in tokens):
+            raise ServerFailure(
+                f"expected at most {sampling.room(task)} token ids of {self._facts.vocab_size} from {client.name}, "
+                f"found {len(tokens)} from {min(tokens)} to {max(tokens)}"
+            )
         if len(task.input_ids) + len(tokens) < _FEWEST_TOKENS:
             raise PromptRefused(f"prompt and continuation have less than {_FEWEST_TOKENS} tokens", retryable=False)
         return tokens
@@ -296,7 +314,7 @@ class SGLangTarget:
             loss_spans=spans_of(loss_mask),
             identity=self._identity,
             store=self._address,
-            deadline=time.time() + timeout_s - min(_REPLY_MARGIN_S, timeout_s / 4),
+            deadline=client.server_time(timeout_s - min(_REPLY_MARGIN_S, timeout_s / 4)),
         )
         began = time.perf_counter()
         reply = client.capture(input_ids, order)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
@@ -37,8 +37,9 @@ class CaptureOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Write the states of this request's prompt to the store as one sample.
 
     `server` is what the producer calls this server, `fingerprint` that of the model it has to run. `loss_spans` are
-    the half-open token ranges with loss mask 1. `deadline` is in seconds since the epoch: whoever ordered has given
-    up by then, so a sample that is finished later is removed again.
+    the half-open token ranges with loss mask 1. `deadline` is a reading of the server's own monotonic clock, which the
+    producer knows from the probe: whoever ordered has given up by then, so a sample that is finished later is removed
+    again.
     """
 
     sample_id: str
@@ -101,9 +102,13 @@ class ServerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ProbeReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probed"):
-    """The probe's states: one packed buffer and where the tensors lie in it, as for a stored sample."""
+    """The probe's states: one packed buffer and where the tensors lie in it, as for a stored sample.
+
+    `now` is what the server's monotonic clock read, in seconds, when this was made.
+    """
 
     facts: ServerFacts
+    now: float
     tensors: dict[str, FeatureSpec]
     data: bytes
 
@@ -133,15 +138,15 @@ def encode_reply(reply: Reply) -> str:
     return msgspec.json.encode(reply).decode()
 
 
-def find_reply(meta_info: dict[str, Any]) -> Reply | None:
-    """Return the plugin's reply in a response's `meta_info`, or None if no plugin answered.
+def find_reply(entries: Sequence[str | None] | None) -> Reply | None:
+    """Return the plugin's reply among a response's `entries` under `WIRE_KEY`, or None if no plugin answered.
 
     SGLang returns one entry per generated token; ours is the first that is not empty.
 
     Raises:
-        msgspec.ValidationError: the plugin is of another version than this package.
+        msgspec.DecodeError: the plugin is of another version than this package.
     """
-    for entry in meta_info.get(WIRE_KEY) or ():
+    for entry in entries or ():
         if entry is not None:
             return _REPLIES.decode(entry)
     return None

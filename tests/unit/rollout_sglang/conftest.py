@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,27 +15,40 @@ import pytest
 from disagg_core.run_spec import TargetSection
 from disagg_core.target_facts import TargetFacts
 
-Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any] | bytes]]
 
 
 class ScriptedServer:
-    """Answers ``/generate`` by calling `answer`, and ``/health`` by `healthy`; `release` ends answers that wait."""
+    """Answers ``/generate`` by calling `answer`, ``/health`` by `healthy` and ``/server_info`` by `info`.
+
+    Bytes are sent as they are. `release` ends answers that wait.
+    """
 
     def __init__(self) -> None:
         self.answer: Answer = lambda body: (200, {"output_ids": [7], "meta_info": {}})
         self.healthy = True
+        self.info: dict[str, Any] | bytes = {}
         self.requests = 0
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
+        self._connections: list[socket.socket] = []
         self.release = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet
+
+            def setup(self) -> None:
+                super().setup()
+                outer._connections.append(self.connection)
 
             def do_GET(self) -> None:
-                self._send(200 if outer.healthy else 503, {})
+                if self.path == "/server_info":
+                    self._send(200, outer.info)
+                else:
+                    self._send(200 if outer.healthy else 503, {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -47,8 +62,8 @@ class ScriptedServer:
                     with outer._lock:
                         outer._now -= 1
 
-            def _send(self, status: int, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
+            def _send(self, status: int, body: dict[str, Any] | bytes) -> None:
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -63,10 +78,17 @@ class ScriptedServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Be gone, for old connections as for new ones; more than once does nothing."""
         self.release.set()
+        if not self._thread.is_alive():
+            return
         self._http.shutdown()
-        self._http.server_close()
         self._thread.join()
+        self._http.socket.close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._http.server_close()
 
 
 @pytest.fixture

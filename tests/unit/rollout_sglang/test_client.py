@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
 from disagg_core.rollout.sglang.wire import WIRE_KEY, RefusedReply, encode_reply
 
 pytestmark = pytest.mark.unit
@@ -26,7 +26,7 @@ def client(server: Any) -> Iterator[SglangClient]:
     opened.close()
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429])
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 404, 401, 302])
 def test_the_server_broke(server: Any, client: SglangClient, status: int) -> None:
     server.answer = lambda body: (status, {"error": {"message": "out of memory"}})
 
@@ -53,7 +53,7 @@ def test_nobody_listens() -> None:
     client = SglangClient("sglang-0", "http://127.0.0.1:9", timeout_s=1.0)
 
     assert not client.healthy(1.0)
-    with pytest.raises(ServerFailure, match="sglang-0: ConnectError"):
+    with pytest.raises(ServerUnreachable, match="sglang-0: ConnectError"):
         client.generate([1, 2], {})
     client.close()
 

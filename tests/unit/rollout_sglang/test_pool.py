@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from disagg_core.errors import TargetError, TargetUnavailable
+from disagg_core.rollout.sglang import pool as pool_module
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 
@@ -98,6 +100,35 @@ def test_places_are_bounded_and_given_back(scripted: Callable[[], Any], pool_of:
         pool.acquire(frozenset())
     pool.succeeded(first.name, captured=True)
     assert pool.acquire(frozenset()).name == "server-0"
+
+
+def test_closing_does_not_wait_for_a_supervisor_that_waits_for_its_server(
+    scripted: Callable[[], Any], pool_of: Callable[..., ServerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_CLOSE_S", 0.2)
+    checking, released = threading.Event(), threading.Event()
+
+    def check(client: SglangClient) -> None:
+        if client.name == "server-1":
+            checking.set()
+            released.wait()
+
+    pool = pool_of([scripted(), scripted()], check)
+    starting = threading.Thread(target=start_in_vain, args=(pool,))
+    starting.start()
+    assert checking.wait(20)
+
+    pool.close()
+
+    assert not released.is_set(), "close() came back although the check did not"
+    released.set()
+    starting.join(20)
+    assert not starting.is_alive()
+
+
+def start_in_vain(pool: ServerPool) -> None:
+    with contextlib.suppress(TargetUnavailable):
+        pool.start()
 
 
 def test_a_server_that_hangs_is_taken_out_and_checked_again_when_it_is_back(

@@ -26,6 +26,7 @@ from disagg_core.rollout.sglang.wire import (
     StoredReply,
     find_reply,
 )
+from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
 
 pytestmark = pytest.mark.unit
@@ -71,6 +72,9 @@ class Shelf:
         self.gate.set()
         self.full = False
         self.closed = False
+
+    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
+        return allocate_plain(shapes)
 
     def put(
         self,
@@ -159,7 +163,7 @@ def settled(recorder: Recorder, recording: Recording) -> Any:
         assert time.monotonic() < deadline
         recorder.wait(0.05)
         recorder.released()
-    return find_reply(request.customized_info)
+    return find_reply(request.customized_info[WIRE_KEY])
 
 
 def test_chunks_become_one_sample_and_the_reply_its_reference(recorder: Recorder, shelf: Shelf) -> None:
@@ -304,7 +308,7 @@ def test_a_probe_brings_its_states_back(recorder: Recorder, shelf: Shelf) -> Non
     reply = settled(recorder, capture(recorder, ProbeOrder(), 4, 4))
 
     assert isinstance(reply, ProbeReply)
-    assert reply.facts == FACTS
+    assert (reply.facts, reply.now) == (FACTS, 100.0)
     found = unpack(torch.frombuffer(bytearray(reply.data), dtype=torch.uint8), reply.tensors)
     assert found["aux_hidden_states"].shape == (4, 3 * HIDDEN)
     assert found["last_hidden_state"].dtype == torch.float32

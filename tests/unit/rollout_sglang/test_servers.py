@@ -1,13 +1,21 @@
-"""The command line of a server that we start, and where its Python is looked for."""
+"""The command line of a server that we start, where its Python is looked for, and the ends of its process."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from disagg_core.errors import MissingLibrary
-from disagg_core.rollout.sglang.servers import ServerLaunch, find_sglang_python
+from disagg_core.errors import MissingLibrary, TargetUnavailable
+from disagg_core.rollout.sglang.client import SglangClient
+from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
+from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts
@@ -63,6 +71,13 @@ def test_a_server_does_not_start_without_capture(section: TargetSection, facts: 
     assert environment["DRAFTLINE_HOST"] == "10.0.0.5"
 
 
+def test_a_server_imports_nothing_from_the_directory_it_is_started_in(
+    section: TargetSection, facts: TargetFacts
+) -> None:
+    """A checkout holds another environment's metadata, which would name the plugin in place of the server's own."""
+    assert launch(section, facts).environment()["PYTHONSAFEPATH"] == "1"
+
+
 def test_a_missing_environment_says_how_to_build_it(tmp_path: Path) -> None:
     with pytest.raises(MissingLibrary, match=r"infra/sglang/setup\.sh --cuda"):
         find_sglang_python(Settings(home=tmp_path), checkout=tmp_path)
@@ -75,3 +90,66 @@ def test_an_environment_without_sglang_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MissingLibrary, match=r"expected sglang 0\.5\.23, found 0\.5\.22"):
         find_sglang_python(Settings(home=tmp_path, sglang_python=python))
+
+
+class Stubborn(ServerLaunch):
+    """Launches a process that never answers and that SIGTERM does not end."""
+
+    def command(self, *, port: int, base_gpu: int) -> list[str]:
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+        return [sys.executable, "-c", f"{code}; time.sleep(600)"]
+
+
+@pytest.fixture
+def stubborn(section: TargetSection, facts: TargetFacts, tmp_path: Path) -> Callable[[int], ManagedServer]:
+    def make(index: int) -> ManagedServer:
+        launch = Stubborn(Path(sys.executable), section, facts, longest=32, cpu=True, host="127.0.0.1")
+        return ManagedServer(launch, index=index, log_dir=tmp_path)
+
+    return make
+
+
+def await_true(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        threading.Event().wait(0.02)
+
+
+def is_up(server: ManagedServer) -> bool:
+    return server.log.is_file() and "up" in server.log.read_text()
+
+
+def test_servers_that_do_not_want_to_end_are_ended_together(stubborn: Callable[[int], ManagedServer]) -> None:
+    """Four of them one after the other would take longer than a pool takes to close."""
+    servers = [stubborn(index) for index in range(4)]
+    members = [PoolMember(SglangClient(server.name, server.url, timeout_s=1.0), managed=server) for server in servers]
+    pool = ServerPool(members, concurrency=1, check=lambda client: None, start_timeout_s=60.0, place_timeout_s=1.0)
+    starting = threading.Thread(target=start_in_vain, args=(pool,))
+    starting.start()
+    for server in servers:
+        await_true(lambda server=server: is_up(server), f"{server.name} is up")
+    pids = [server.pid for server in servers]
+
+    pool.close()
+
+    starting.join(20)
+    assert not starting.is_alive()
+    assert not [pid for pid in pids if pid is not None and psutil.pid_exists(pid)]
+
+
+def start_in_vain(pool: ServerPool) -> None:
+    with contextlib.suppress(TargetUnavailable):
+        pool.start()
+
+
+def test_a_closed_server_does_not_start_again(stubborn: Callable[[int], ManagedServer]) -> None:
+    server = stubborn(0)
+    server.start()
+    await_true(lambda: is_up(server), "it is up")
+    server.close()
+
+    server.start()
+
+    assert server.pid is None
+    assert server.exit_reason() == "not started"

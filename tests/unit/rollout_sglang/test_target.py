@@ -158,6 +158,70 @@ def test_what_a_broken_server_may_have_stored_is_swept_before_the_task_goes_back
     assert target.health()[0].failures == 1
 
 
+def test_an_answer_that_makes_no_sense_is_the_servers_fault_and_another_server_may_do_better(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    broken, good = scripted(), scripted()
+    broken.answer = lambda body: (200, b"<html>")
+    good.answer = stored
+    target = target_over(broken, good)
+
+    [first] = target.capture([task(4)], avoid={4: frozenset({good.url})})
+    [second] = target.capture([task(4)], avoid={4: frozenset({first.server})})
+
+    assert isinstance(first, Failed)
+    assert first.retryable
+    assert "cannot be read" in first.reason
+    assert ledger.swept == ["run/1/s000000004"]
+    assert {server.name: server.failures for server in target.health()} == {broken.url: 1, good.url: 0}
+    assert isinstance(second, Stored)
+    assert second.server == good.url
+
+
+@pytest.mark.parametrize("tokens", [[100], [-1, 5], [5] * 99])
+def test_a_continuation_that_was_not_asked_for_is_the_servers_fault(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], tokens: list[int]
+) -> None:
+    server = scripted()
+    server.answer = lambda body: (200, {"output_ids": tokens, "meta_info": {}})
+    target = target_over(server, generate=GenerateSection(max_new_tokens=4))
+
+    [outcome] = target.generate([task(1)], avoid={})
+
+    assert isinstance(outcome, Failed)
+    assert outcome.retryable
+    assert "expected at most 4 token ids of 100" in outcome.reason
+
+
+def test_a_server_that_nobody_can_reach_costs_a_prompt_no_attempt(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger
+) -> None:
+    """Its end shows in refused connections before anybody has taken it out."""
+    gone, good = scripted(), scripted()
+    good.answer = stored
+    target = target_over(gone, good)
+    gone.close()
+
+    outcomes = list(target.capture([task(ordinal) for ordinal in range(6)], avoid={0: frozenset({good.url})}))
+
+    assert all(isinstance(outcome, Stored) for outcome in outcomes)
+    assert {outcome.server for outcome in outcomes} == {good.url}
+    assert ledger.swept == [], "nothing was tried, so nothing can have been left in the store"
+
+
+def test_without_a_server_that_can_be_reached_the_target_is_unavailable(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    server = scripted()
+    server.answer = stored
+    target = target_over(server)
+    list(target.capture([task(0)], avoid={}))
+    server.close()
+
+    with pytest.raises(TargetUnavailable, match="no SGLang server is usable at present"):
+        list(target.capture([task(1)], avoid={}))
+
+
 def test_a_store_that_is_gone_ends_the_run_and_blames_no_prompt(
     scripted: Callable[[], Any],
     target_over: Callable[..., SGLangTarget],

@@ -42,12 +42,12 @@ def test_orders_and_replies_travel_as_text() -> None:
     refusal = RefusedReply(reason="no", retryable=True)
 
     assert decode_order(encode_order(ProbeOrder())[WIRE_KEY]) == ProbeOrder()
-    assert find_reply({WIRE_KEY: [None, encode_reply(refusal)]}) == refusal
+    assert find_reply([None, encode_reply(refusal)]) == refusal
 
 
 def test_no_plugin_no_reply() -> None:
-    assert find_reply({}) is None
-    assert find_reply({WIRE_KEY: []}) is None
+    assert find_reply(None) is None
+    assert find_reply([]) is None
 
 
 @pytest.mark.parametrize("text", ["{", '{"type": "capture"}', '{"type": "probe", "more": 1}', '{"type": "other"}'])
