@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from disagg_core.channel.flow_control import FlowControl, Watermarks
 from disagg_core.contracts import PromptTask, SampleRef
+from disagg_core.errors import ChannelUnavailable
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.prompts.source import PromptBatch, PromptSource
 from disagg_core.rollout.reorder import ReorderBuffer
@@ -117,7 +118,10 @@ class Pipeline:
             self.blocked_s += (self._clock() - began) if waiting_for_consumer else 0.0
 
     def _has_room(self) -> bool:
-        remote_refs, remote_bytes = self._in_flight()
+        try:
+            remote_refs, remote_bytes = self._in_flight()
+        except ChannelUnavailable:  # nothing is admitted meanwhile; for how long that may last, the drive loop says
+            return False
         with self.changed:
             refs, size = remote_refs + len(self._reserved), remote_bytes + self._reserved_bytes
         if not self._flow.may_publish(refs, size):

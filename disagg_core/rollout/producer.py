@@ -21,7 +21,6 @@ from disagg_core.errors import (
     BadInput,
     ChannelClosed,
     ChannelError,
-    ChannelUnavailable,
     DraftlineError,
     Preempted,
     RoleFailed,
@@ -29,6 +28,7 @@ from disagg_core.errors import (
 )
 from disagg_core.outcomes import classify
 from disagg_core.rollout.meter import RolloutMeter
+from disagg_core.rollout.patience import Patience
 from disagg_core.rollout.pipeline import Pipeline, largest_group
 from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.rollout.target import Target
@@ -42,7 +42,8 @@ _PUBLISH_TOGETHER = 256
 _WAIT_S = 0.05
 _LOOK_S = 0.25
 _GLANCE_S = 0.02
-_PUBLISH_RETRY_S = 60.0
+_CHANNEL_AWAY_S = 60.0
+"""A channel may be away for so long, whatever was wanted of it, before the run fails."""
 _JOIN_S = 60.0
 _JOIN_AFTER_FAILURE_S = 10.0
 """Shorter than the 25 s from SIGTERM to SIGKILL: the stream's last word comes after it."""
@@ -83,6 +84,7 @@ class Drive:
         self._channel = channel
         self._meter = meter
         self._on_tick = on_tick
+        self._patiently = Patience(_CHANNEL_AWAY_S, check=self._check_stop)
         self._stop_reason: str | None = None
         self._before = 0
         self._threads: list[threading.Thread] = []
@@ -100,8 +102,9 @@ class Drive:
             ChannelBusy: another producer writes the channel; its stream is left alone.
             Preempted: `request_stop` was called.
             RoleFailed: the consumer has failed or is gone.
-            TargetUnavailable, StoreError, ChannelError, BadInput: what ended the run. In all of these cases the stream
-                ends with a failure record that gives the reason.
+            TargetUnavailable, StoreError, ChannelError, BadInput: what ended the run; a channel that is away for less
+                than a minute does not. In all of these cases the stream ends with a failure record that gives the
+                reason.
         """
         self._channel.claim_writer()
         try:
@@ -111,7 +114,7 @@ class Drive:
             self._end_threads(_JOIN_S)
             totals = self._totals()
             self._free_unpublished()
-            self._channel.close(totals)
+            self._patiently(self._channel.close, totals)
             self._on_tick(self.state(final=True), self._meter)
         except BaseException as error:
             self._end_badly(error)
@@ -122,13 +125,13 @@ class Drive:
 
     def _resume(self) -> None:
         """Leave out what an earlier producer of this attempt has published, and free what it left unpublished."""
-        published = [ordinal_of(sample_id) for sample_id in self._channel.published_sample_ids()]
+        published = self._patiently(lambda: [ordinal_of(name) for name in self._channel.published_sample_ids()])
         source = self._pipeline.source
         source.skip_done(published)
         self._before = len(published)
         if published:
             log.info("continuing after %d published samples", len(published))
-        if self._store.key_count() > self._channel.in_flight_remote():
+        if self._store.key_count() > self._patiently(self._channel.in_flight_remote):
             for ordinal in source.upcoming(self._pipeline.most_admitted):
                 self._store.sweep(f"{self._store.namespace}/{sample_id_of(ordinal)}")
 
@@ -161,7 +164,8 @@ class Drive:
     def _wait(self) -> None:
         """Wait until something is ready to publish, or, when a worker waits for room, until the consumer has moved."""
         if self._pipeline.blocked:
-            self._channel.wait_for_reader_change(_GLANCE_S if self._pipeline.admitted else _LOOK_S)
+            glance_s = _GLANCE_S if self._pipeline.admitted else _LOOK_S
+            self._patiently(self._channel.wait_for_reader_change, glance_s)
             self._pipeline.wake()
             return
         with self._pipeline.changed:
@@ -170,10 +174,9 @@ class Drive:
 
     def _look(self) -> None:
         """Look whether to stop, expire leases, and report."""
-        if self._stop_reason is not None:
-            raise Preempted(self._stop_reason)
+        self._check_stop()
         self._pipeline.expire()
-        reader = self._channel.reader_status()
+        reader = self._patiently(self._channel.reader_status)
         if reader.state == "done":
             log.info("the consumer is done (%s): no more samples are needed", reader.reason)
             self._pipeline.stop()
@@ -181,6 +184,10 @@ class Drive:
             raise RoleFailed(f"stopped because {reader.describe()}", "stalled")
         self._meter.blocked(self._pipeline.blocked_s)
         self._on_tick(self.state(), self._meter)
+
+    def _check_stop(self) -> None:
+        if self._stop_reason is not None:
+            raise Preempted(self._stop_reason)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -195,7 +202,7 @@ class Drive:
             published_bytes=self._channel.published_bytes,
             rejected=pipeline.source.rejected,
             admitted=pipeline.admitted,
-            in_flight=self._channel.in_flight_remote(),
+            in_flight=self._patiently(self._channel.in_flight_remote),
             blocked=pipeline.blocked == len(self._workers),
             blocked_s=pipeline.blocked_s,
             final=final,
@@ -203,16 +210,7 @@ class Drive:
 
     def _publish(self, refs: list[SampleRef]) -> None:
         began = time.monotonic()
-        pause = threading.Event()
-        while True:
-            try:
-                self._channel.publish_many(refs)
-                break
-            except ChannelUnavailable:
-                if time.monotonic() - began > _PUBLISH_RETRY_S:
-                    raise
-                log.warning("the channel is not available; publishing again", exc_info=True)
-                pause.wait(_LOOK_S)
+        self._patiently(self._channel.publish_many, refs)
         spent = time.monotonic() - began
         self._pipeline.published([ordinal_of(ref.sample_id) for ref in refs])
         self._meter.published(
@@ -320,17 +318,9 @@ def build_disagg_online_producer(
         BadInput: a watermark is smaller than the window.
     """
     marks = watermarks(rollout, window, max_sample_bytes)
-    if not isinstance(prompts, PromptSource):
-        group = largest_group(marks, target.batch_size)
-        prompts = PromptSource.of_tasks(prompts, group=group, max_attempts=rollout.max_prompt_attempts)
+    source = _source_of(prompts, marks, target, rollout)
+    pipeline = _pipeline_of(source, marks, rollout, channel, bytes_of or (lambda task: max_sample_bytes))
     meter = RolloutMeter()
-    pipeline = Pipeline(
-        prompts,
-        marks,
-        ordered=rollout.ordered,
-        in_flight=lambda: (channel.in_flight_remote(), channel.in_flight_bytes_remote()),
-        sample_bytes=bytes_of or (lambda task: max_sample_bytes),
-    )
     putters = Putters(pipeline, store, identity, meter)
     workers = [
         RolloutWorker(
@@ -344,13 +334,28 @@ def build_disagg_online_producer(
         )
         for number in range(max(rollout.workers, target.concurrency))
     ]
-    drive = Drive(
-        pipeline=pipeline,
-        workers=workers,
-        putters=putters,
-        store=store,
-        channel=channel,
-        meter=meter,
-        on_tick=on_tick,
+    return workers, Drive(
+        pipeline=pipeline, workers=workers, putters=putters, store=store, channel=channel, meter=meter, on_tick=on_tick
     )
-    return workers, drive
+
+
+def _source_of(
+    prompts: PromptSource | Sequence[PromptTask], marks: Watermarks, target: Target, rollout: RolloutSection
+) -> PromptSource:
+    if isinstance(prompts, PromptSource):
+        return prompts
+    group = largest_group(marks, target.batch_size)
+    return PromptSource.of_tasks(prompts, group=group, max_attempts=rollout.max_prompt_attempts)
+
+
+def _pipeline_of(
+    source: PromptSource,
+    marks: Watermarks,
+    rollout: RolloutSection,
+    channel: StreamingRefChannel,
+    sample_bytes: Callable[[PromptTask], int],
+) -> Pipeline:
+    def in_flight() -> tuple[int, int]:
+        return channel.in_flight_remote(), channel.in_flight_bytes_remote()
+
+    return Pipeline(source, marks, ordered=rollout.ordered, in_flight=in_flight, sample_bytes=sample_bytes)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,37 +126,16 @@ def _assemble(
         channel.note_progress(f"{phase} {fields}" if fields else phase)
 
     enter("reading prompts", prompts=0, total_prompts=plan.total_prompts)
-    tokenizer = load_tokenizer(spec.target)
-    _check_tokenizer(plan, tokenizer)
-    pool = EncodedPrompts(spec, tokenizer)
-    stack.callback(pool.close)
+    pool = _open_prompts(plan, stack)
     enter("loading the target")
     target = target_of(spec, plan.target, store=store, log_dir=assignment.dir.logs)
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
-    vocab_map = vocab_map_of(
-        plan,
-        pool,
-        target,
-        cache=get_settings().home / "vocab_maps",
-        progress=lambda done, total: enter("vocabulary map", counted=done, of=total),
-    )
-    identity = plan.identity(assignment.attempt, vocab_map.version)
+    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter))
     target.prepare(identity)
     rollout = _with_watermarks(plan)
-    rejected = stack.enter_context(RejectedFile(assignment.dir.state / "rejected.jsonl"))
-    marks = watermarks(rollout, spec.quantum, plan.max_sample_bytes)
-    source = PromptSource(
-        pool,
-        group=largest_group(marks, target.batch_size),
-        skip=_covered(assignment.dir.state / "skip.json"),
-        already_rejected=rejected.ordinals,
-        max_attempts=rollout.max_prompt_attempts,
-        lease_s=_lease_s(plan),
-        on_reject=rejected.write,
-    )
-    stack.callback(source.close)
+    source = _open_source(assignment, pool, target, rollout, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
     _, drive = build_disagg_online_producer(
         prompts=source,
@@ -172,6 +151,48 @@ def _assemble(
         on_tick=Reporter(assignment, metrics, progress, target, store, covered=source.covered),
     )
     return drive, target, source
+
+
+def _open_prompts(plan: RunPlan, stack: contextlib.ExitStack) -> EncodedPrompts:
+    tokenizer = load_tokenizer(plan.spec.target)
+    _check_tokenizer(plan, tokenizer)
+    pool = EncodedPrompts(plan.spec, tokenizer)
+    stack.callback(pool.close)
+    return pool
+
+
+def _vocab_version(plan: RunPlan, pool: EncodedPrompts, target: Target, enter: Callable[..., None]) -> str:
+    """Derive the run's vocabulary map if it has none yet; return its version."""
+    cache = get_settings().home / "vocab_maps"
+
+    def progress(done: int, total: int | None) -> None:
+        enter("vocabulary map", counted=done, of=total)
+
+    return vocab_map_of(plan, pool, target, cache=cache, progress=progress).version
+
+
+def _open_source(
+    assignment: RoleAssignment,
+    pool: EncodedPrompts,
+    target: Target,
+    rollout: RolloutSection,
+    stack: contextlib.ExitStack,
+) -> PromptSource:
+    """Return the prompts without those that are trained or rejected already; further rejected ones go to the file."""
+    plan = assignment.plan
+    marks = watermarks(rollout, plan.spec.quantum, plan.max_sample_bytes)
+    rejected = stack.enter_context(RejectedFile(assignment.dir.state / "rejected.jsonl"))
+    source = PromptSource(
+        pool,
+        group=largest_group(marks, target.batch_size),
+        skip=_covered(assignment.dir.state / "skip.json"),
+        already_rejected=rejected.ordinals,
+        max_attempts=rollout.max_prompt_attempts,
+        lease_s=_lease_s(plan),
+        on_reject=rejected.write,
+    )
+    stack.callback(source.close)
+    return source
 
 
 def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore | None, log_dir: Path) -> Target:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.channel.file_channel import FileBackend
 from disagg_core.errors import (
     BadInput,
     ChannelBusy,
+    ChannelUnavailable,
     Preempted,
     ProducerFailed,
     RoleFailed,
@@ -29,7 +32,7 @@ pytestmark = pytest.mark.integration
 def producer(bench, prompts, target, *, window=1, store=None, **options):
     """Return a drive over `prompts`; keywords of the rollout section go into it."""
     section = {name: options.pop(name) for name in list(options) if name in RolloutSection.model_fields}
-    channel = bench.open_channel()
+    channel = options.pop("channel", None) or bench.open_channel()
     _, drive = build_disagg_online_producer(
         prompts=prompts, target=target, store=store or bench.store, channel=channel, identity=bench.identity,
         rollout=RolloutSection(**section), window=window, **options,
@@ -240,6 +243,88 @@ def test_a_worker_that_hangs_loses_its_prompt_to_another_one(bench):
     assert totals.refs == 8
     assert target.tries[2] == 2
     assert bench.store.key_count() == 8, "the late capture is freed"
+
+
+class Mount:
+    """A channel's backend on a mount that is away for as long as `away` is set; everything of it fails then."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.away = threading.Event()
+        self.refused = Counter()
+
+    def __getattr__(self, name):
+        found = getattr(self._backend, name)
+        if not callable(found):
+            return found
+
+        def call(*args, **kwargs):
+            if self.away.is_set():
+                self.refused[name] += 1
+                raise ChannelUnavailable("stale file handle")
+            return found(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture
+def mount(bench):
+    return Mount(FileBackend(bench.path / "channel", run_id=bench.identity.run_id, attempt=1))
+
+
+def test_a_mount_that_is_away_for_a_moment_costs_nothing(bench, mount):
+    drive = producer(
+        bench, tasks_of(60), ScriptedTarget(), high_watermark_refs=8, channel=bench.open_channel(backend=mount)
+    )
+    told = []
+
+    def hiccup():
+        if len(told) == 3:
+            mount.away.set()
+            assert wait_until(lambda: mount.refused["load_cursor"] >= 4)
+            mount.away.clear()
+        told.append(True)
+
+    with Consumer(bench.open_channel(), bench.store, before_ack=hiccup) as consumer:
+        totals = drive()
+
+    assert mount.refused
+    assert (totals.refs, totals.rejected) == (60, 0)
+    assert consumer.ordinals == list(range(60))
+    assert bench.store.key_count() == 0
+
+
+def test_a_stop_request_is_heard_while_the_mount_is_away(bench, mount):
+    drive = producer(
+        bench, tasks_of(60), ScriptedTarget(), high_watermark_refs=8, channel=bench.open_channel(backend=mount)
+    )
+
+    failures = []
+
+    def run():
+        try:
+            drive()
+        except Preempted as error:
+            failures.append(error)
+
+    running = threading.Thread(target=run)
+    running.start()
+    assert wait_until(lambda: drive.state().published == 8)
+    mount.away.set()
+    assert wait_until(lambda: mount.refused["load_cursor"] >= 2)
+    drive.request_stop("SIGTERM")
+    running.join(40)
+    mount.away.clear()
+
+    assert not running.is_alive()
+    assert [str(error) for error in failures] == ["SIGTERM"]
+
+
+def wait_until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    return condition()
 
 
 def test_a_second_producer_leaves_the_stream_alone(bench):
