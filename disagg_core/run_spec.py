@@ -184,6 +184,18 @@ class DataSection(Section):
     shuffle: bool = Field(True, description="Seeded shuffle, another one in each epoch.")
     generate: GenerateSection | None = Field(None, description="Let the target continue the prompts.")
 
+    @model_validator(mode="after")
+    def _continuations_are_trained_on_whole(self) -> DataSection:
+        answers = ("truncation", "loss_on", "train_on_thinking", "train_on_tool_calls")
+        found = [name for name in answers if getattr(self, name) != type(self).model_fields[name].default]
+        if self.generate is not None and found:
+            raise ValueError(
+                f"expected nothing about the answers of the data beside data.generate, found {', '.join(found)}: the "
+                "target's continuation takes their place, is trained on as a whole and ends at data.max_tokens, and a "
+                "prompt that leaves no room for it is rejected; leave them out, or data.generate"
+            )
+        return self
+
 
 class RolloutSection(Section):
     """The producer."""

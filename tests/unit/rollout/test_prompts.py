@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
@@ -232,6 +233,24 @@ def test_generation_starts_where_the_target_goes_on(chatty):
     assert not any(encoded.loss_mask)
     with pytest.raises(PromptRejected, match="leaves nothing of"):
         encoder(chatty, generate={}).encode(parse_record({"text": "hello " * 99}, "auto"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"truncation": "reject"},
+        {"loss_on": "last_assistant"},
+        {"train_on_thinking": False},
+        {"train_on_tool_calls": False},
+    ],
+)
+def test_what_says_something_about_answers_is_refused_where_the_target_writes_them(setting):
+    [name] = setting
+    with pytest.raises(ValidationError, match=f"beside data.generate, found {name}: "):
+        spec_of("prompts.jsonl", data={**setting, "generate": {}})
+    stored = spec_of("prompts.jsonl", data={"generate": {}}).model_dump()
+    assert RunSpec.model_validate(stored).data.generate is not None, "a stored document names the defaults, too"
+    assert getattr(spec_of("prompts.jsonl", data=setting).data, name) == setting[name]
 
 
 def test_token_ids_of_another_tokenizer_are_rejected(chatty):
