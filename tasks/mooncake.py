@@ -30,8 +30,7 @@ class FeatureStoreServices:
         """Return the endpoints of a store that answers and has room; start a managed one anew if it was lost."""
         if self._endpoints is not None:
             try:
-                if self._managed is not None:
-                    self._managed.require_alive()  # the master counts on an owner that was killed for a minute more
+                self.require_alive()  # the master counts on an owner that was killed for a minute more
                 await asyncio.to_thread(probe_store, self._endpoints, self._plan.store_capacity)
             except StoreError as error:
                 get_run_logger().warning("the feature store was lost and is started anew: %s", error)
@@ -42,6 +41,11 @@ class FeatureStoreServices:
         if swept:
             get_run_logger().warning("removed %d samples that an earlier attempt left behind", swept)
         return self._endpoints
+
+    def require_alive(self) -> None:
+        """Raise `StoreUnavailable`, if a process of a managed store has ended; an external one is not ours."""
+        if self._managed is not None:
+            self._managed.require_alive()
 
     def _start(self, attempt: int) -> StoreEndpoints:
         store = self._plan.spec.store

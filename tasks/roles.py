@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
@@ -18,13 +19,15 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.attempts import AttemptOutcome
-from disagg_core.errors import FailureClass
+from disagg_core.errors import FailureClass, StoreError
 from disagg_core.outcomes import RoleOutcome, read_outcome
 from disagg_core.plan import RoleAssignment
 from disagg_core.run_dir import write_atomically
 from tasks.children import Supervision, run_child, state_name
 
 Role = Literal["producer", "consumer"]
+
+_STORE_POLL_S = 1.0
 
 
 class RoleRun(BaseModel):
@@ -59,20 +62,40 @@ class RoleRun(BaseModel):
         return self.state == "Cancelled" and not failed_before
 
 
-async def run_roles(assignment: RoleAssignment) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
-    """Run producer and consumer at the same time until both have ended; say how the attempt ended."""
+async def run_roles(
+    assignment: RoleAssignment, require_store: Callable[[], None]
+) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
+    """Run producer and consumer at the same time until both have ended; say how the attempt ended.
+
+    Both are stopped when `require_store`, which is called every second, raises a `StoreError`: on their own they would
+    try again for half a minute.
+    """
     hand_over_cursor(assignment)
     supervision = Supervision()
     producer = asyncio.create_task(run_producer(assignment, supervision))
     consumer = asyncio.create_task(run_consumer(assignment, supervision))
+    store_watch = asyncio.create_task(watch_store(require_store, supervision))
     try:
         runs: dict[Role, RoleRun] = {"producer": await producer, "consumer": await consumer}
     finally:
+        store_watch.cancel()
         supervision.request_stop("the parent is ending")
         await asyncio.gather(producer, consumer, return_exceptions=True)
     if supervision.failure_class is not None:
         return AttemptOutcome(assignment.attempt, supervision.failure_class, supervision.reason), runs
     return judge(assignment.attempt, runs["producer"], runs["consumer"]), runs
+
+
+async def watch_store(require_store: Callable[[], None], supervision: Supervision) -> None:
+    """Stop the attempt as soon as `require_store` raises a `StoreError`."""
+    while True:
+        try:
+            require_store()
+        except StoreError as error:
+            get_run_logger().error("the feature store was lost, the attempt ends: %s", error)
+            supervision.request_stop(str(error), error.failure_class)
+            return
+        await asyncio.sleep(_STORE_POLL_S)
 
 
 def hand_over_cursor(assignment: RoleAssignment) -> None:
