@@ -62,8 +62,7 @@ class RunPlan(BaseModel):
 
     def next_attempt(self) -> int:
         """Return the number of the first attempt that was not begun: 1 unless an earlier process of this run ended."""
-        begun = [int(path.name) for path in (self.root / "attempts").glob("[0-9]*")]
-        return max(begun, default=0) + 1
+        return max(self.dir.begun_attempts(), default=0) + 1
 
     def identity(self, attempt: int, vocab_map_version: str) -> RunIdentity:
         """Return the identity that the references of `attempt` carry."""

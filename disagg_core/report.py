@@ -24,6 +24,18 @@ class TrainingFigures(_Part):
     loss_last: float | None
 
 
+class ProgressFigures(_Part):
+    """How far a run that did not complete had come, as its roles said last; counts are of all attempts."""
+
+    attempt: int
+    prompts: int
+    total_prompts: int | None
+    steps: int
+    total_steps: int | None
+    trained: int
+    loss: float | None
+
+
 class EvaluationFigures(_Part):
     """Speculative decoding of held-out prompts; accept length is tokens per target pass."""
 
@@ -37,7 +49,7 @@ class EvaluationFigures(_Part):
 
 
 class RoleFigures(_Part):
-    """The flow run in which a role ended the run."""
+    """The flow run in which a role ended the run; `restarts` are those of all attempts."""
 
     flow_run_id: str
     work_pool: str
@@ -54,7 +66,7 @@ class ArchiveFigures(_Part):
 
 
 class Failure(_Part):
-    """Why a run failed."""
+    """Why a run did not complete."""
 
     failure_class: FailureClass
     message: str
@@ -79,13 +91,18 @@ class ServerFigures(_Part):
     events: list[str]
 
 
+EndState = Literal["completed", "failed", "cancelled", "crashed"]
+"""How a run ended. `crashed`: its process was killed, or it lost its Prefect server."""
+
+
 class RunReport(_Part):
     """Everything that is said about a run at its end."""
 
     run_id: str
     name: str
-    state: Literal["completed", "failed"]
+    state: EndState
     failure: Failure | None = None
+    progress: ProgressFigures | None = None
     accounting: Accounting | None
     training: TrainingFigures | None
     evaluation: EvaluationFigures | None
@@ -114,6 +131,7 @@ class RunReport(_Part):
         """Return the report as a person reads it."""
         parts = (
             self._failure(),
+            self._progress(),
             self._accounting(),
             self._training(),
             self._evaluation(),
@@ -125,6 +143,17 @@ class RunReport(_Part):
 
     def _failure(self) -> list[str]:
         return [f"**{self.failure.failure_class}**: {self.failure.message}", ""] if self.failure else []
+
+    def _progress(self) -> list[str]:
+        p = self.progress
+        if p is None:
+            return []
+        loss = f", loss {p.loss:.3f}" if p.loss is not None else ""
+        return [
+            f"In attempt {p.attempt}, {p.prompts} of {p.total_prompts or '?'} prompts were captured and {p.trained} "
+            f"samples trained, in {p.steps} of {p.total_steps or '?'} steps{loss}.",
+            "",
+        ]
 
     def _accounting(self) -> list[str]:
         a = self.accounting
@@ -188,6 +217,7 @@ class RunReport(_Part):
         lines = ["## Attempts", ""]
         for attempt in self.attempts:
             end = f"{attempt.failure_class}: {attempt.reason}" if attempt.failure_class else "finished"
+            end = end.replace("\n", "\n   ")  # the end of a log stays in its item
             if attempt.incomplete:
                 end += f"; {attempt.incomplete} lost samples are captured again"
             lines.append(f"{attempt.attempt}. {end}")

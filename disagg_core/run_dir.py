@@ -80,6 +80,10 @@ class RunDir:
         """Return the directory of attempt `number`."""
         return AttemptDir(self.root / "attempts" / str(number))
 
+    def begun_attempts(self) -> list[int]:
+        """Return the numbers of the attempts that were begun, in order."""
+        return sorted(int(path.name) for path in (self.root / "attempts").glob("[0-9]*"))
+
     @property
     def document(self) -> Path:
         """The resolved spec with the run's identity."""

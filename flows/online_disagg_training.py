@@ -14,9 +14,12 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run as runtime
 from prefect.states import Cancelling
 
-from disagg_core.plan import RoleAssignment
-from disagg_core.report import RunReport
+from disagg_core.plan import RoleAssignment, run_id_of
+from disagg_core.report import EndState, RunReport
+from disagg_core.run_dir import RunDir
+from disagg_core.run_records import report_interrupted
 from disagg_core.run_spec import RunSpec
+from disagg_core.settings import get_settings
 from tasks.archive import archive_run
 from tasks.completion import verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
@@ -43,12 +46,20 @@ async def cancel_children(flow: Flow[..., object], flow_run: FlowRun, state: Sta
                 await client.set_flow_run_state(child.id, Cancelling(message=f"the parent ended as {state.name}"))
 
 
+def report_interruption(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """Leave a report of a run that was cancelled, or whose process died. Called as `cancel_children` is."""
+    spec = RunSpec.model_validate(flow_run.parameters["spec"])
+    run_dir = RunDir.of(get_settings().runs_dir, run_id_of(spec, flow_run.id))
+    end: EndState = "crashed" if state.is_crashed() else "cancelled"
+    report_interrupted(run_dir, end, state.message or state.name or end, str(flow_run.id))
+
+
 @flow(
     name="online-disagg-training",
     flow_run_name="{spec.run.name}",
     on_failure=[cancel_children],
-    on_crashed=[cancel_children],
-    on_cancellation=[cancel_children],
+    on_crashed=[cancel_children, report_interruption],
+    on_cancellation=[cancel_children, report_interruption],
 )
 async def online_disagg_training(spec: RunSpec) -> RunReport:
     """Train a draft model from a live target. One flow run is one training run."""
@@ -59,8 +70,9 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
         async with feature_store_services(plan) as store:
             for attempt in record.attempts:
                 endpoints = await store.ready(attempt)
-                outcome, record.roles = await run_roles(RoleAssignment(plan=plan, attempt=attempt, store=endpoints))
-                record.attempts.record(outcome)
+                assignment = RoleAssignment(plan=plan, attempt=attempt, store=endpoints)
+                outcome, roles = await run_roles(assignment, store.require_alive)
+                record.attempt_ended(outcome, roles)
                 if not outcome.finished:
                     emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
             record.completion = await verify_completion(plan, outcome.attempt, endpoints, record.roles)

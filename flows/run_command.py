@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -15,8 +16,9 @@ from rich.markup import escape
 from disagg_core.observability.progress import read_progress
 from disagg_core.plan import RunPlan, run_id_of
 from disagg_core.preflight import check_channel, check_run
-from disagg_core.report import RunReport
+from disagg_core.report import EndState
 from disagg_core.run_dir import RunDir
+from disagg_core.run_records import read_report, report_interrupted
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import Settings
 from flows import local
@@ -39,28 +41,46 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
     check_run(spec, settings)
     check_channel(spec, settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    flow_run_id: UUID | None = None
+    run: _Submitted | None = None
     try:
         with local.exclusive(settings):
             platform = local.up(settings, console.print, keep=keep_up)
-        from flows import submission
-
-        flow_run_id = submission.submit(spec)
-        run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
-        console.print(f"run {run_dir.root.name}: {platform.run_url(flow_run_id)}")
-        state = _follow(flow_run_id, run_dir, console, lambda: local.require_server(settings, platform))
-        return _sum_up(
-            run_dir, state, platform.run_url(flow_run_id) + ("" if platform.kept else " (draftline up)"), console
-        )
+        run = _submit(spec, settings, platform)
+        console.print(f"run {run.dir.root.name}: {platform.run_url(run.id)}")
+        state = _follow(run, console, lambda: local.require_server(settings, platform))
+        return _sum_up(run, state, console)
     except KeyboardInterrupt:
         _end_uninterrupted()
         console.print("interrupted: cancelling the run")
-        if flow_run_id is not None:
-            _cancel(flow_run_id, console)
+        if run is not None:
+            _cancel(run, console)
         return INTERRUPTED
+    except local.PlatformError as error:
+        if run is not None:
+            report_interrupted(run.dir, "crashed", str(error), str(run.id))
+        raise
     finally:
         _end_uninterrupted()
         local.leave(settings)
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """A run of ours on the platform; `ui` is its page, with a hint where the platform will be gone."""
+
+    id: UUID
+    dir: RunDir
+    ui: str
+
+
+def _submit(spec: RunSpec, settings: Settings, platform: local.LocalPlatform) -> _Submitted:
+    from flows import submission
+
+    flow_run_id = submission.submit(spec)
+    run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
+    return _Submitted(
+        flow_run_id, run_dir, platform.run_url(flow_run_id) + ("" if platform.kept else " (draftline up)")
+    )
 
 
 def _end_uninterrupted() -> None:
@@ -69,16 +89,18 @@ def _end_uninterrupted() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _cancel(flow_run_id: UUID, console: Console) -> None:
+def _cancel(run: _Submitted, console: Console) -> None:
+    """Cancel the run, wait for its end, and sum up how far it came."""
     from flows import submission
 
     try:
-        submission.cancel(flow_run_id)
+        submission.cancel(run.id)
     except httpx.HTTPError as error:
         console.print(f"the Prefect server does not answer ({error}); draftline down stops what is left")
+    _sum_up(run, submission.RunState("Cancelled", "interrupted", final=True, completed=False), console)
 
 
-def _follow(flow_run_id: UUID, run_dir: RunDir, console: Console, require_server: Callable[[], None]) -> RunState:
+def _follow(run: _Submitted, console: Console, require_server: Callable[[], None]) -> RunState:
     """Show the progress of both roles until the run has ended; return its final state.
 
     Raises:
@@ -90,34 +112,36 @@ def _follow(flow_run_id: UUID, run_dir: RunDir, console: Console, require_server
     answered = time.monotonic()
     with Bars(console) if console.is_terminal else Lines(console) as view:
         while True:
-            state = submission.read_state(flow_run_id)
+            state = submission.read_state(run.id)
             if state is not submission.UNREACHABLE:
                 answered = time.monotonic()
             else:
                 require_server()
                 if time.monotonic() - answered > _SERVER_AWAY_S:
                     raise local.PlatformError(f"the Prefect server has not answered for {_SERVER_AWAY_S:.0f} s")
-            if plan is None and run_dir.document.is_file():
-                plan = RunPlan.model_validate_json(run_dir.document.read_bytes())
-            view.show(state.name, plan, *_role_states(run_dir))
+            if plan is None and run.dir.document.is_file():
+                plan = RunPlan.model_validate_json(run.dir.document.read_bytes())
+            view.show(state.name, plan, *_role_states(run.dir))
             if state.final:
                 return state
             time.sleep(_POLL_S)
 
 
 def _role_states(run_dir: RunDir) -> tuple[RoleState, RoleState]:
-    attempts = sorted(int(path.name) for path in (run_dir.root / "attempts").glob("[0-9]*"))
+    attempts = run_dir.begun_attempts()
     if not attempts:
         return {}, {}
     state = run_dir.attempt(attempts[-1]).state
     return read_progress(state / "producer.json"), read_progress(state / "consumer.json")
 
 
-def _sum_up(run_dir: RunDir, state: RunState, ui: str, console: Console) -> int:
+def _sum_up(run: _Submitted, state: RunState, console: Console) -> int:
     """Print the summary, or what went wrong and where to look; return the exit code."""
-    if run_dir.report.is_file():
-        console.print(summary(RunReport.model_validate_json(run_dir.report.read_bytes()), ui))
+    ends: dict[str, EndState] = {"Cancelled": "cancelled", "Crashed": "crashed"}
+    report_interrupted(run.dir, ends.get(state.name, "failed"), state.message or state.name, str(run.id))
+    if run.dir.report.is_file():
+        console.print(summary(read_report(run.dir.report), run.ui))
     else:
         console.print(f"[bold red]{state.name}[/]: {escape(state.message)}")
-        console.print(f"logs: {run_dir.root}/attempts/*/logs   UI: {ui}")
+        console.print(f"UI: {run.ui}")
     return 0 if state.completed else 1

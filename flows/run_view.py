@@ -116,7 +116,11 @@ def summary(report: RunReport, ui: str) -> Table:
     table = Table(title=f"run {report.run_id}: {report.state}", show_header=False, title_justify="left", min_width=70)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    a, t, e = report.accounting, report.training, report.evaluation
+    a, t, e, p = report.accounting, report.training, report.evaluation, report.progress
+    if p:
+        table.add_row("attempt", str(p.attempt))
+        table.add_row("prompts captured", f"{p.prompts} of {p.total_prompts or '?'}")
+        table.add_row("samples trained", f"{p.trained} in {p.steps} of {p.total_steps or '?'} steps")
     if a:
         table.add_row("prompts", f"{a.prompts} = {a.published} published + {a.rejected} rejected")
         unused = f" + {a.unused} unused" if a.unused else ""
@@ -134,7 +138,7 @@ def summary(report: RunReport, ui: str) -> Table:
         )
         table.add_row("lossless", "yes" if e.lossless else "[bold red]no[/]")
     if report.failure:
-        table.add_row(f"failed ({report.failure.failure_class})", escape(report.failure.message))
+        table.add_row(f"{report.state} ({report.failure.failure_class})", escape(report.failure.message))
     table.add_row("checkpoints", f"{report.run_dir}/checkpoints")
     if report.export:
         table.add_row("export", report.export)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
-from disagg_core.report import RunReport
+from disagg_core.run_records import OtherVersion, read_report
 from disagg_core.settings import Settings
 from flows.local import LocalPlatform, describe
 
@@ -25,19 +28,20 @@ def show(settings: Settings, platform: LocalPlatform | None, console: Console) -
         return
     table = Table("run", "state", "trained", "steps", "accept length", "seconds")
     for document in runs[:_LATEST]:
-        report = document.parent / "report.json"
-        if not report.is_file():
-            table.add_row(document.parent.name, "running or ended without a report", "", "", "", "")
-            continue
-        r = RunReport.model_validate_json(report.read_bytes())
-        table.add_row(
-            r.run_id,
-            r.state,
-            str(r.accounting.trained) if r.accounting else "",
-            str(r.training.steps) if r.training else "",
-            f"{r.evaluation.accept_length_before:.2f} to {r.evaluation.accept_length_after:.2f}"
-            if r.evaluation
-            else "",
-            f"{r.seconds:.0f}",
-        )
+        table.add_row(document.parent.name, *_cells(document.with_name("report.json")))
     console.print(table)
+
+
+def _cells(path: Path) -> Sequence[str]:
+    """Return what a report says, for the columns of the table; only a state where there is none to be read."""
+    if not path.is_file():
+        return ("no report yet",)
+    try:
+        report = read_report(path)
+    except OtherVersion:
+        return ("report of another version of draftline",)
+    a, t, e, p = report.accounting, report.training, report.evaluation, report.progress
+    trained = a.trained if a else p.trained if p else ""
+    steps = t.steps if t else p.steps if p else ""
+    accept_length = f"{e.accept_length_before:.2f} to {e.accept_length_after:.2f}" if e else ""
+    return report.state, str(trained), str(steps), accept_length, f"{report.seconds:.0f}"

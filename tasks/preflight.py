@@ -23,6 +23,7 @@ def preflight(spec: RunSpec) -> RunPlan:
 
     run_id = run_id_of(spec, flow_run.id)
     plan = prepare_run(spec, run_id, get_settings())
+    plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off
     get_run_logger().info(
         "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root
     )

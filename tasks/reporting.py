@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from prefect import task
@@ -21,18 +21,18 @@ from prefect.events import emit_event
 from disagg_core.archive import Archive
 from disagg_core.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.errors import DraftlineError
-from disagg_core.observability.plots import plot_run
 from disagg_core.outcomes import classify
 from disagg_core.plan import RunPlan
 from disagg_core.report import (
     ArchiveFigures,
     AttemptFigures,
+    EndState,
     EvaluationFigures,
     Failure,
     RoleFigures,
     RunReport,
 )
-from disagg_core.run_dir import write_atomically
+from disagg_core.run_records import last_progress, write_report
 from tasks.completion import Completion
 from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
@@ -52,16 +52,7 @@ def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> No
 @task(name="publish-report", task_run_name="report", cache_policy=NO_CACHE)
 def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     """Write report.json, report.md and report.png, and show the same in the UI."""
-    picture = plan.dir.root / "report.png"
-    evaluation = report.evaluation
-    plot_run(
-        plan.dir.metrics / "train.jsonl",
-        picture,
-        title=f"{plan.run_id}: EAGLE-3 draft for {Path(plan.spec.target.model).name}",
-        accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
-    )
-    write_atomically(plan.dir.root / "report.md", report.to_markdown())
-    write_atomically(plan.dir.report, report.model_dump_json(indent=2))
+    picture = write_report(plan, report)
     key = artifact_key(plan.run_id)
     create_markdown_artifact(report.to_markdown(), key=f"report-{key}", description=f"Report of run {plan.run_id}")
     if report.accounting:
@@ -86,12 +77,19 @@ class RunRecord:
     began: float = field(default_factory=time.time)
     attempts: AttemptLoop = field(init=False)
     roles: dict[Role, RoleRun] = field(default_factory=dict)
+    restarts: Counter[Role] = field(default_factory=Counter)
     completion: Completion | None = None
     evaluation: EvaluationFigures | None = None
     archive: Archive | None = None
 
     def __post_init__(self) -> None:
         self.attempts = AttemptLoop(limit=self.plan.spec.run.attempts, first=self.plan.next_attempt())
+
+    def attempt_ended(self, outcome: AttemptOutcome, roles: dict[Role, RoleRun]) -> None:
+        """Take note of how an attempt and its roles ended."""
+        self.attempts.record(outcome)
+        self.roles = roles
+        self.restarts.update({role: run.restarts for role, run in roles.items()})
 
     def completed(self) -> RunReport:
         """Return the report of a run that did all its work."""
@@ -102,17 +100,18 @@ class RunRecord:
         message = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
         return self._report("failed", Failure(failure_class=classify(error), message=message))
 
-    def _report(self, state: Literal["completed", "failed"], failure: Failure | None) -> RunReport:
+    def _report(self, state: EndState, failure: Failure | None) -> RunReport:
         done, archive = self.completion, self.archive
         return RunReport(
             run_id=self.plan.run_id,
             name=self.plan.spec.run.name,
             state=state,
             failure=failure,
+            progress=last_progress(self.plan) if done is None else None,
             accounting=done.accounting if done else None,
             training=done.training if done else None,
             evaluation=self.evaluation,
-            roles={role: _role_figures(run) for role, run in self.roles.items()},
+            roles={role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()},
             archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,
             attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
             store_counters=done.store_counters if done else {},
@@ -125,13 +124,13 @@ class RunRecord:
         )
 
 
-def _role_figures(run: RoleRun) -> RoleFigures:
+def _role_figures(run: RoleRun, restarts: int) -> RoleFigures:
     return RoleFigures(
         flow_run_id=str(run.flow_run_id),
         work_pool=run.work_pool,
         started=run.started,
         ended=run.ended,
-        restarts=run.restarts,
+        restarts=restarts,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
+import logging
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from disagg_core.errors import EvaluationFailed, RoleFailed
+from disagg_core.attempts import AttemptOutcome
+from disagg_core.errors import EvaluationFailed, RoleFailed, StoreUnavailable
 from disagg_core.outcomes import RoleOutcome
 from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.report import EvaluationFigures
@@ -17,10 +20,13 @@ from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts
 from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher
+from tasks import roles
+from tasks.children import Supervision
 from tasks.completion import complete
 from tasks.evaluation import judge_draft
 from tasks.rendezvous import meet
-from tasks.roles import RoleRun, judge
+from tasks.reporting import RunRecord
+from tasks.roles import RoleRun, judge, watch_store
 
 pytestmark = pytest.mark.unit
 
@@ -187,7 +193,37 @@ def test_a_missing_node_0_is_a_stall(tmp_path: Path) -> None:
         meet(assignment(plan), 1, 2)
 
 
-def test_the_hook_that_cancels_the_roles_can_be_called_as_a_worker_calls_it() -> None:
+def test_the_hooks_of_a_run_that_ended_badly_can_be_called_as_a_worker_calls_them() -> None:
     """A worker whose run was killed calls by keyword, the engine of a run that failed by position."""
-    for hook in online_disagg_training.on_crashed_hooks:
+    for hook in [*online_disagg_training.on_crashed_hooks, *online_disagg_training.on_cancellation_hooks]:
         inspect.signature(hook).bind(flow=online_disagg_training, flow_run=None, state=None)
+
+
+def test_a_store_process_that_dies_stops_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is the watcher's, and its class is one that is tried again."""
+    monkeypatch.setattr(roles, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(roles, "_STORE_POLL_S", 0.001)
+    supervision = Supervision()
+    looks = iter([None, None, StoreUnavailable("mooncake_master (pid 7) ended with killed by SIGKILL")])
+
+    def require_store() -> None:
+        if (error := next(looks)) is not None:
+            raise error
+
+    asyncio.run(watch_store(require_store, supervision))
+    assert supervision.stop.is_set()
+    assert (supervision.failure_class, supervision.reason) == (
+        "store_lost",
+        "mooncake_master (pid 7) ended with killed by SIGKILL",
+    )
+
+
+def test_the_report_sums_the_restarts_of_all_attempts(plan: RunPlan) -> None:
+    record = RunRecord(plan, flow_run_id="f")
+    for attempt, restarts in ((1, 2), (2, 1)):
+        producer = role_run("producer", "Completed").model_copy(update={"restarts": restarts})
+        record.attempt_ended(
+            AttemptOutcome(attempt), {"producer": producer, "consumer": role_run("consumer", "Completed")}
+        )
+    report = record.failed(StoreUnavailable("gone"))
+    assert {role: figures.restarts for role, figures in report.roles.items()} == {"producer": 3, "consumer": 0}

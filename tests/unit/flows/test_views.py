@@ -20,13 +20,16 @@ from disagg_core.report import (
     AttemptFigures,
     EvaluationFigures,
     Failure,
+    ProgressFigures,
     RoleFigures,
     RunReport,
     ServerFigures,
     TrainingFigures,
 )
+from disagg_core.settings import Settings
 from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts
+from flows import status_view
 from flows.run_view import Bars, Lines, summary
 
 pytestmark = pytest.mark.unit
@@ -123,6 +126,47 @@ def test_the_summary_has_the_figures_and_the_places() -> None:
     shown = text_of(summary(a_report(), "http://ui"))
     for expected in ("10 = 9 published + 1 rejected", "2.53 after training", "runs/demo-1/export", "http://ui"):
         assert expected in shown
+
+
+def test_the_summary_of_a_cancelled_run_says_how_far_it_came() -> None:
+    progress = ProgressFigures(attempt=2, prompts=70, total_prompts=100, steps=2, total_steps=4, trained=56, loss=3.5)
+    failure = Failure(failure_class="preempted", message="interrupted")
+    report = a_report(state="cancelled", failure=failure, progress=progress, accounting=None, evaluation=None)
+    shown = text_of(summary(report, "http://ui"))
+    for expected in ("run demo-1: cancelled", "70 of 100", "56 in 2 of 4 steps", "interrupted"):
+        assert expected in shown
+
+
+def test_the_status_shows_every_run_whatever_became_of_it(tmp_path: Path) -> None:
+    """One completed, one cancelled, one of another version, one without a report."""
+    progress = ProgressFigures(
+        attempt=1, prompts=9, total_prompts=None, steps=2, total_steps=None, trained=7, loss=None
+    )
+    reports = {
+        "sound": a_report().model_dump_json(),
+        "stopped": a_report(state="cancelled", accounting=None, training=None, progress=progress).model_dump_json(),
+        "old": '{"run_id": "old"}',
+        "young": None,
+    }
+    for name, report in reports.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+        if report is not None:
+            (tmp_path / "runs" / name / "report.json").write_text(report)
+    console = Console(file=io.StringIO(), width=140)
+
+    status_view.show(Settings(home=tmp_path), None, console)
+
+    assert isinstance(console.file, io.StringIO)
+    lines = {cells[1]: cells[2:-1] for line in console.file.getvalue().splitlines() if (cells := columns(line))}
+    assert lines["sound"] == ["completed", "9", "3", "1.01 to 2.53", "60"]
+    assert lines["stopped"][:3] == ["cancelled", "7", "2"]
+    assert lines["old"][0] == "report of another version of draftline"
+    assert lines["young"][0] == "no report yet"
+
+
+def columns(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("│")] if line.startswith("│") else []
 
 
 def test_the_plan_names_pools_gpus_and_bytes() -> None:

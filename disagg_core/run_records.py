@@ -1,0 +1,153 @@
+"""The report of a run as files: written, read again, and put together for a run that was cut off.
+
+A run that ends by itself reports what it knows. One that was cancelled, or whose process was killed, is reported by
+whoever finds it, from what lies in its directory: how far its roles last said they were, how its attempts ended.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from disagg_core.errors import BadInput, FailureClass
+from disagg_core.observability.plots import plot_run
+from disagg_core.observability.progress import read_progress
+from disagg_core.outcomes import read_outcome
+from disagg_core.plan import RunPlan
+from disagg_core.report import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
+from disagg_core.run_dir import RunDir, write_atomically
+
+
+class OtherVersion(BadInput):
+    """A run's document or report was written by another version of draftline; the first difference is named."""
+
+
+def write_report(plan: RunPlan, report: RunReport) -> Path:
+    """Write report.png, report.md and, last, report.json into the run's directory; return the picture."""
+    picture = plan.dir.root / "report.png"
+    evaluation = report.evaluation
+    plot_run(
+        plan.dir.metrics / "train.jsonl",
+        picture,
+        title=f"{plan.run_id}: EAGLE-3 draft for {Path(plan.spec.target.model).name}",
+        accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
+    )
+    write_atomically(plan.dir.root / "report.md", report.to_markdown())
+    write_atomically(plan.dir.report, report.model_dump_json(indent=2))
+    return picture
+
+
+def read_report(path: Path) -> RunReport:
+    """Return the report in `path`.
+
+    Raises:
+        OtherVersion: its fields are not those of this version.
+    """
+    try:
+        return RunReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _other_version(path, error) from error
+
+
+def read_plan(run_dir: RunDir) -> RunPlan:
+    """Return the plan of the run in `run_dir`.
+
+    Raises:
+        OtherVersion: its fields are not those of this version.
+    """
+    try:
+        return RunPlan.model_validate_json(run_dir.document.read_bytes())
+    except ValidationError as error:
+        raise _other_version(run_dir.document, error) from error
+
+
+def _other_version(path: Path, error: ValidationError) -> OtherVersion:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the document"
+    return OtherVersion(f"{path}: written by another version of draftline ({where}: {first['msg']}); read it with that")
+
+
+def report_interrupted(run_dir: RunDir, state: EndState, reason: str, flow_run_id: str) -> RunReport | None:
+    """Write and return the report of a run that can no longer do so itself.
+
+    None where there is nothing to do: the run had not begun, or has its report.
+
+    Raises:
+        OtherVersion: the run was planned by another version.
+    """
+    if run_dir.report.is_file() or not run_dir.document.is_file():
+        return None
+    plan = read_plan(run_dir)
+    report = RunReport(
+        run_id=plan.run_id,
+        name=plan.spec.run.name,
+        state=state,
+        failure=Failure(failure_class="bug" if state == "failed" else "preempted", message=reason),
+        progress=last_progress(plan),
+        accounting=None,
+        training=None,
+        evaluation=None,
+        roles={},
+        archive=None,
+        attempts=_attempts(plan, reason),
+        store_counters={},
+        rejected_reasons={},
+        run_dir=str(plan.root),
+        export=None,
+        flow_run_id=flow_run_id,
+        seconds=time.time() - run_dir.document.stat().st_mtime,
+    )
+    write_report(plan, report)
+    return report
+
+
+def last_progress(plan: RunPlan) -> ProgressFigures | None:
+    """Return how far the roles of a run last said they were; None before its first attempt."""
+    numbers = plan.dir.begun_attempts()
+    if not numbers:
+        return None
+    producer, consumer = (
+        {name: value for number in numbers for name, value in read_progress(_state(plan, number) / file).items()}
+        for file in ("producer.json", "consumer.json")
+    )
+    return ProgressFigures.model_validate(
+        {
+            "attempt": numbers[-1],
+            "prompts": producer.get("prompts", 0),
+            "total_prompts": plan.total_prompts,
+            "steps": consumer.get("step", 0),
+            "total_steps": plan.total_steps,
+            "trained": consumer.get("trained", 0),
+            "loss": consumer.get("loss"),
+        }
+    )
+
+
+def _attempts(plan: RunPlan, reason: str) -> list[AttemptFigures]:
+    """Return the ends of the begun attempts by what their roles left; `reason` is what ended the last one."""
+    ends = []
+    numbers = plan.dir.begun_attempts()
+    for number in numbers:
+        unsaid: tuple[FailureClass, str] = (
+            "preempted",
+            reason if number == numbers[-1] else "its roles left no word",
+        )
+        failure_class, why = _failure_of(plan, number) or unsaid
+        ends.append(AttemptFigures(attempt=number, failure_class=failure_class, reason=why, incomplete=0))
+    return ends
+
+
+def _failure_of(plan: RunPlan, attempt: int) -> tuple[FailureClass, str] | None:
+    """Return the first failure of an attempt's roles that is not the answer to a stop signal."""
+    found: list[tuple[float, FailureClass, str]] = []
+    for role in ("producer", "consumer"):
+        outcome = read_outcome(_state(plan, attempt) / f"{role}-outcome.json")
+        if outcome is not None and outcome.failure_class not in (None, "preempted"):
+            found.append((outcome.ended, outcome.failure_class, f"{role}: {outcome.message}"))
+    return min(found)[1:] if found else None
+
+
+def _state(plan: RunPlan, attempt: int) -> Path:
+    return plan.dir.attempt(attempt).state

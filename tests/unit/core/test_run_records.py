@@ -1,0 +1,97 @@
+"""What is known of a run that was cut off, and what becomes of a report that another version wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from disagg_core.errors import RoleFailed, StoreUnavailable
+from disagg_core.observability.progress import ProgressFile
+from disagg_core.outcomes import write_failure
+from disagg_core.plan import RunPlan, make_plan
+from disagg_core.run_records import OtherVersion, last_progress, read_plan, read_report, report_interrupted
+from disagg_core.spec_file import load_spec
+from disagg_core.target_facts import read_target_facts
+
+pytestmark = pytest.mark.unit
+
+SPEC = Path(__file__).resolve().parents[3] / "infra" / "runs" / "qwen3-8b-eagle3.yaml"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> RunPlan:
+    """A run that has passed its preflight."""
+    spec = load_spec(SPEC)
+    made = make_plan(
+        spec, read_target_facts(spec.target), run_id="night-1", root=tmp_path / "night-1", total_prompts=100
+    )
+    made.root.mkdir()
+    made.dir.document.write_text(made.model_dump_json())
+    return made
+
+
+def begin_attempt(plan: RunPlan, number: int, *, prompts: int, step: int, trained: int) -> Path:
+    state = plan.dir.attempt(number).state
+    ProgressFile(state / "producer.json").update(phase="capturing", prompts=prompts)
+    ProgressFile(state / "consumer.json").update(phase="training", step=step, trained=trained, loss=3.5)
+    return state
+
+
+def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: RunPlan) -> None:
+    first = begin_attempt(plan, 1, prompts=40, step=1, trained=28)
+    write_failure(first / "consumer-outcome.json", 0.0, StoreUnavailable("mooncake_master is gone"))
+    write_failure(first / "producer-outcome.json", 0.0, RoleFailed("asked to stop", "preempted"))
+    begin_attempt(plan, 2, prompts=70, step=2, trained=56)
+
+    report = report_interrupted(plan.dir, "cancelled", "interrupted", "f-1")
+
+    assert report is not None
+    assert (report.state, report.flow_run_id) == ("cancelled", "f-1")
+    assert report.progress is not None
+    assert (report.progress.attempt, report.progress.prompts, report.progress.total_prompts) == (2, 70, 100)
+    assert (report.progress.steps, report.progress.trained, report.progress.loss) == (2, 56, 3.5)
+    assert [(a.failure_class, a.reason) for a in report.attempts] == [
+        ("store_lost", "consumer: StoreUnavailable: mooncake_master is gone"),
+        ("preempted", "interrupted"),
+    ]
+    assert read_report(plan.dir.report) == report
+    markdown = (plan.root / "report.md").read_text()
+    assert "# Run night-1: cancelled" in markdown
+    assert "In attempt 2, 70 of 100 prompts were captured and 56 samples trained, in 2 of 4 steps" in markdown
+    assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_attempt_that_has_hardly_begun_does_not_hide_what_was_trained_before(plan: RunPlan) -> None:
+    begin_attempt(plan, 1, prompts=40, step=1, trained=28)
+    state = plan.dir.attempt(2).state
+    ProgressFile(state / "producer.json").update(phase="loading the target")
+    progress = last_progress(plan)
+    assert progress is not None
+    assert (progress.attempt, progress.prompts, progress.trained) == (2, 40, 28)
+
+
+def test_a_run_that_has_its_report_keeps_it(plan: RunPlan) -> None:
+    assert report_interrupted(plan.dir, "crashed", "its process was killed", "f") is not None
+    assert report_interrupted(plan.dir, "cancelled", "cancelled", "f") is None
+    assert read_report(plan.dir.report).state == "crashed"
+    assert last_progress(plan) is None
+
+
+def test_a_run_that_had_not_begun_has_no_report(plan: RunPlan) -> None:
+    plan.dir.document.unlink()
+    assert report_interrupted(plan.dir, "cancelled", "cancelled", "f") is None
+    assert not plan.dir.report.exists()
+
+
+def test_documents_of_another_version_are_named_with_the_difference(plan: RunPlan) -> None:
+    report_interrupted(plan.dir, "crashed", "killed", "f")
+    old = json.loads(plan.dir.report.read_bytes())
+    del old["run_dir"]
+    plan.dir.report.write_text(json.dumps(old))
+    with pytest.raises(OtherVersion, match=r"report\.json: written by another version .*run_dir: Field required"):
+        read_report(plan.dir.report)
+    plan.dir.document.write_text("{}")
+    with pytest.raises(OtherVersion, match=r"run\.json: written by another version"):
+        read_plan(plan.dir)
