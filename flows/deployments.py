@@ -10,26 +10,30 @@ import contextlib
 from datetime import timedelta
 from typing import Any
 
-from prefect import get_client
+import psutil
+from prefect import State, get_client
 from prefect.automations import Automation, EventTrigger, Posture
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import TERMINAL_STATES, ConcurrencyLimitConfig, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, ConcurrencyLimitConfig, FlowRun, StateType
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
+from disagg_core.run_records import OtherVersion
 from disagg_core.run_spec import PoolsSection
 from disagg_core.settings import CHECKOUT
 from disagg_core.spec_file import load_spec
 from flows.draft_evaluation import draft_evaluation
-from flows.online_disagg_training import online_disagg_training
+from flows.online_disagg_training import online_disagg_training, report_interruption
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
+from flows.workers import worker_name
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
@@ -117,3 +121,35 @@ async def _cancel_active_runs(timeout_s: float) -> int:
                 while await client.read_flow_runs(flow_run_filter=active, limit=1):
                     await asyncio.sleep(0.5)
     return len(runs)
+
+
+def crash_leftovers() -> int:
+    """Mark the runs of an earlier platform whose process is gone as crashed, and return how many there were.
+
+    A server that was killed remembers them as running: the next run would wait for their slot until its lease ends.
+    """
+    return asyncio.run(_crash_leftovers(PoolsSection()))
+
+
+async def _crash_leftovers(pools: PoolsSection) -> int:
+    begun = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    begun_runs = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun)))
+    ours = {worker_name(pool) for pool in (pools.orchestrator, pools.rollout, pools.train)}
+    async with get_client() as client:
+        found = await client.read_flow_runs(flow_run_filter=begun_runs)
+        leftovers = [run for run in found if run.labels.get("prefect.worker.name") in ours and not _lives(run)]
+        for run in leftovers:
+            state: State[Any] = Crashed(message="its process ended together with the platform")
+            await client.set_flow_run_state(run.id, state, force=True)
+            if "spec" in run.parameters:
+                with contextlib.suppress(ValidationError, OtherVersion):
+                    report_interruption(online_disagg_training, run, state)
+    return len(leftovers)
+
+
+def _lives(run: FlowRun) -> bool:
+    """Tell whether the process of a run of this machine is alive."""
+    try:
+        return psutil.Process(int(run.infrastructure_pid or 0)).environ().get("PREFECT__FLOW_RUN_ID") == str(run.id)
+    except psutil.NoSuchProcess:
+        return False

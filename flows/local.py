@@ -172,9 +172,11 @@ def up(settings: Settings, say: Callable[[str], None], *, keep: bool) -> LocalPl
     _wait_ready(settings, platform)
     if not platform.alive("workers"):
         say("registering work pools and deployments")
-        from flows.deployments import register
+        from flows.deployments import crash_leftovers, register
 
         register()
+        if leftovers := crash_leftovers():
+            say(f"marked {leftovers} flow runs as crashed, whose processes ended with an earlier platform")
         say("starting the workers")
         platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.workers"])
     users = platform.users if keep else [*platform.users, Member.of(os.getpid())]

@@ -13,13 +13,18 @@ from prefect.workers.process import ProcessWorker
 from disagg_core.run_spec import PoolsSection
 
 
+def worker_name(pool: str) -> str:
+    """Return the name of this machine's worker of `pool`."""
+    return f"local-{pool}"
+
+
 async def serve(pools: PoolsSection) -> None:
     """Run a process worker for each pool until SIGINT or SIGTERM."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     workers = [
-        asyncio.create_task(ProcessWorker(work_pool_name=pool, name=f"local-{pool}").start())
+        asyncio.create_task(ProcessWorker(work_pool_name=pool, name=worker_name(pool)).start())
         for pool in (pools.orchestrator, pools.rollout, pools.train)
     ]
     stopped = asyncio.create_task(stop.wait())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -114,11 +115,81 @@ def wait_for_trainer(home: Path, ours: Ours, sign: str) -> psutil.Process:
 @pytest.mark.slow
 def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draftline, tiny: str, ours: Ours) -> None:
     run = draftline("run", tiny, "--set", "data.limit=2000")
-    wait_for_trainer(home, ours, "metrics/train.jsonl")
+    wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 130, output
     assert "interrupted: cancelling the run" in output
+    assert ours() == []
+
+    report = report_of(home)
+    assert report.state == "cancelled"
+    assert report.progress is not None
+    assert report.progress.trained >= 16
+    assert f"run {report.run_id}: cancelled" in output
+    status, _ = draftline("status").communicate(timeout=60)
+    assert re.search(rf"{report.run_id} +│ cancelled +│ {report.progress.trained} ", status)
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_leaves_a_report(home: Path, draftline: Draftline, tiny: str, ours: Ours) -> None:
+    run = draftline("run", tiny, "--set", "data.limit=2000")
+    wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
+    (document,) = home.glob("runs/*/run.json")
+    suffix = document.parent.name.rpartition("-")[2]
+    of_the_run = (p for p in ours() if p.environ().get("PREFECT__FLOW_RUN_ID", "").endswith(suffix))
+    min(of_the_run, key=psutil.Process.create_time).kill()
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, output
+
+    report = report_of(home)
+    assert report.state == "crashed"
+    assert report.progress is not None
+    assert report.progress.trained >= 16
+    assert ours() == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_killed_does_not_keep_the_next_one_waiting(
+    home: Path, draftline: Draftline, tiny: str, ours: Ours
+) -> None:
+    run = draftline("run", tiny, "--set", "data.limit=2000")
+    wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
+    server = json.loads((home / "platform.json").read_text())["members"]["server"]["pid"]
+    psutil.Process(server).kill()
+    output, _ = run.communicate(timeout=180)
+    assert run.returncode == 1
+    assert "the Prefect server has ended" in output
+    assert report_of(home).state == "crashed"
+    assert ours() == []
+
+    output, _ = draftline("up").communicate(timeout=200)
+    assert re.search(r"marked \d+ flow runs as crashed", output)
+    api = f"http://127.0.0.1:{json.loads((home / 'platform.json').read_text())['port']}/api"
+    running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
+    assert httpx.post(f"{api}/flow_runs/filter", json=running).json() == []
+    assert [limit["active_slots"] for limit in httpx.post(f"{api}/v2/concurrency_limits/filter", json={}).json()] == [0]
+
+
+@pytest.mark.slow
+def test_a_store_process_that_dies_ends_the_attempt_by_its_name(
+    home: Path, draftline: Draftline, tiny: str, ours: Ours
+) -> None:
+    run = draftline("run", tiny, "--set", "rollout.high_watermark_refs=8")
+    wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
+    (master,) = (process for process in ours() if process.name() == "mooncake_master")
+    master.kill()
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+
+    report = report_of(home)
+    assert [attempt.failure_class for attempt in report.attempts] == ["store_lost", None]
+    assert re.search(
+        rf"mooncake_master \(pid {master.pid}\) ended with killed by SIGKILL; the end of .*mooncake-master\.log",
+        report.attempts[0].reason,
+    )
+    assert report.accounting is not None
+    assert (report.accounting.published, report.accounting.trained) == (44, 44)
     assert ours() == []
 
 
@@ -127,6 +198,8 @@ def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draf
     [
         ("training.max_step=3", "training.max_step: unknown key; did you mean max_steps"),
         ("data.prompts=./nothing.jsonl", "nothing.jsonl"),
+        ("target.model=./nothing", "no such directory"),
+        ("store.capacity=1MiB", "store.capacity: expected at least"),
         ("target.aux_layers=[0, 1, 9]", "target.aux_layers"),
         ("rollout.high_watermark_refs=7", "high_watermark_refs: expected at least one optimizer window"),
     ],
