@@ -10,14 +10,14 @@ from pathlib import Path
 import fsspec
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.errors import DraftlineError
+from disagg_core.errors import BadInput
 
 _CHUNK = 4 * 1024**2
 MANIFEST = "manifest.json"
 
 
-class ArchiveDamaged(DraftlineError):
-    """An archived file is missing or is not what the manifest says."""
+class ArchiveDamaged(BadInput):
+    """Archived files are missing or are not what the manifest says; each is named."""
 
 
 class Archive(BaseModel):
@@ -61,24 +61,37 @@ def verify_archive(url: str) -> int:
     """Check every file of the archive at `url` against its manifest and return how many there are.
 
     Raises:
-        ArchiveDamaged: there is no manifest, or a file is missing or differs; it is named.
+        ArchiveDamaged: there is no manifest, or files are missing or differ; each is named.
     """
     filesystem, root = fsspec.core.url_to_fs(url)
     if not filesystem.exists(f"{root}/{MANIFEST}"):
         raise ArchiveDamaged(f"{url}: no {MANIFEST}; the archive was not finished")
     with filesystem.open(f"{root}/{MANIFEST}", "rb") as file:
-        files = json.load(file)["files"]
-    for name, entry in files.items():
-        target = f"{root}/{name}"
-        if not filesystem.exists(target):
-            raise ArchiveDamaged(f"{url}: {name} is missing")
-        digest = hashlib.sha256()
-        with filesystem.open(target, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != entry["sha256"]:
-            raise ArchiveDamaged(f"{url}: {name}: expected sha256 {entry['sha256']}, found {digest.hexdigest()}")
+        try:
+            files = json.load(file)["files"]
+        except (ValueError, KeyError) as error:
+            raise ArchiveDamaged(f"{url}: {MANIFEST} cannot be read ({error})") from error
+    found = ((name, _damage(filesystem, f"{root}/{name}", entry)) for name, entry in files.items())
+    damaged = [f"{name}: {damage}" for name, damage in found if damage]
+    if damaged:
+        raise ArchiveDamaged(f"{url}: {len(damaged)} of {len(files)} files are damaged:\n" + "\n".join(damaged))
     return len(files)
+
+
+def _damage(filesystem: fsspec.AbstractFileSystem, path: str, entry: dict[str, str | int]) -> str | None:
+    """Return how the file at `path` differs from its `entry` in the manifest; None if it does not."""
+    if not filesystem.exists(path):
+        return "missing"
+    digest, size = hashlib.sha256(), 0
+    with filesystem.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    if size != entry["bytes"]:
+        return f"expected {entry['bytes']} bytes, found {size}"
+    if digest.hexdigest() != entry["sha256"]:
+        return f"expected sha256 {entry['sha256']}, found {digest.hexdigest()}"
+    return None
 
 
 def _expand(sources: dict[str, Path]) -> Iterator[tuple[str, Path]]:

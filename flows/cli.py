@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from disagg_core.cli.archive import app as archive_app
 from disagg_core.cli.channel import app as channel_app
 from disagg_core.cli.doctor import doctor
 from disagg_core.cli.drafts import evaluate, export
+from disagg_core.cli.exits import DEBUG, stop, take_debug
 from disagg_core.cli.rollout import regenerate
 from disagg_core.cli.store import app as store_app
 from disagg_core.errors import BadInput, DraftlineError
@@ -25,11 +26,11 @@ from disagg_core.spec_file import load_spec
 
 app = typer.Typer(
     name="draftline",
-    help="Online, disaggregated training of speculative-decoding draft models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(archive_app, name="archive", help="Check the archive of a run.")
 app.add_typer(channel_app, name="channel", help="Look into a reference channel.")
 app.add_typer(store_app, name="store", help="Look into a feature store.")
 app.command(name="doctor")(doctor)
@@ -41,7 +42,6 @@ SpecFile = Annotated[Path, typer.Argument(help="Run document (YAML).", show_defa
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the document.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 _WIDTH_IN_A_PIPE = 140
 _console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_IN_A_PIPE)
@@ -53,6 +53,13 @@ def _output() -> Console:
 
 def _say(message: str) -> None:
     _console.print(message)
+
+
+@app.callback()
+def draftline(
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Online, disaggregated training of speculative-decoding draft models."""
 
 
 @app.command()
@@ -94,7 +101,7 @@ def status() -> None:
 
 
 @app.command()
-def plan(spec: SpecFile, overrides: Overrides = None, debug: Debug = False) -> None:
+def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     """Show what a run would start and need, checked against each other. Starts nothing, needs no weights."""
     from disagg_core.plan_view import render
     from disagg_core.preflight import sketch_plan
@@ -107,7 +114,6 @@ def run(
     spec: SpecFile,
     overrides: Overrides = None,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the platform running at the end.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Run one training from its document to its report; brings up what is missing and takes it down again."""
     from flows.run_command import run_training
@@ -117,19 +123,10 @@ def run(
 
 def main() -> None:
     """Run the command line; turn our errors into one message and an exit code."""
-    debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=True)
-    except BadInput as error:
-        if debug:
-            raise
-        _console.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(2)
+        app(take_debug(sys.argv[1:]), prog_name="draftline")
     except DraftlineError as error:
-        if debug:
-            raise
-        _console.print(f"[bold red]failed[/] ({error.failure_class}): {escape(str(error))}")
-        sys.exit(1)
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from disagg_core.channel.inspection import ChannelInspection, Inspector, render
+from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, ChannelError
 from disagg_core.settings import get_settings
 
@@ -45,10 +46,8 @@ def inspect(
             found = _follow(inspector.look) if follow else inspector.look()
         finally:
             inspector.close()
-    except BadInput as error:
-        _stop(error, 2)
-    except ChannelError as error:
-        _stop(error, 1)
+    except (BadInput, ChannelError) as error:
+        stop(error)
     if not follow:
         typer.echo(render(found))
     raise typer.Exit(1 if found.damage else 0)
@@ -67,8 +66,3 @@ def _follow(look: Callable[[], ChannelInspection]) -> ChannelInspection:
         except KeyboardInterrupt:
             return found
     return found
-
-
-def _stop(error: Exception, code: int) -> NoReturn:
-    typer.secho(" ".join(str(error).split()), err=True, fg=typer.colors.RED)
-    raise typer.Exit(code)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, DraftlineError
 from disagg_core.run_spec import TargetSection
 from disagg_core.settings import get_settings
@@ -42,8 +43,7 @@ def doctor(
         if section is not None:
             failed += _probe(console, section, start_server)
     except DraftlineError as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        raise typer.Exit(2 if isinstance(error, BadInput) else 1) from error
+        stop(error)
     if failed:
         console.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
         raise typer.Exit(1)

@@ -28,7 +28,6 @@ def regenerate(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the document.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Let the target continue the prompts and write prompt and continuation as pretokenised training data."""
     from disagg_core.rollout.prompts.checks import validate_prompts

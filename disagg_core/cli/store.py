@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, StoreUnavailable
 from disagg_core.plan import StoreEndpoints
 from disagg_core.store.master import MasterView, Segment, StoreHealth, wait_for_port
@@ -33,8 +34,7 @@ def status(
         wait_for_port(master, REACHABLE_S, "--master")
         health, segments, runs = view.health(), view.segments(), view.keys_by_run()
     except (BadInput, StoreUnavailable) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+        stop(error, 2)
     console = Console()
     console.print(_usage(master, health, segments))
     console.print(_runs(runs))

@@ -31,11 +31,25 @@ def test_the_manifest_names_every_file_with_its_hash(archive: Path) -> None:
     assert verify_archive(str(archive)) == 3
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "unfinished"])
-def test_damage_is_named(archive: Path, damage: str) -> None:
-    victim = archive / ("manifest.json" if damage == "unfinished" else "run.json")
-    victim.write_text("?") if damage == "changed" else victim.unlink()
-    with pytest.raises(ArchiveDamaged, match="was not finished" if damage == "unfinished" else "run.json"):
+def test_every_damaged_file_is_named(archive: Path) -> None:
+    (archive / "run.json").write_text("[]")
+    (archive / "metrics" / "train.jsonl").unlink()
+    (archive / "metrics" / "deep" / "x.bin").write_bytes(b"\0" * 9)
+    with pytest.raises(ArchiveDamaged) as caught:
+        verify_archive(str(archive))
+    first, *files = str(caught.value).splitlines()
+    assert first.endswith("3 of 3 files are damaged:")
+    found = {name: damage for name, _, damage in (line.partition(": ") for line in files)}
+    assert found["metrics/train.jsonl"] == "missing"
+    assert found["metrics/deep/x.bin"] == "expected 10 bytes, found 9"
+    assert found["run.json"].startswith("expected sha256 ")
+
+
+@pytest.mark.parametrize(("manifest", "complaint"), [(None, "was not finished"), ("{", "cannot be read")])
+def test_an_archive_needs_its_manifest(archive: Path, manifest: str | None, complaint: str) -> None:
+    path = archive / "manifest.json"
+    path.unlink() if manifest is None else path.write_text(manifest)
+    with pytest.raises(ArchiveDamaged, match=complaint):
         verify_archive(str(archive))
 
 
