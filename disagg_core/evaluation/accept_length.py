@@ -95,10 +95,8 @@ def measure_accept_length(
             f"found {len(prompts)} prompts and {max_new_tokens}"
         )
     total = len(prompts) * (2 if compare_with_plain else 1)
-    finished = 0
 
-    def generate(with_draft: Eagle3Draft | None) -> tuple[list[Generation], float]:
-        nonlocal finished
+    def generate(with_draft: Eagle3Draft | None, *, finished: int) -> tuple[list[Generation], float]:
         started = time.perf_counter()
         generations = generate_all(
             target,
@@ -110,14 +108,13 @@ def measure_accept_length(
             batch_size=batch_size,
             progress=(lambda done, _: progress(finished + done, total)) if progress else None,
         )
-        finished += len(prompts)
         return generations, time.perf_counter() - started
 
-    speculative, seconds = generate(draft)
+    speculative, seconds = generate(draft, finished=0)
     divergences: list[Divergence] = []
     plain_seconds = None
     if compare_with_plain:
-        plain, plain_seconds = generate(None)
+        plain, plain_seconds = generate(None, finished=len(prompts))
         divergences = _divergences(target, prompts, plain, speculative)
         for divergence in divergences:
             logger.warning("speculative decoding differs from plain decoding: %s", divergence)

@@ -140,63 +140,103 @@ def plan_step(
         every_row: compute every row, live or not (masks on a device, or logits wanted for all rows).
         dense: every sample has the same number of key rows (for attention kernels without packing).
     """
-    batch, tokens = mask.shape
-    where = mask.device
-    if every_row:
-        live_rows = torch.ones_like(mask)
-        counts = [tokens] * batch
-    else:
-        live_rows = mask.clone()
-        for k in range(1, ttt_length):
-            live_rows |= shift_left(mask, k)
-        live_rows[0, 0] |= ~live_rows.any()  # an empty share of a window still takes part in every collective
-        ends = (live_rows * torch.arange(1, tokens + 1)).amax(dim=1)
-        counts = [int(end) for end in ends]
-        if dense:
-            counts = [max(counts)] * batch
-    position = torch.arange(tokens, device=where).expand(batch, tokens)
-    starts = torch.arange(batch, device=where).unsqueeze(1) * tokens
-    key_count = torch.tensor(counts, device=where).unsqueeze(1)
-    is_key = position < key_count
-    key_index = is_key.flatten().cumsum(0).view(batch, tokens) - 1
-    span = torch.arange(tokens + ttt_length - 1, device=where).expand(batch, -1)
-    is_token = (span < key_count + ttt_length - 1) & (key_count > 0)
-    token_index = is_token.flatten().cumsum(0).view(batch, -1) - 1
-    row_index = live_rows.flatten().cumsum(0).view(batch, tokens) - 1
-
-    def pick(values: Tensor, chosen: Tensor) -> Tensor:
-        return values.flatten() if every_row else values.expand_as(chosen)[chosen]
-
-    teacher = torch.ones_like(mask) if every_row else mask
-    earlier = torch.stack([position - k for k in range(ttt_length)])  # [L, batch, tokens]
-    valid = earlier >= 0
-    teacher_row = torch.stack([row_index.gather(1, at.clamp(min=0)) for at in earlier])
-    padding = pick(attention_mask.to(where) == 0, is_key)
-    plan_tensors = {
-        "key_flat": pick(starts + position, is_key),
-        "key_positions": pick(position, is_key),
-        "row_key": pick(key_index, live_rows),
-        "row_positions": pick(position, live_rows),
-        "token_flat": pick(starts + (span + 1).clamp(max=tokens - 1), is_token),
-        "token_inside": pick(span + 1 < tokens, is_token),
-        "key_token": pick(token_index[:, :tokens], is_key),
-        "teacher_flat": pick(starts + (position + 1).clamp(max=tokens - 1), teacher),
-        "teacher_inside": pick(position + 1 < tokens, teacher),
-        "teacher_live": pick(mask, teacher),
-        "teacher_row": torch.stack([pick(at, teacher) for at in teacher_row]),
-        "teacher_valid": torch.stack([pick(at, teacher) for at in valid]),
-        "denominators": torch.stack([mask[:, k:].sum() for k in range(ttt_length)]).to(torch.float32),
-    }
-    bounds: list[Sequence[int]] = [range(tokens)] * batch
-    if not every_row:
-        bounds = [row.nonzero().flatten().tolist() for row in live_rows]
+    grid = _Grid.of(mask, ttt_length, every_row=every_row, dense=dense)
+    padding = grid.pick(attention_mask.to(mask.device) == 0, grid.is_key)
+    denominators = torch.stack([mask[:, k:].sum() for k in range(ttt_length)]).to(torch.float32)
+    tensors = {**_row_tensors(grid), **_token_tensors(grid, ttt_length), **_teacher_tensors(grid, mask, ttt_length)}
     return StepPlan(
         ttt_length=ttt_length,
-        key_counts=tuple(counts),
-        key_padding=None if where.type == "cpu" and not padding.any() else _upload(padding, device),
-        row_bounds=tuple(bounds),
-        **{name: _upload(tensor, device) for name, tensor in plan_tensors.items()},
+        key_counts=grid.key_counts,
+        key_padding=None if mask.device.type == "cpu" and not padding.any() else _upload(padding, device),
+        row_bounds=grid.row_bounds,
+        denominators=_upload(denominators, device),
+        **{name: _upload(tensor, device) for name, tensor in tensors.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All positions of a batch, and which of them are key rows and query rows; tensors are where the mask is."""
+
+    position: Tensor  # [batch, tokens] t
+    start: Tensor  # [batch, 1] index into batch * tokens of t = 0
+    key_counts: tuple[int, ...]
+    is_key: Tensor  # [batch, tokens] bool
+    is_row: Tensor  # [batch, tokens] bool
+    every_row: bool  # all of them are both
+
+    @classmethod
+    def of(cls, mask: Tensor, ttt_length: int, *, every_row: bool, dense: bool) -> _Grid:
+        batch, tokens = mask.shape
+        if every_row:
+            is_row, counts = torch.ones_like(mask), [tokens] * batch
+        else:
+            is_row = mask.clone()
+            for k in range(1, ttt_length):
+                is_row |= shift_left(mask, k)
+            is_row[0, 0] |= ~is_row.any()  # an empty share of a window still takes part in every collective
+            ends = (is_row * torch.arange(1, tokens + 1)).amax(dim=1)
+            counts = [int(end) for end in ends]
+            if dense:
+                counts = [max(counts)] * batch
+        position = torch.arange(tokens, device=mask.device).expand(batch, tokens)
+        start = torch.arange(batch, device=mask.device).unsqueeze(1) * tokens
+        is_key = position < torch.tensor(counts, device=mask.device).unsqueeze(1)
+        return cls(position, start, tuple(counts), is_key, is_row, every_row)
+
+    @property
+    def row_bounds(self) -> tuple[Sequence[int], ...]:
+        """`StepPlan.row_bounds`."""
+        if self.every_row:
+            return tuple(range(count) for count in self.key_counts)
+        return tuple(row.nonzero().flatten().tolist() for row in self.is_row)
+
+    def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """Return the `chosen` of `values`, packed; both ``[batch, n]``. All are, without asking, with `every_row`."""
+        return values.flatten() if self.every_row else values.expand_as(chosen)[chosen]
+
+
+def _packed_index(chosen: Tensor) -> Tensor:
+    """Return the index among the chosen, int64 ``[batch, n]``, of each one of `chosen`."""
+    return chosen.flatten().cumsum(0).view(chosen.shape) - 1
+
+
+def _row_tensors(grid: _Grid) -> dict[str, Tensor]:
+    """Return the plan's tensors of key rows and query rows."""
+    return {
+        "key_flat": grid.pick(grid.start + grid.position, grid.is_key),
+        "key_positions": grid.pick(grid.position, grid.is_key),
+        "row_key": grid.pick(_packed_index(grid.is_key), grid.is_row),
+        "row_positions": grid.pick(grid.position, grid.is_row),
+    }
+
+
+def _token_tensors(grid: _Grid, ttt_length: int) -> dict[str, Tensor]:
+    """Return the plan's tensors of token rows: those of the key rows and the L - 1 after them."""
+    batch, tokens = grid.position.shape
+    span = torch.arange(tokens + ttt_length - 1, device=grid.position.device).expand(batch, -1)
+    key_count = grid.is_key.sum(dim=1, keepdim=True)
+    is_token = (span < key_count + ttt_length - 1) & (key_count > 0)
+    return {
+        "token_flat": grid.pick(grid.start + (span + 1).clamp(max=tokens - 1), is_token),
+        "token_inside": grid.pick(span + 1 < tokens, is_token),
+        "key_token": grid.pick(_packed_index(is_token)[:, :tokens], grid.is_key),
+    }
+
+
+def _teacher_tensors(grid: _Grid, mask: Tensor, ttt_length: int) -> dict[str, Tensor]:
+    """Return the plan's tensors of teacher rows."""
+    tokens = mask.shape[1]
+    chosen = torch.ones_like(mask) if grid.every_row else mask
+    row_index = _packed_index(grid.is_row)
+    earlier = [grid.position - k for k in range(ttt_length)]
+    return {
+        "teacher_flat": grid.pick(grid.start + (grid.position + 1).clamp(max=tokens - 1), chosen),
+        "teacher_inside": grid.pick(grid.position + 1 < tokens, chosen),
+        "teacher_live": grid.pick(mask, chosen),
+        "teacher_row": torch.stack([grid.pick(row_index.gather(1, at.clamp(min=0)), chosen) for at in earlier]),
+        "teacher_valid": torch.stack([grid.pick(at >= 0, chosen) for at in earlier]),
+    }
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ window of several batches, the LK terms of a batch weigh its share of N.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -107,27 +107,22 @@ def training_time_test(
     section = LossSection(type=loss) if isinstance(loss, str) else loss
     batch = Eagle3Batch.of(batch)
     _check_widths(draft, batch, lm_head)
-    device = draft.fc.weight.device
     mask = step_mask(batch.loss_mask, batch.attention_mask, mask_mode or section.mask_mode)
     kernel = _attention_kernel(draft, batch) if attention == "auto" else attention
-    on_device = mask.device.type != "cpu"
     plan = plan_step(
         mask,
         batch.attention_mask,
         ttt_length,
-        device,
-        every_row=return_logits or on_device,
+        draft.fc.weight.device,
+        every_row=return_logits or mask.device.type != "cpu",
         dense=kernel == "flash",
     )
     states = run_steps(draft, batch, plan, kernel, checkpointing=activation_checkpointing)
     normed = [draft.norm(state) for state in states]
     objective = _objective(section, normalisation or section.normalisation, mask, plan, normaliser)
-    identity = draft.config.draft_vocab_size == draft.config.vocab_size
-    draft_ids = None if identity else draft.d2t + torch.arange(draft.d2t.numel(), device=device)
-    teacher = Teacher(batch.last_hidden_state.detach().flatten(0, 1), lm_head.detach(), draft_ids)
+    teacher = _teacher(draft, batch, lm_head)
     total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
-    shape = (ttt_length, *mask.shape, -1)
-    return TttOutput(
+    output = TttOutput(
         total=total,
         step_losses=objective.step_losses(sums),
         correct=sums.correct,
@@ -135,14 +130,25 @@ def training_time_test(
         accepted=sums.accepted,
         live=sums.live,
         acceptance_rates=sums.accepted / sums.live.clamp(min=1),
-        logits=_logits(draft, normed).view(shape) if return_logits else None,
-        states=torch.stack(states).detach().view(shape) if return_logits else None,
     )
+    return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
+
+
+def _teacher(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> Teacher:
+    draft_ids = None
+    if draft.config.draft_vocab_size != draft.config.vocab_size:
+        draft_ids = draft.d2t + torch.arange(draft.d2t.numel(), device=draft.d2t.device)
+    return Teacher(batch.last_hidden_state.detach().flatten(0, 1), lm_head.detach(), draft_ids)
 
 
 @torch.no_grad()
-def _logits(draft: Eagle3Draft, normed: Sequence[Tensor]) -> Tensor:
-    return linear(torch.stack(list(normed)), draft.lm_head.weight)
+def _with_rows(
+    output: TttOutput, draft: Eagle3Draft, states: Sequence[Tensor], normed: Sequence[Tensor], shape: torch.Size
+) -> TttOutput:
+    """Return `output` with logits and states; the plan has every row of the batch's `shape`."""
+    logits = linear(torch.stack(list(normed)), draft.lm_head.weight)
+    grid = (len(states), *shape, -1)
+    return replace(output, logits=logits.view(grid), states=torch.stack(list(states)).view(grid))
 
 
 def _check_widths(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> None:
