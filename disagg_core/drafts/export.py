@@ -27,12 +27,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.serving_format import check_tensors
+from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_dir import write_atomically
 from disagg_core.run_spec import TargetSection
@@ -309,7 +310,7 @@ def _write(out_dir: Path, tensors: Mapping[str, Tensor], document: Mapping[str, 
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / CONFIG).unlink(missing_ok=True)
     fresh = out_dir / f".{WEIGHTS}.tmp"
-    save_file(dict(tensors), fresh, metadata={"format": "pt"})
+    save_tensors(tensors, fresh, {"format": "pt"})
     _check_read_back(fresh, tensors)
     fresh.replace(out_dir / WEIGHTS)
     write_atomically(out_dir / CONFIG, json.dumps(document, indent=2) + "\n")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import BadInput
 
 
@@ -74,7 +74,7 @@ class VocabMap:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"version": self.version, "inputs_version": self.inputs_version}
-        save_file({"t2d": self.t2d, "d2t": self.d2t}, draft, metadata=metadata)
+        save_tensors({"t2d": self.t2d, "d2t": self.d2t}, draft, metadata)
         draft.replace(path)
 
     @classmethod

@@ -111,6 +111,16 @@ def test_what_sglang_loads(tmp_path: Path) -> None:
     assert (loaded.head_dim, loaded.rope_parameters["rope_theta"]) == (16, 5e5)
 
 
+def test_others_may_read_an_export_like_any_new_file(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path / "step-3")
+    (tmp_path / "plain").touch()
+
+    export_draft(tmp_path / "step-3", tmp_path / "out")
+
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), (tmp_path / "plain").stat().st_mode)
+
+
 def test_what_vllm_loads(tmp_path: Path) -> None:
     """Names of vLLM's module tree, its count of layers from one, and the sections that it insists on."""
     a_checkpoint(tmp_path / "step-3")

@@ -59,6 +59,13 @@ def test_a_saved_map_is_read_back_with_what_it_was_counted_from(tmp_path: Path) 
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_others_may_read_a_saved_map_like_any_new_file(tmp_path: Path) -> None:
+    path, plain = tmp_path / "vocab_map.safetensors", tmp_path / "plain"
+    plain.touch()
+    VocabMap.identity(4).save(path)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_damaged_or_missing_map_is_named_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "vocab_map.safetensors"
     with pytest.raises(BadInput, match="cannot read"):

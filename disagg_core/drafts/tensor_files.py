@@ -1,0 +1,21 @@
+"""Writes safetensors files that others can read: with the permissions that any new file gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` and `metadata` to `file`; what was there is replaced, not atomically.
+
+    safetensors by itself makes files that only their owner can read, whatever the umask.
+    """
+    file.unlink(missing_ok=True)
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    file.chmod(mode)
