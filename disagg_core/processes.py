@@ -46,10 +46,11 @@ def spawn(
 def stop_tree(process: subprocess.Popen[bytes], *, grace_s: float, first: signal.Signals = signal.SIGTERM) -> int:
     """End `process` and everything in its session's process group; return its exit code.
 
-    Sends `first`, waits up to `grace_s` seconds, then kills the whole group.
+    Sends `first`, also to a process that is paused, waits up to `grace_s` seconds, then kills the whole group.
     """
     if process.poll() is None:
         process.send_signal(first)
+        process.send_signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError):

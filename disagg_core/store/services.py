@@ -8,7 +8,6 @@ Everything binds to loopback unless told otherwise; Mooncake has no authenticati
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -16,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec
 
 from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
 from disagg_core.plan import StoreEndpoints
-from disagg_core.processes import check_port, describe_exit, free_ports, spawn, tail
+from disagg_core.processes import check_port, describe_exit, free_ports, spawn, stop_tree, tail
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.library import master_binary, require_mooncake
 from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
@@ -42,6 +42,7 @@ CLIENT_TTL_S = 60
 """A client or owner that is silent for so long is taken for dead by the master."""
 
 Progress = Callable[[str], None]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,9 @@ class ServiceProcess:
 
     def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL to its group."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.send_signal(signal.SIGCONT)
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            log.warning("%s (pid %d) did not end in %g s and is killed", self.name, self.process.pid, STOP_S)
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        running = self.process.poll() is None
+        if stop_tree(self.process, grace_s=STOP_S) == -signal.SIGKILL and running:
+            log.warning("%s (pid %d) did not end in %g s and was killed", self.name, self.process.pid, STOP_S)
 
 
 @dataclass(frozen=True)
@@ -106,34 +101,6 @@ class Spawner:
     def close(self) -> None:
         """End the thread; the kernel kills what it started and is still running."""
         self._thread.shutdown()
-
-
-@contextmanager
-def managed_store(
-    capacity: int,
-    *,
-    host: str = "127.0.0.1",
-    log_dir: Path,
-    protocol: str = "tcp",
-    master_port: int | None = None,
-    metrics_port: int | None = None,
-    owners: int = 1,
-    client_ttl_s: int = CLIENT_TTL_S,
-    progress: Progress = log.info,
-) -> Iterator[StoreEndpoints]:
-    """Run a store for the duration of a ``with`` block; arguments and errors as in `running_store`."""
-    with running_store(
-        capacity,
-        host=host,
-        log_dir=log_dir,
-        protocol=protocol,
-        master_port=master_port,
-        metrics_port=metrics_port,
-        owners=owners,
-        client_ttl_s=client_ttl_s,
-        progress=progress,
-    ) as services:
-        yield services.endpoints
 
 
 @contextmanager
@@ -191,6 +158,21 @@ def running_store(
         services = StoreServices(endpoints, capacity, master, tuple(owner for owner, _ in started))
         _wait_for_owners(services, [status for _, status in started], share, progress)
         yield services
+
+
+def _for_clients(
+    run: Callable[P, AbstractContextManager[StoreServices]],
+) -> Callable[P, AbstractContextManager[StoreEndpoints]]:
+    @contextmanager
+    def for_clients(*args: P.args, **kwargs: P.kwargs) -> Iterator[StoreEndpoints]:
+        with run(*args, **kwargs) as services:
+            yield services.endpoints
+
+    return for_clients
+
+
+managed_store = _for_clients(running_store)
+"""`running_store` for those who only need to know where it is."""
 
 
 def probe_store(endpoints: StoreEndpoints, min_capacity: int = 0, *, timeout_s: float = 5.0) -> StoreHealth:

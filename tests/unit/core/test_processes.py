@@ -45,6 +45,14 @@ def test_one_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) ->
     eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
 
 
+def test_one_that_is_paused_hears_sigterm_all_the_same(tmp_path: Path) -> None:
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    process = spawn([sys.executable, "-c", code], tmp_path / "log")
+    eventually(lambda: tail(tmp_path / "log") == "up")
+    process.send_signal(signal.SIGSTOP)
+    assert describe_exit(stop_tree(process, grace_s=30)) == "killed by SIGTERM"
+
+
 def test_a_child_dies_with_its_parent_also_when_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from disagg_core.processes import spawn\n"
