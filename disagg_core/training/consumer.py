@@ -9,6 +9,7 @@ from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.drafts.eagle3 import Eagle3Draft, Eagle3Loss
+from disagg_core.ordinals import OrdinalSet
 from disagg_core.run_spec import LossSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
@@ -65,31 +66,13 @@ def build_disagg_online_consumer(
     ranks = ranks or Ranks.join(section.device)
     loss = loss or LossSection()
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
-    trainer = Trainer(
-        _step(draft, lm_head, ranks, section, loss, ttt_length, steps),
-        draft,
-        ranks=ranks,
-        checkpoints=CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
-        if checkpoints is not None
-        else None,
-        max_steps=section.max_steps,
-        observer=observer,
-    )
+    saving = None
+    if checkpoints is not None:
+        saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
+    step = _step(draft, lm_head, ranks, section, loss, ttt_length, steps)
+    trainer = Trainer(step, draft, ranks=ranks, checkpoints=saving, max_steps=section.max_steps, observer=observer)
     trainer.restore_newest()
-    loader = FeatureDataLoader(
-        StreamingRefQueue(channel) if channel is not None else None,
-        store,
-        channel=channel,
-        batch_size=section.batch_size,
-        accumulation_steps=section.accumulation_steps,
-        ranks=ranks,
-        mask_mode=loss.mask_mode,
-        by_length=loss.normalisation == "valid",
-        prefetch_samples=section.prefetch_samples,
-        pad_to_multiple_of=COMPILED_MULTIPLE if section.compile else 1,
-        trained=trainer.progress.trained,
-    )
-    return trainer, loader
+    return trainer, _loader(channel, store, ranks, section, loss, trainer.progress.trained)
 
 
 def _step(
@@ -109,3 +92,27 @@ def _step(
         module.compile(dynamic=True)
     schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
     return OptimizerStep(module, sharded, draft, ranks=ranks, section=section, loss=loss, schedule=schedule)
+
+
+def _loader(
+    channel: StreamingRefChannel | None,
+    store: MooncakeFeatureStore,
+    ranks: Ranks,
+    section: TrainingSection,
+    loss: LossSection,
+    trained: OrdinalSet,
+) -> FeatureDataLoader:
+    """Return the loader of this rank's samples; `trained` is what the restored weights have seen."""
+    return FeatureDataLoader(
+        StreamingRefQueue(channel) if channel is not None else None,
+        store,
+        channel=channel,
+        batch_size=section.batch_size,
+        accumulation_steps=section.accumulation_steps,
+        ranks=ranks,
+        mask_mode=loss.mask_mode,
+        by_length=loss.normalisation == "valid",
+        prefetch_samples=section.prefetch_samples,
+        pad_to_multiple_of=COMPILED_MULTIPLE if section.compile else 1,
+        trained=trained,
+    )
