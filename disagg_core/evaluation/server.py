@@ -4,7 +4,8 @@ Names as in SGLang 0.5.23, in ``meta_info`` of a reply to ``POST /generate``: `s
 `spec_num_correct_drafts` drafted tokens kept, `spec_num_proposed_drafts` drafted tokens, and
 `spec_correct_drafts_histogram`, whose entry i counts the passes that kept i. SGLang's own `spec_accept_length` divides
 the tokens of the reply, the prompt's pass included and the last pass cut, by the passes; ours is 1 + kept / passes, as
-everywhere in this package, so that both measures can be compared.
+everywhere in this package, so that both measures can be compared. One difference is left: a pass in which the text ends
+counts whole here, and up to its end in `measure_accept_length`.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def _read_counters(reply: dict[str, Any], url: str) -> tuple[list[int], int]:
     missing = [name for name in names if name not in meta]
     if missing:
         raise EvaluationFailed(
-            f"{url}: expected {missing} in meta_info, found {sorted(meta)}; start the server with a draft: "
-            "--speculative-algorithm EAGLE3 --speculative-draft-model-path <export> --speculative-eagle-topk 1"
+            f"{url}: expected {missing} in meta_info, found {sorted(meta)}; start the server with a draft, here "
+            "for chains of five tokens: --speculative-algorithm EAGLE3 --speculative-draft-model-path <export> "
+            "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6"
         )
     passes, correct, proposed, histogram = (meta[name] for name in names)
     counts = [kept for kept, times in enumerate(histogram) for _ in range(times)]
