@@ -6,6 +6,7 @@ A child that ends badly raises nothing here; whoever dispatched it looks at the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
@@ -21,6 +22,8 @@ from disagg_core.errors import FailureClass
 _POLL_S = 1.0
 _SERVER_AWAY_S = 60.0
 _STOP_S = 60.0
+_LAST_S = 20.0
+"""How long a run that is cancelled waits for its children: Prefect kills it 30 s after the signal."""
 
 
 class Supervision:
@@ -53,7 +56,8 @@ async def run_child(
 ) -> FlowRun:
     """Run the deployment of `flow_name` on `pool` as a child called `name` of this run; return it as it ended.
 
-    It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds.
+    It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds. Where
+    this run is cancelled itself, the child has time to save its state before what it lives on is torn down.
     """
     started = await arun_deployment(
         f"{flow_name}/{pool}",
@@ -64,7 +68,13 @@ async def run_child(
         tags=list(tags),
     )
     async with get_client() as client:
-        return await _watch(client, started.id, pool, supervision, start_timeout_s)
+        try:
+            return await _watch(client, started.id, pool, supervision, start_timeout_s)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_S):
+                    await _cancel(client, started.id, "the run was cancelled")
+            raise
 
 
 def state_name(flow_run: FlowRun) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 from disagg_core.archive import verify_archive
 from disagg_core.drafts.export import import_draft
+from disagg_core.outcomes import read_outcome
 from disagg_core.report import RunReport
 
 Draftline = Callable[..., subprocess.Popen[str]]
@@ -122,6 +123,10 @@ def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draf
     assert "interrupted: cancelling the run" in output
     assert ours() == []
 
+    for role in ("producer", "consumer"):
+        (outcome,) = (read_outcome(path) for path in home.glob(f"runs/*/attempts/1/state/{role}-outcome.json"))
+        assert outcome is not None
+        assert outcome.failure_class == "preempted", "it was to end before its store does"
     report = report_of(home)
     assert report.state == "cancelled"
     assert report.progress is not None
