@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from disagg_core.errors import BadInput, FailureClass
 from disagg_core.observability.plots import plot_run
-from disagg_core.observability.progress import read_progress
+from disagg_core.observability.progress import ProgressValue, read_progress
 from disagg_core.outcomes import read_outcome
 from disagg_core.plan import RunPlan
 from disagg_core.report import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
@@ -108,10 +108,8 @@ def last_progress(plan: RunPlan) -> ProgressFigures | None:
     numbers = plan.dir.begun_attempts()
     if not numbers:
         return None
-    producer, consumer = (
-        {name: value for number in numbers for name, value in read_progress(_state(plan, number) / file).items()}
-        for file in ("producer.json", "consumer.json")
-    )
+    producer = _newest_progress(plan, "producer.json", "prompts")
+    consumer = _newest_progress(plan, "consumer.json", "trained")
     return ProgressFigures.model_validate(
         {
             "attempt": numbers[-1],
@@ -123,6 +121,12 @@ def last_progress(plan: RunPlan) -> ProgressFigures | None:
             "loss": consumer.get("loss"),
         }
     )
+
+
+def _newest_progress(plan: RunPlan, file: str, field: str) -> dict[str, ProgressValue]:
+    """Return the progress of the newest attempt that had come to say `field`; empty if none had."""
+    found = (read_progress(_state(plan, number) / file) for number in reversed(plan.dir.begun_attempts()))
+    return next((progress for progress in found if field in progress), {})
 
 
 def _attempts(plan: RunPlan, reason: str) -> list[AttemptFigures]:

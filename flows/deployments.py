@@ -151,5 +151,5 @@ def _lives(run: FlowRun) -> bool:
     """Tell whether the process of a run of this machine is alive."""
     try:
         return psutil.Process(int(run.infrastructure_pid or 0)).environ().get("PREFECT__FLOW_RUN_ID") == str(run.id)
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

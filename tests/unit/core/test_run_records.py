@@ -67,9 +67,10 @@ def test_an_attempt_that_has_hardly_begun_does_not_hide_what_was_trained_before(
     begin_attempt(plan, 1, prompts=40, step=1, trained=28)
     state = plan.dir.attempt(2).state
     ProgressFile(state / "producer.json").update(phase="loading the target")
+    ProgressFile(state / "consumer.json").update(phase="waiting for the vocabulary map", step=0)
     progress = last_progress(plan)
     assert progress is not None
-    assert (progress.attempt, progress.prompts, progress.trained) == (2, 40, 28)
+    assert (progress.attempt, progress.prompts, progress.trained, progress.steps) == (2, 40, 28, 1)
 
 
 def test_a_run_that_has_its_report_keeps_it(plan: RunPlan) -> None:
