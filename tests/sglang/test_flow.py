@@ -2,62 +2,98 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import sample_id_of
 from disagg_core.report import RunReport
+from tests.sglang.support import START_TIMEOUT_S, await_true
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "e2e" / "tiny.yaml"
+PATIENT = ("orchestration.stall_timeout_s=600", "channel.idle_timeout_s=600")
+
+Draftline = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def draftline(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Run the command in a home of its own; what is left running is taken down at the end."""
-    home = tmp_path / "home"
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def draftline(home: Path, tmp_path: Path) -> Iterator[Draftline]:
+    """Start the command in a home of its own; what is left running is taken down at the end."""
     environment = {**os.environ, "DRAFTLINE_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = Path(sys.executable).with_name("draftline")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [command, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
             cwd=tmp_path,
-            timeout=700,
-            check=False,
+            start_new_session=True,
         )
 
-    yield run
-    run("down")
+    yield start
+    start("down").communicate(timeout=90)
 
 
-def test_a_run_over_sglang_trains_on_every_prompt_and_its_accounting_holds(
-    draftline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    home = tmp_path / "home"
-    done = draftline(
+def sglang_run(*settings: str) -> list[str]:
+    """Return the arguments of a run of the tiny document over SGLang servers."""
+    return [
         "run",
         str(TINY),
-        *("--set", "target.backend=sglang"),
-        *("--set", "orchestration.stall_timeout_s=600"),
-        *("--set", "channel.idle_timeout_s=600"),
-    )
-    logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in home.glob("runs/*/attempts/*/logs/*.log"))
-    assert done.returncode == 0, f"{done.stdout}\n{logs}"
+        *(word for setting in ("target.backend=sglang", *PATIENT, *settings) for word in ("--set", setting)),
+    ]
 
+
+def report_after(run: subprocess.Popen[str], home: Path) -> RunReport:
+    """Wait for the end of a run and return its report; a run that failed shows its logs."""
+    output, _ = run.communicate(timeout=700)
+    logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in home.glob("runs/*/attempts/*/logs/*.log"))
+    assert run.returncode == 0, f"{output}\n{logs}"
     (path,) = home.glob("runs/*/report.json")
-    report = RunReport.model_validate_json(path.read_bytes())
+    return RunReport.model_validate_json(path.read_bytes())
+
+
+def servers_of(home: Path) -> dict[str, int]:
+    """Return the process ids of the running servers of a home by name, which is that of the log they write."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        if "sglang.launch_server" in (process.info["cmdline"] or ()):
+            with suppress(OSError):
+                log = Path(f"/proc/{process.pid}/fd/1").readlink()
+                if log.is_relative_to(home) and os.getpgid(process.pid) == process.pid:
+                    found[log.stem] = process.pid
+    return found
+
+
+def published(home: Path) -> int:
+    """Return how many samples the producer says that it has published."""
+    for path in home.glob("runs/*/attempts/1/state/producer.json"):
+        return int(json.loads(path.read_bytes()).get("published") or 0)
+    return 0
+
+
+def test_a_run_over_sglang_trains_on_every_prompt_and_its_accounting_holds(draftline: Draftline, home: Path) -> None:
+    report = report_after(draftline(*sglang_run()), home)
+
     accounting = report.accounting
     assert accounting is not None
     assert accounting.prompts == accounting.published == accounting.trained == 44
@@ -66,9 +102,45 @@ def test_a_run_over_sglang_trains_on_every_prompt_and_its_accounting_holds(
     assert report.evaluation.lossless
     assert [server.name for server in report.servers] == ["sglang-0"]
     assert report.servers[0].captured >= 44
-    assert not [line for line in running_commands() if str(tmp_path) in line]
+    assert servers_of(home) == {}
 
 
-def running_commands() -> list[str]:
-    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    return [" ".join(line) for line in lines if "sglang.launch_server" in line]
+@pytest.mark.slow
+def test_a_run_that_loses_two_of_three_servers_trains_on_every_prompt_once_and_its_report_names_them(
+    draftline: Draftline, home: Path
+) -> None:
+    """One server is killed and one stops answering, in the middle; long enough before the end to be found out."""
+    prompts = 800
+    run = draftline(
+        *sglang_run(
+            f"data.limit={prompts}",
+            "target.servers=3",
+            "target.request_timeout_s=15",
+            "training.save_every_steps=50",
+        )
+    )
+    await_true(lambda: published(home) >= 60, 2 * START_TIMEOUT_S, "the first samples")
+    servers = servers_of(home)
+    assert sorted(servers) == ["sglang-0", "sglang-1", "sglang-2"]
+    os.killpg(servers["sglang-0"], signal.SIGKILL)
+    os.killpg(servers["sglang-1"], signal.SIGSTOP)
+
+    report = report_after(run, home)
+
+    assert [attempt.failure_class for attempt in report.attempts] == [None]
+    accounting = report.accounting
+    assert accounting is not None
+    assert accounting.prompts == accounting.published == accounting.trained == prompts
+    assert (accounting.rejected, accounting.quarantined, accounting.store_keys_left) == (0, 0, 0)
+    with StreamingRefChannel(Path(report.run_dir) / "attempts/1/channel", run_id=report.run_id) as channel:
+        assert sorted(channel.published_sample_ids()) == [sample_id_of(ordinal) for ordinal in range(prompts)]
+
+    events = {server.name: "; ".join(server.events) for server in report.servers}
+    assert "died: killed by SIGKILL" in events["sglang-0"]
+    assert "hangs: no good answer to a health check" in events["sglang-1"]
+    told = report.to_markdown()
+    for name in ("sglang-0", "sglang-1"):
+        [line] = [line for line in told.splitlines() if line.startswith(f"| {name} |")]
+        assert events[name] in line
+    assert {server.name: server.restarts for server in report.servers}["sglang-2"] == 0
+    assert servers_of(home) == {}
