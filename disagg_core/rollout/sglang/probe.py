@@ -121,25 +121,27 @@ def compare_states(reply: ProbeReply, facts: TargetFacts, reference: Reference) 
     Raises:
         TargetError: the reply does not hold the states that it says it holds, or they have another shape.
     """
+    width, tokens = facts.hidden_size, len(reference.input_ids)
+    expected = {"aux_hidden_states": (tokens, 3 * width), "last_hidden_state": (tokens, width)}
+    found = {name: spec.shape for name, spec in reply.tensors.items()}
+    if found != expected:
+        raise TargetError(f"the probe's states: expected {expected}, found {found}")
     try:
         states = unpack(torch.frombuffer(bytearray(reply.data), dtype=torch.uint8), reply.tensors)
-        aux, last = states["aux_hidden_states"], states["last_hidden_state"]
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise TargetError(f"the probe's states cannot be read ({error}); found {reply.tensors}") from error
-    width = facts.hidden_size
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a dtype, a place or bytes that are not there
+        raise TargetError(f"the probe's states cannot be read ({error}) from {len(reply.data)} bytes") from error
+    aux, last = states["aux_hidden_states"], states["last_hidden_state"]
     compared = []
     for place, layer in enumerate(facts.aux_layers):
         if layer in reference.layers:
-            found = aux[:, place * width : (place + 1) * width]
-            compared.append(_compare(f"output of layer {layer}", found, reference.layers[layer]))
+            states_of_layer = aux[:, place * width : (place + 1) * width]
+            compared.append(_compare(f"output of layer {layer}", states_of_layer, reference.layers[layer]))
     if reference.last is not None:
         compared.append(_compare("last hidden state", last, reference.last))
     return compared
 
 
 def _compare(name: str, found: Tensor, expected: Tensor) -> Comparison:
-    if found.shape != expected.shape:
-        raise TargetError(f"{name}: expected shape {list(expected.shape)}, found {list(found.shape)}")
     difference = found.double() - expected.double()
     relative = float(difference.norm() / expected.double().norm().clamp_min(1e-12))
     return Comparison(name, relative, float(difference.abs().max()))

@@ -9,12 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.contracts import FeatureSpec, RunIdentity, SampleRef
 from disagg_core.errors import TargetError
 from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.rollout.sglang.probe import Reference, compare_states
 from disagg_core.rollout.sglang.wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -26,6 +28,7 @@ from disagg_core.rollout.sglang.wire import (
     StoredReply,
     encode_reply,
 )
+from disagg_core.target_facts import TargetFacts
 
 pytestmark = pytest.mark.unit
 
@@ -233,6 +236,32 @@ def test_a_reply_to_another_order_is_the_servers_fault(server: Any, client: Sgla
 
     with pytest.raises(ServerFailure, match="expected the states of a probe from sglang-0, found a StoredReply"):
         client.probe([1, 2])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(-2, 2**70), max_size=3) | st.just([3, 4]),
+    dtype=st.sampled_from(["float32", "int8", "object", ""]),
+    offset=st.integers(-5, 2**70) | st.just(0),
+    nbytes=st.integers(-5, 2**70) | st.just(48),
+    data=st.binary(max_size=143) | st.just(bytes(144)),
+    named=st.booleans(),
+)
+def test_states_are_compared_or_said_to_be_unreadable(
+    facts: TargetFacts, shape: list[int], dtype: str, offset: int, nbytes: int, data: bytes, named: bool
+) -> None:
+    aux = FeatureSpec(shape=(3, 12), dtype="float32", offset=0, nbytes=144)
+    last = FeatureSpec(shape=tuple(shape), dtype=dtype, offset=offset, nbytes=nbytes)
+    tensors = {"aux_hidden_states": aux, "last_hidden_state" if named else "other": last}
+    reply = msgspec.structs.replace(PROBED, tensors=tensors, data=data)
+    reference = Reference([1, 2, 3], {0: torch.zeros(3, 4)}, torch.zeros(3, 4))
+
+    try:
+        compared = [entry.name for entry in compare_states(reply, facts, reference)]
+    except TargetError as error:
+        compared = [str(error)[:18]]
+
+    assert compared in (["output of layer 0", "last hidden state"], ["the probe's states"])
 
 
 def test_deadlines_are_told_in_the_servers_own_time(server: Any, client: SglangClient) -> None:
