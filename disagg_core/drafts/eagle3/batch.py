@@ -192,7 +192,7 @@ class _Grid:
         return tuple(row.nonzero().flatten().tolist() for row in self.is_row)
 
     def pick(self, values: Tensor, chosen: Tensor) -> Tensor:
-        """Return the `chosen` of `values`, packed; both ``[batch, n]``. All are, without asking, with `every_row`."""
+        """Return the `chosen` ones of `values`, both ``[batch, n]``, packed; with `every_row` all of them."""
         return values.flatten() if self.every_row else values.expand_as(chosen)[chosen]
 
 

@@ -145,10 +145,10 @@ def _teacher(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> Teacher
 def _with_rows(
     output: TttOutput, draft: Eagle3Draft, states: Sequence[Tensor], normed: Sequence[Tensor], shape: torch.Size
 ) -> TttOutput:
-    """Return `output` with logits and states; the plan has every row of the batch's `shape`."""
+    """Return `output` with the logits and states of all rows ``shape = [batch, tokens]``."""
     logits = linear(torch.stack(list(normed)), draft.lm_head.weight)
-    grid = (len(states), *shape, -1)
-    return replace(output, logits=logits.view(grid), states=torch.stack(list(states)).view(grid))
+    by_row = (len(states), *shape, -1)
+    return replace(output, logits=logits.view(by_row), states=torch.stack(list(states)).view(by_row))
 
 
 def _check_widths(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> None:
