@@ -128,7 +128,7 @@ def _assemble(
     enter("reading prompts", prompts=0, total_prompts=plan.total_prompts)
     pool = _open_prompts(plan, stack)
     enter("loading the target")
-    target = target_of(spec, plan.target, store=store, log_dir=assignment.dir.logs)
+    target = target_of(spec, plan.target, store=store, log_dir=assignment.dir.logs, while_waiting=stop.check)
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
@@ -195,10 +195,18 @@ def _open_source(
     return source
 
 
-def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore | None, log_dir: Path) -> Target:
+def target_of(
+    spec: RunSpec,
+    facts: TargetFacts,
+    *,
+    store: MooncakeFeatureStore | None,
+    log_dir: Path,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> Target:
     """Return the target that a run document asks for; nothing is loaded or started yet.
 
-    Its samples are for `store`; without one it can only generate. Servers log to `log_dir`.
+    Its samples are for `store`; without one it can only generate. Servers log to `log_dir`; `while_waiting` is called
+    while they start, and raises what is to end that.
     """
     if spec.target.backend == "sglang":
         from disagg_core.rollout.sglang.target import SGLangTarget
@@ -214,6 +222,7 @@ def target_of(spec: RunSpec, facts: TargetFacts, *, store: MooncakeFeatureStore 
             settings=get_settings(),
             generate=spec.data.generate,
             seed=spec.run.seed,
+            while_waiting=while_waiting,
         )
     sampling = None
     if spec.data.generate is not None:

@@ -83,8 +83,10 @@ class ServerPool:
             for member in members
         ]
 
-    def start(self) -> None:
+    def start(self, *, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Start every server and check it; return when all are decided and at least one is usable.
+
+        `while_waiting` is called twice a second and raises what is to end the waiting.
 
         Raises:
             TargetError: a server is not the run's target; all that are not are named.
@@ -94,7 +96,7 @@ class ServerPool:
             self._breakers.take_away(member.name, "starting")
         for supervisor in self._supervisors:
             supervisor.start()
-        self._await_first_checks()
+        self._await_first_checks(while_waiting)
         refused = [str(member.refused) for member in self._members.values() if member.refused is not None]
         if refused:
             raise TargetError("; ".join(refused))
@@ -102,11 +104,12 @@ class ServerPool:
             if not self._breakers.any_usable:
                 raise TargetUnavailable(f"no SGLang server could be started or reached: {self._reasons()}")
 
-    def _await_first_checks(self) -> None:
+    def _await_first_checks(self, while_waiting: Callable[[], None]) -> None:
         """Wait until every server is decided; for external ones only a little once another one is usable."""
         usable_since: float | None = None
         for member in self._members.values():
             while not member.checked.wait(_POLL_S):
+                while_waiting()
                 with self._changed:
                     usable = self._breakers.any_usable
                 if usable and usable_since is None:

@@ -59,6 +59,8 @@ class SGLangTarget:
         settings: the machine's settings: the SGLang environment and the address to bind to.
         generate: how to continue prompts before they are captured; None captures them as they are.
         seed: the run's seed.
+        health_timeout_s: a suspected server that does not answer its health check for so long hangs.
+        while_waiting: called twice a second while the servers start, which can take minutes; what it raises ends that.
     """
 
     batch_size = 1
@@ -76,6 +78,7 @@ class SGLangTarget:
         generate: GenerateSection | None = None,
         seed: int = 0,
         health_timeout_s: float = 20.0,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._section = section
         self._facts = facts
@@ -94,6 +97,7 @@ class SGLangTarget:
         self._sampling = None if generate is None else Sampling.of(generate, max_tokens=max_tokens, seed=seed)
         self._seed = seed
         self._health_timeout_s = health_timeout_s
+        self._while_waiting = while_waiting
         self._fingerprint = model_fingerprint(facts.model, section.revision)
         self._identity: RunIdentity | None = None
         self._pool: ServerPool | None = None
@@ -121,7 +125,7 @@ class SGLangTarget:
                 place_timeout_s=self._section.request_timeout_s,
                 health_timeout_s=self._health_timeout_s,
             )
-            self._pool.start()
+            self._pool.start(while_waiting=self._while_waiting)
         self._identity = identity
 
     def capture(self, tasks: Sequence[PromptTask], *, avoid: Mapping[int, frozenset[str]]) -> Iterator[CaptureOutcome]:

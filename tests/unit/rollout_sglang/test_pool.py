@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from disagg_core.errors import TargetError, TargetUnavailable
+from disagg_core.errors import Preempted, TargetError, TargetUnavailable
 from disagg_core.rollout.sglang import pool as pool_module
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
@@ -100,6 +100,22 @@ def test_places_are_bounded_and_given_back(scripted: Callable[[], Any], pool_of:
         pool.acquire(frozenset())
     pool.succeeded(first.name, captured=True)
     assert pool.acquire(frozenset()).name == "server-0"
+
+
+def test_a_request_to_stop_is_heard_while_servers_start(
+    scripted: Callable[[], Any], pool_of: Callable[..., ServerPool]
+) -> None:
+    """A large model takes minutes to load; whoever stops the run then does not wait for it."""
+    server = scripted()
+    server.healthy = False
+    asked = iter([False, False, True])
+
+    def check_stop() -> None:
+        if next(asked):
+            raise Preempted("SIGTERM")
+
+    with pytest.raises(Preempted):
+        pool_of([server], start_timeout_s=600.0).start(while_waiting=check_stop)
 
 
 def test_closing_does_not_wait_for_a_supervisor_that_waits_for_its_server(
