@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import CheckpointError
 from disagg_core.ordinals import OrdinalSet
 
@@ -111,9 +112,9 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    save_file(dict(content.draft), draft / DRAFT_FILE, metadata={"format": "pt"})
-    save_file(dict(content.optimizer), draft / OPTIMIZER_FILE)
-    save_file(dict(content.rng), draft / RNG_FILE)
+    save_tensors(content.draft, draft / DRAFT_FILE, {"format": "pt"})
+    save_tensors(content.optimizer, draft / OPTIMIZER_FILE, {})
+    save_tensors(content.rng, draft / RNG_FILE, {})
     (draft / CONFIG_FILE).write_text(json.dumps(content.config, indent=2) + "\n")
     (draft / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(content.state), indent=1))
     files = {path.name: _entry_of(path) for path in sorted(draft.iterdir())}

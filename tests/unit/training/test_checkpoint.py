@@ -67,6 +67,14 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_its_files_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    folder = save_checkpoint(tmp_path / "checkpoints", content(3), keep=2)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_the_manifest_lists_every_file_with_size_and_hash(tmp_path):
     path = save_checkpoint(tmp_path, content(1), keep=2)
 
