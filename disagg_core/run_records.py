@@ -31,10 +31,11 @@ def write_report(plan: RunPlan, report: RunReport) -> Path:
     plot_run(
         plan.dir.metrics / "train.jsonl",
         picture,
-        title=f"{plan.run_id}: EAGLE-3 draft for {Path(plan.spec.target.model).name}",
+        title=f"{plan.run_id}: EAGLE-3 draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
         accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
     )
-    write_atomically(plan.dir.root / "report.md", report.to_markdown())
+    shown = f"{report.to_markdown()}\n![Loss and accept length]({picture.name})\n"
+    write_atomically(plan.dir.root / "report.md", shown)
     write_atomically(plan.dir.report, report.model_dump_json(indent=2))
     return picture
 

@@ -66,7 +66,7 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A run of ours on the platform; `ui` is its page, with a hint where the platform will be gone."""
+    """A run of ours on the platform; `ui` says where its page is, also when the platform will be gone."""
 
     id: UUID
     dir: RunDir
@@ -78,9 +78,10 @@ def _submit(spec: RunSpec, settings: Settings, platform: local.LocalPlatform) ->
 
     flow_run_id = submission.submit(spec)
     run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
-    return _Submitted(
-        flow_run_id, run_dir, platform.run_url(flow_run_id) + ("" if platform.kept else " (draftline up)")
-    )
+    page = platform.run_url(flow_run_id)
+    if not platform.kept:  # the next one may have another port
+        page = f"draftline up, then {page.removeprefix(platform.ui_url)}"
+    return _Submitted(flow_run_id, run_dir, page)
 
 
 def _end_uninterrupted() -> None:

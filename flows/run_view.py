@@ -56,7 +56,7 @@ class Bars:
             self._training,
             total=plan.total_steps if plan else None,
             completed=_number(consumer, "step"),
-            detail=_training_detail(consumer),
+            detail=_training_detail(state, producer, consumer),
         )
 
 
@@ -87,7 +87,7 @@ class Lines:
         steps = f"{_number(consumer, 'step'):.0f}/{plan.total_steps or '?'}" if plan else "-"
         self._console.print(
             f"{now - self._began:5.0f} s  {state:<10} rollout {prompts} {_rollout_detail('', producer)}  "
-            f"training {steps} {_training_detail(consumer)}"
+            f"training {steps} {_training_detail(state, producer, consumer)}"
         )
 
 
@@ -99,16 +99,25 @@ def _number(state: RoleState, name: str) -> float:
 def _rollout_detail(flow_state: str, state: RoleState) -> str:
     if not state:
         return flow_state
-    rate, in_flight = _number(state, "samples_per_s"), _number(state, "in_flight")
-    return f"{state.get('phase', '')}, {rate:.1f}/s, in flight {in_flight:.0f}"
+    if state.get("phase") == "ended":
+        return "ended"
+    in_flight = f", in flight {_number(state, 'in_flight'):.0f}" if "in_flight" in state else ""
+    return f"{state.get('phase', '')}{_rate(state)}{in_flight}"
 
 
-def _training_detail(state: RoleState) -> str:
+def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> str:
     if not state:
         return ""
+    if state.get("phase") == "finished":
+        done = producer.get("phase") == "ended" and flow_state == "Running"
+        return "finished, the draft is being judged" if done else "finished"
     loss = state.get("loss")
     shown = f", loss {loss:.3f}" if isinstance(loss, float) else ""
-    return f"{state.get('phase', '')}{shown}, {_number(state, 'samples_per_s'):.1f}/s"
+    return f"{state.get('phase', '')}{shown}{_rate(state)}"
+
+
+def _rate(state: RoleState) -> str:
+    return f", {_number(state, 'samples_per_s'):.1f}/s" if "samples_per_s" in state else ""
 
 
 def summary(report: RunReport, ui: str) -> Table:

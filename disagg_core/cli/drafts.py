@@ -35,14 +35,11 @@ def export(
 
     plan = load_run(run)
     verifier = VerifierInfo.of(plan.spec.target) if layout == "speculators" else None
-    written = export_draft(
-        draft or newest_checkpoint(plan),
-        out,
-        layout,
-        dtype=dtype,
-        verifier=verifier,
-        draft_tokens=plan.spec.evaluation.draft_tokens,
-    )
+    source, draft_tokens = draft or newest_checkpoint(plan), plan.spec.evaluation.draft_tokens
+    try:
+        written = export_draft(source, out, layout, dtype=dtype, verifier=verifier, draft_tokens=draft_tokens)
+    except OSError as error:
+        raise BadInput(f"the export of {source} to {out}: {error.filename}: {error.strerror}") from error
     Console().print(
         f"{written.path}: {written.tensors} tensors, {written.bytes} bytes, {written.dtype}", soft_wrap=True
     )

@@ -13,13 +13,14 @@ _BARS = ("#b8c4d6", "#1f5fa8")
 
 
 def plot_run(train_metrics: Path, out: Path, *, title: str, accept_lengths: Sequence[float] = ()) -> None:
-    """Draw `train_metrics` (train.jsonl) and the accept lengths (before, after) into the PNG file `out`."""
+    """Draw `train_metrics` (train.jsonl) and the accept lengths (before, after) into the PNG file `out`.
+
+    Of a step that an attempt took again, the last loss counts.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [(record["step"], record["loss"]) for record in read_metrics(train_metrics) if "loss" in record]
-    steps = [float(step) for step, _ in points if isinstance(step, (int, float))]
-    losses = [float(loss) for _, loss in points if isinstance(loss, (int, float))]
+    steps, losses = _loss_by_step(train_metrics)
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, 2, width_ratios=(3, 1))
@@ -39,6 +40,15 @@ def plot_run(train_metrics: Path, out: Path, *, title: str, accept_lengths: Sequ
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(out, dpi=130)
+
+
+def _loss_by_step(train_metrics: Path) -> tuple[list[float], list[float]]:
+    points: dict[float, float] = {}
+    for record in read_metrics(train_metrics):
+        step, loss = record.get("step"), record.get("loss")
+        if isinstance(step, (int, float)) and isinstance(loss, (int, float)):
+            points[float(step)] = float(loss)
+    return sorted(points), [points[step] for step in sorted(points)]
 
 
 def _moving_mean(values: list[float], width: int) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from disagg_core.accounting import Accounting
+from disagg_core.observability import plots
 from disagg_core.observability.metrics import JsonlMetrics, read_metrics
 from disagg_core.observability.plots import plot_run
 from disagg_core.observability.progress import ProgressFile, read_progress
@@ -186,6 +187,13 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_step_that_was_taken_again_is_drawn_once(tmp_path: Path) -> None:
+    with JsonlMetrics(tmp_path / "train.jsonl") as metrics:
+        for step, loss in ((1, 6.0), (2, 5.0), (3, 4.5), (2, 5.1), (3, 4.4)):
+            metrics.write(step=step, loss=loss)
+    assert plots._loss_by_step(tmp_path / "train.jsonl") == ([1.0, 2.0, 3.0], [6.0, 5.1, 4.4])
+
+
 def test_a_torn_last_metric_is_left_out(tmp_path: Path) -> None:
     with JsonlMetrics(tmp_path / "m.jsonl") as metrics:
         metrics.write(step=1)
@@ -224,3 +232,18 @@ def test_a_pipe_gets_lines_and_a_terminal_gets_bars() -> None:
             shown.show("Completed", None, producer, consumer)
         assert isinstance(console.file, io.StringIO)
         assert "loss 3.250" in console.file.getvalue()
+
+
+def test_rates_are_shown_while_there_are_any() -> None:
+    """Neither before the first sample nor after the last, when they would be the last ones that were written."""
+    rates = {"samples_per_s": 3.0, "in_flight": 4, "loss": 3.25}
+    console = Console(file=io.StringIO(), width=160)
+    with Lines(console) as shown:
+        shown.show("Pending", None, {"phase": "loading the target"}, {"phase": "waiting for the vocabulary map"})
+        shown.show("Running", None, {"phase": "ended", **rates}, {"phase": "finished", **rates})
+        shown.show("Failed", None, {"phase": "ended", **rates}, {"phase": "finished", **rates})
+    assert isinstance(console.file, io.StringIO)
+    waiting, judging, failed = (line.split("rollout - ")[1] for line in console.file.getvalue().splitlines())
+    assert waiting == "loading the target  training - waiting for the vocabulary map"
+    assert judging == "ended  training - finished, the draft is being judged"
+    assert failed == "ended  training - finished"
