@@ -124,8 +124,8 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
     (draft / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     _sync(draft / MANIFEST_FILE)
     _sync(draft)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # set aside: removing it takes time, in which there would be none
+        final.rename(draft.with_suffix(".replaced.tmp"))
     draft.rename(final)
     _sync(root)
     prune_checkpoints(root, keep=keep)

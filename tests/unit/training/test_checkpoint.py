@@ -147,6 +147,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save_checkpoint(tmp_path, newer, keep=2)
 
     assert same(load_checkpoint(tmp_path / "step-2"), newer)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
 
 def test_weights_of_another_run_are_refused_with_what_differs(tmp_path):
