@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from disagg_core.archive import archive_files
+from disagg_core.settings import get_settings
+from flows import cli
 
 pytestmark = pytest.mark.unit
 
-Draftline = Callable[..., subprocess.CompletedProcess[str]]
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Draftline = Callable[..., Ended]
 
 
 @pytest.fixture
-def draftline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draftline:
+def draftline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Draftline]:
     """Run the command in a home of its own."""
     monkeypatch.setenv("DRAFTLINE_HOME", str(tmp_path / "home"))
+    get_settings.cache_clear()
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["draftline", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return Ended(int(end.value.code or 0), said.out, said.err)
 
-    return run
+    yield run
+    get_settings.cache_clear()
 
 
 @pytest.mark.parametrize(
