@@ -373,8 +373,6 @@ class MooncakeFeatureStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- inside ---------------------------------------------------------------------------------------------------
-
     def _free(self, refs: Sequence[SampleRef]) -> None:
         for ref in refs:
             check_key(ref, self.namespace)
