@@ -7,6 +7,7 @@ ways take turns, so that a busy machine is as busy for all of them; figures are 
 """
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
@@ -109,10 +110,11 @@ def ours_parts(store: MooncakeFeatureStore, tensors: Sample) -> tuple[float, flo
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Run all ways `rounds` times in turn; return the median seconds of each."""
+    """Run all ways `rounds` times, each time in another order; return the median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in ways}
+    order = random.Random(0)
     for number in range(rounds + 2):
-        for name, way in ways.items():
+        for name, way in order.sample(list(ways.items()), len(ways)):
             begin = time.perf_counter()
             way()
             if number >= 2:  # the first rounds fault in and connect
