@@ -95,6 +95,9 @@ EndState = Literal["completed", "failed", "cancelled", "crashed"]
 """How a run ended. `crashed`: its process was killed, or it lost its Prefect server."""
 
 
+GO_ON = "Retry on its page in the Prefect UI goes on from its newest checkpoint"
+
+
 class RunReport(_Part):
     """Everything that is said about a run at its end."""
 
@@ -116,6 +119,11 @@ class RunReport(_Part):
     export: str | None
     flow_run_id: str | None
     seconds: float
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the run was cut off from outside, so that its flow run may be tried again."""
+        return self.state in ("cancelled", "crashed")
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic's documented order
     @property
@@ -151,7 +159,8 @@ class RunReport(_Part):
         loss = f", loss {p.loss:.3f}" if p.loss is not None else ""
         return [
             f"In attempt {p.attempt}, {p.prompts} of {p.total_prompts or '?'} prompts were captured and {p.trained} "
-            f"samples trained, in {p.steps} of {p.total_steps or '?'} steps{loss}.",
+            f"samples trained, in {p.steps} of {p.total_steps or '?'} steps{loss}."
+            + (f" {GO_ON}." if self.can_go_on else ""),
             "",
         ]
 

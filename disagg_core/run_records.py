@@ -111,17 +111,21 @@ def last_progress(plan: RunPlan) -> ProgressFigures | None:
         return None
     producer = _newest_progress(plan, "producer.json", "prompts")
     consumer = _newest_progress(plan, "consumer.json", "trained")
-    return ProgressFigures.model_validate(
-        {
-            "attempt": numbers[-1],
-            "prompts": producer.get("prompts", 0),
-            "total_prompts": plan.total_prompts,
-            "steps": consumer.get("step", 0),
-            "total_steps": plan.total_steps,
-            "trained": consumer.get("trained", 0),
-            "loss": consumer.get("loss"),
-        }
+    trained, loss = _count(consumer, "trained"), consumer.get("loss")
+    return ProgressFigures(
+        attempt=numbers[-1],
+        prompts=max(_count(producer, "prompts"), trained),  # the producer's word may be the older one
+        total_prompts=plan.total_prompts,
+        steps=_count(consumer, "step"),
+        total_steps=plan.total_steps,
+        trained=trained,
+        loss=loss if isinstance(loss, float) else None,
     )
+
+
+def _count(progress: dict[str, ProgressValue], name: str) -> int:
+    value = progress.get(name, 0)
+    return value if isinstance(value, int) else 0
 
 
 def _newest_progress(plan: RunPlan, file: str, field: str) -> dict[str, ProgressValue]:

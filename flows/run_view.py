@@ -13,7 +13,7 @@ from rich.table import Table
 
 from disagg_core.observability.progress import ProgressValue
 from disagg_core.plan import RunPlan
-from disagg_core.report import RunReport
+from disagg_core.report import GO_ON, RunReport
 
 _LINE_INTERVAL_S = 10.0
 
@@ -148,6 +148,8 @@ def summary(report: RunReport, ui: str) -> Table:
         table.add_row("lossless", "yes" if e.lossless else "[bold red]no[/]")
     if report.failure:
         table.add_row(f"{report.state} ({report.failure.failure_class})", escape(report.failure.message))
+    if report.can_go_on:
+        table.add_row("to go on", GO_ON)
     table.add_row("checkpoints", f"{report.run_dir}/checkpoints")
     if report.export:
         table.add_row("export", report.export)
@@ -155,5 +157,6 @@ def summary(report: RunReport, ui: str) -> Table:
         table.add_row("archive", report.archive.url)
     table.add_row("report", f"{report.run_dir}/report.md (.json, .png)")
     table.add_row("UI", ui)
-    table.add_row("time", f"{report.seconds:.0f} s, both roles together {report.roles_overlap_seconds:.0f} s")
+    together = f", both roles together {report.roles_overlap_seconds:.0f} s" if report.roles else ""
+    table.add_row("time", f"{report.seconds:.0f} s{together}")
     return table

@@ -137,6 +137,37 @@ def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draf
 
 
 @pytest.mark.slow
+def test_a_cancelled_run_goes_on_from_its_checkpoint_when_it_is_tried_again(
+    home: Path, draftline: Draftline, tiny: str, ours: Ours
+) -> None:
+    draftline("up").communicate(timeout=200)
+    run = draftline("run", tiny, "--set", "data.limit=200")
+    wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=120)
+    cut_off = report_of(home)
+    assert cut_off.state == "cancelled"
+
+    api = f"http://127.0.0.1:{json.loads((home / 'platform.json').read_text())['port']}/api"
+    flow_run = f"{api}/flow_runs/{cut_off.flow_run_id}"
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}  # what the button in the UI asks for
+    httpx.post(f"{flow_run}/set_state", json={"state": retry, "force": True}).raise_for_status()
+    deadline = time.monotonic() + 300
+    while (state := httpx.get(flow_run).json()["state_type"]) != "COMPLETED":
+        assert state in ("SCHEDULED", "PENDING", "RUNNING")
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.5)
+
+    report = report_of(home)
+    assert (report.state, [attempt.attempt for attempt in report.attempts]) == ("completed", [2])
+    assert report.accounting is not None
+    assert (report.accounting.published, report.accounting.trained) == (200, 200)
+    outcome = read_outcome(home / "runs" / report.run_id / "attempts" / "2" / "state" / "consumer-outcome.json")
+    assert outcome is not None
+    assert outcome.result["samples_here"] < 200
+
+
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_leaves_a_report(home: Path, draftline: Draftline, tiny: str, ours: Ours) -> None:
     run = draftline("run", tiny, "--set", "data.limit=2000")
     wait_for_trainer(home, ours, "checkpoints/step-2/manifest.json")

@@ -60,6 +60,7 @@ def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: R
     markdown = (plan.root / "report.md").read_text()
     assert "# Run night-1: cancelled" in markdown
     assert "In attempt 2, 70 of 100 prompts were captured and 56 samples trained, in 2 of 4 steps" in markdown
+    assert "goes on from its newest checkpoint" in markdown
     assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,6 +72,13 @@ def test_an_attempt_that_has_hardly_begun_does_not_hide_what_was_trained_before(
     progress = last_progress(plan)
     assert progress is not None
     assert (progress.attempt, progress.prompts, progress.trained, progress.steps) == (2, 40, 28, 1)
+
+
+def test_what_was_trained_was_captured_whatever_the_producer_had_time_to_say(plan: RunPlan) -> None:
+    begin_attempt(plan, 1, prompts=20, step=1, trained=28)
+    progress = last_progress(plan)
+    assert progress is not None
+    assert (progress.prompts, progress.trained) == (28, 28)
 
 
 def test_a_run_that_has_its_report_keeps_it(plan: RunPlan) -> None:
