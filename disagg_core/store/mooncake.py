@@ -378,7 +378,7 @@ class MooncakeFeatureStore:
             check_key(ref, self.namespace)
         keys = [ref.key for ref in refs]
         codes = _removal_codes(self._session.client, keys)
-        failed = [key for key, code in zip(keys, codes, strict=True) if verdict_of(code) not in _GONE]
+        failed = [key for key, code in zip(keys, codes, strict=True) if code and verdict_of(code) not in _GONE]
         if failed:
             self._link.counters.add(failed_removals=len(failed))
             self._reclaimer.park(failed)

@@ -64,28 +64,18 @@ class Session:
         _LIVE.add(self)
         self._client = wrap(native)
         self._pid = os.getpid()
+        self.inherited = False
         self._operations = 0
         self._calls = 0
         self._ending = False
         self._idle = threading.Condition()
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
-        """Count an operation of a caller while it runs, so that closing waits for it.
+    def operation(self) -> Operation:
+        """Return a context for one operation of a caller, which closing waits for.
 
-        Raises:
-            StoreMisuse: in a forked child, or once closing has begun.
+        Entering it raises `StoreMisuse` in a forked child, or once closing has begun.
         """
-        self.check()
-        with self._idle:
-            self.check()
-            self._operations += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._operations -= 1
-                self._idle.notify_all()
+        return Operation(self)
 
     @property
     def client(self) -> Any:
@@ -117,13 +107,27 @@ class Session:
         if self._ending:
             raise StoreMisuse(_CLOSED)
 
+    def begin(self) -> None:
+        """Count an operation that begins; see `operation`."""
+        self._check_process()
+        with self._idle:
+            self.check()
+            self._operations += 1
+
+    def end(self) -> None:
+        """Count an operation that has ended."""
+        with self._idle:
+            self._operations -= 1
+            if self._ending:
+                self._idle.notify_all()
+
     def end_operations(self) -> bool:
         """Refuse new operations and wait for those in progress; False if there is nothing to end here.
 
         Raises:
             StoreUnavailable: an operation does not come back; the client cannot be closed then.
         """
-        if os.getpid() != self._pid:
+        if self.inherited:
             return False
         with self._idle:
             if self._ending:
@@ -144,20 +148,36 @@ class Session:
         native.close()
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self.inherited:
             raise StoreMisuse(
                 f"the feature store was opened in process {self._pid} and used in its forked child {os.getpid()}; "
                 "open it in the child, or start the child with the 'spawn' method"
             )
 
 
-def _keep_native_clients() -> None:
-    """Keep a forked child from destroying the clients that it has inherited: their destructors crash it."""
+class Operation:
+    """One operation of a caller while it runs."""
+
+    __slots__ = ("_session",)
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        self._session.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._session.end()
+
+
+def _disown_native_clients() -> None:
+    """In a forked child: refuse the clients that it has inherited, and keep them: their destructors crash it."""
     for session in _LIVE:
+        session.inherited = True
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._native))
 
 
-os.register_at_fork(after_in_child=_keep_native_clients)
+os.register_at_fork(after_in_child=_disown_native_clients)
 
 
 def wait_until_ready(master: MasterView, timeout_s: float) -> None:
