@@ -140,7 +140,7 @@ def random_tasks(count: int, tokens: int) -> list[PromptTask]:
     return [PromptTask(ordinal=n, source="", input_ids=ids, loss_mask=[1] * tokens) for n, ids in enumerate(rows)]
 
 
-def bench_capture(rounds: int = 15) -> dict[str, float]:
+def bench_capture(rounds: int = 60) -> dict[str, float]:
     """Time a capture against the decoder's plain forward on the same batch, alternating."""
     with tempfile.TemporaryDirectory() as folder:
         target = tiny_target(folder)
