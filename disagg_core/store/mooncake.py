@@ -61,7 +61,8 @@ class MooncakeFeatureStore:
         put_timeout_s: how long a put waits for room in a full store.
         retry_timeout_s: how long a master or an owner that does not answer properly is tried again.
         connect_timeout_s: how long to wait for the master at the start.
-        staging_bytes: transfer memory for each direction; a larger sample gets memory of its own.
+        staging_bytes: transfer memory for each direction, taken when first used, and as much for what is allocated
+            and for what is handed out in place; a larger sample gets memory of its own.
         threads: threads of `submit_put` and as many of `submit_get`.
         expected: what the references of this run must carry; others are refused. None accepts every identity.
         wrap: put around the native client; for fault injection.

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disagg_core.contracts import FeatureSpec, RunIdentity, SampleRef
+from disagg_core.contracts import FeatureSpec, SampleRef
 from disagg_core.errors import TargetError
 from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
 from disagg_core.rollout.sglang.probe import Reference, compare_states
@@ -24,25 +24,14 @@ from disagg_core.rollout.sglang.wire import (
     RefusedReply,
     Reply,
     ServerFacts,
-    StoreAddress,
     StoredReply,
     encode_reply,
 )
 from disagg_core.target_facts import TargetFacts
+from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
 
-IDENTITY = RunIdentity(
-    run_id="run",
-    attempt=1,
-    strategy="eagle3",
-    target_model_version="v",
-    tokenizer_version="k",
-    vocab_map_version="m",
-    draft_weight_version=0,
-    aux_layers=(0, 2, 4),
-    dtype="float32",
-)
 ORDER = CaptureOrder(
     sample_id="s000000001",
     source_task_id="p:1",
@@ -51,9 +40,7 @@ ORDER = CaptureOrder(
     num_tokens=3,
     loss_spans=[(1, 3)],
     identity=IDENTITY,
-    store=StoreAddress(
-        master_address="h:1", metrics_address="h:2", namespace="run/1", protocol="tcp", checksum=True, put_timeout_s=5.0
-    ),
+    store=ADDRESS,
     deadline=1e9,
 )
 REF = SampleRef(

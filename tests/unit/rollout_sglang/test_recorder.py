@@ -28,6 +28,7 @@ from disagg_core.rollout.sglang.wire import (
 )
 from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
+from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
 
@@ -46,20 +47,6 @@ FACTS = ServerFacts(
     context_length=64,
     tensor_parallel=1,
     settings={},
-)
-IDENTITY = RunIdentity(
-    run_id="run",
-    attempt=1,
-    strategy="eagle3",
-    target_model_version="t",
-    tokenizer_version="k",
-    vocab_map_version="v",
-    draft_weight_version=0,
-    aux_layers=(0, 2, 4),
-    dtype="float32",
-)
-ADDRESS = StoreAddress(
-    master_address="h:1", metrics_address="h:2", namespace="run/1", protocol="tcp", checksum=True, put_timeout_s=5.0
 )
 
 

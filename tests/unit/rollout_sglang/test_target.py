@@ -26,6 +26,7 @@ from disagg_core.rollout.target import Failed, Generated, Stored
 from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts
+from tests.unit.rollout_sglang.kit import IDENTITY
 
 pytestmark = pytest.mark.unit
 
@@ -52,19 +53,6 @@ class Trusting(SGLangTarget):
 
     def _check(self, client: SglangClient) -> None:
         return
-
-
-IDENTITY = RunIdentity(
-    run_id="run",
-    attempt=1,
-    strategy="eagle3",
-    target_model_version="v",
-    tokenizer_version="k",
-    vocab_map_version="m",
-    draft_weight_version=0,
-    aux_layers=(0, 2, 4),
-    dtype="float32",
-)
 
 
 def stored(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
