@@ -67,11 +67,11 @@ def elsewhere() -> ProcessIdentity:
     return replace(ProcessIdentity.mine(), host="other-host", boot="another-boot", pid=next(_dead_pids))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 10.0, *, poll_s: float = 0.005) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not so within {timeout_s} s"
-        threading.Event().wait(0.005)
+        threading.Event().wait(poll_s)
 
 
 @dataclass

@@ -1,0 +1,81 @@
+"""A Prefect server of our own on a free port, with its scheduler, as a cluster's operator would start it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from disagg_core.processes import free_port, tail
+from disagg_core.settings import Settings
+from flows import local
+from tests.unit.channel.kit import wait_for
+
+_OFTEN = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
+}
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A running server: the environment in which its clients import Prefect, and where its log is."""
+
+    environment: dict[str, str]
+    log: Path
+
+    @property
+    def api_url(self) -> str:
+        return self.environment["PREFECT_API_URL"]
+
+    def find(self, what: str, **filters: object) -> list[dict[str, object]]:
+        """Ask the API for `what` (``flow_runs``, ``deployments``, ...)."""
+        answer = httpx.post(f"{self.api_url}/{what}/filter", json=filters, trust_env=False).raise_for_status()
+        return list(answer.json())
+
+    def ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.api_url}/ready", trust_env=False).status_code == httpx.codes.OK
+        return False
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    home = tmp_path_factory.mktemp("prefect-server")
+    settings = Settings(home=home)
+    port = free_port(settings.host)
+    environment = {**os.environ, **local.environment(settings, port), **_OFTEN, "OMP_NUM_THREADS": "1"}
+    server = PrefectServer(environment, home / "server.log")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)]
+    with running(command, server.environment, server.log) as process:
+        wait_for(lambda: server.ready() or process.poll() is not None, local.START_TIMEOUT_S, poll_s=0.1)
+        assert process.poll() is None, tail(server.log)
+        yield server
+
+
+@pytest.fixture
+def api(prefect_server: PrefectServer) -> Iterator[PrefectServer]:
+    """The server, spoken to by Prefect's client in this process."""
+    updates = {PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: Path(prefect_server.environment["PREFECT_HOME"])}
+    with temporary_settings(updates=updates):
+        yield prefect_server
+
+
+@contextlib.contextmanager
+def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` until the end of the block."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
