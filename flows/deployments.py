@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from prefect import State, get_client
-from prefect.automations import Automation, EventTrigger, Posture
+from prefect.automations import Automation, EventTrigger, Posture, ResourceSpecification
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
@@ -34,8 +34,11 @@ from flows.online_disagg_training import online_disagg_training, report_interrup
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
 from flows.workers import worker_name
+from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
+TAG = "draftline"
+"""The tag of every deployment of ours, and so of every flow run of theirs."""
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -58,13 +61,13 @@ async def _register(pools: PoolsSection) -> None:
         online_disagg_training,
         "local",
         pools.orchestrator,
-        tags=["draftline"],
+        tags=[TAG],
         parameters=_demo_parameters(),
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy="ENQUEUE"),
     )
-    await _deploy(rollout_producer, pools.rollout, pools.rollout, tags=["draftline", "role:producer", "gpu"])
-    await _deploy(draft_evaluation, pools.rollout, pools.rollout, tags=["draftline", "role:evaluation", "gpu"])
-    await _deploy(train_consumer, pools.train, pools.train, tags=["draftline", "role:consumer", "gpu"])
+    await _deploy(rollout_producer, pools.rollout, pools.rollout, tags=[TAG, "role:producer", "gpu"])
+    await _deploy(draft_evaluation, pools.rollout, pools.rollout, tags=[TAG, "role:evaluation", "gpu"])
+    await _deploy(train_consumer, pools.train, pools.train, tags=[TAG, "role:consumer", "gpu"])
 
 
 async def _deploy(flow: Flow[..., Any], name: str, pool: str, **options: Any) -> None:
@@ -72,6 +75,7 @@ async def _deploy(flow: Flow[..., Any], name: str, pool: str, **options: Any) ->
         flow,
         name=name,
         work_pool_name=pool,
+        job_variables={"env": HEARTBEAT_ENVIRONMENT},
         entrypoint_type=EntrypointType.MODULE_PATH,
         **options,
     )
@@ -84,23 +88,41 @@ def _demo_parameters() -> dict[str, Any]:
     return {"spec": load_spec(demo).model_dump(mode="json")} if demo.is_file() else {}
 
 
-async def _ensure_zombie_automation(client: PrefectClient) -> None:
-    """Crash runs whose process is gone without a word: three heartbeats (30 s each) are missing."""
-    if await client.read_automations_by_name(ZOMBIE_AUTOMATION):
-        return
-    await Automation(
+def zombie_automation() -> Automation:
+    """Return the automation that crashes those of our runs whose process is gone without a word.
+
+    The events of a flow run name its tags as related resources; other people's runs, which may beat at another rate,
+    are none of its business.
+    """
+    return Automation(
         name=ZOMBIE_AUTOMATION,
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in _ENDS)},
-            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            match_related=ResourceSpecification({"prefect.resource.id": f"prefect.tag.{TAG}"}),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=90),
+            within=timedelta(seconds=HEARTBEAT_WINDOW_S),
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat for 90 s: its process is gone")],
-    ).acreate()
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, message=f"no heartbeat for {HEARTBEAT_WINDOW_S} s: its process is gone"
+            )
+        ],
+    )
+
+
+async def _ensure_zombie_automation(client: PrefectClient) -> None:
+    """Create the automation, or bring one of another version up to date; it stays off where somebody disabled it."""
+    wanted = zombie_automation()
+    known = await client.read_automations_by_name(ZOMBIE_AUTOMATION)
+    if not known:
+        await wanted.acreate()
+    for automation in known:
+        if (automation.trigger, automation.actions) != (wanted.trigger, wanted.actions):
+            await client.update_automation(automation.id, wanted.model_copy(update={"enabled": automation.enabled}))
 
 
 def cancel_active_runs(timeout_s: float) -> int:

@@ -32,6 +32,7 @@ from disagg_core.errors import BadInput, DraftlineError, FailureClass
 from disagg_core.processes import check_port, free_port, tail
 from disagg_core.run_dir import write_atomically
 from disagg_core.settings import Settings
+from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 
 START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 40.0
@@ -127,8 +128,8 @@ def environment(settings: Settings, port: int) -> dict[str, str]:
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        **HEARTBEAT_ENVIRONMENT,
     }
 
 

@@ -6,10 +6,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 
 from disagg_core.plan import RunPlan, run_id_of
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import get_settings
+from tasks.heartbeat import check_heartbeat
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
@@ -17,10 +19,12 @@ def preflight(spec: RunSpec) -> RunPlan:
     """Resolve the run document into a plan and write it into the run's directory.
 
     Raises:
-        BadInput: something in the spec, the prompts, the target or the store cannot work; nothing was started.
+        BadInput: something in the spec, the prompts, the target, the store or this process cannot work; nothing was
+            started.
     """
     from disagg_core.preflight import prepare_run
 
+    check_heartbeat(get_current_settings().flows.heartbeat_frequency)
     run_id = run_id_of(spec, flow_run.id)
     plan = prepare_run(spec, run_id, get_settings())
     plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off
