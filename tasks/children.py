@@ -20,7 +20,8 @@ from prefect.states import Cancelled, Cancelling
 from disagg_core.errors import FailureClass
 
 _POLL_S = 1.0
-_SERVER_AWAY_S = 60.0
+_SERVER_AWAY_S = 180.0
+"""A restart with an upgrade takes two minutes; an answer that never comes is given up by Prefect's client after one."""
 _STOP_S = 60.0
 _LAST_S = 20.0
 """How long a run that is cancelled waits for its children: Prefect kills it 30 s after the signal."""
@@ -122,7 +123,7 @@ async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
 
 
 async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Read a flow run; ride out a server that is away for up to a minute."""
+    """Read a flow run; ride out a server that is away for up to three minutes."""
     deadline = asyncio.get_running_loop().time() + _SERVER_AWAY_S
     while True:
         try:
