@@ -14,6 +14,8 @@ from disagg_core.errors import BadInput
 
 _CHUNK = 4 * 1024**2
 MANIFEST = "manifest.json"
+Entry = dict[str, str | int]
+"""What the manifest says of a file: its ``sha256`` and its ``bytes``."""
 
 
 class ArchiveDamaged(BadInput):
@@ -40,7 +42,44 @@ def archive_files(sources: dict[str, Path], url: str) -> Archive:
     filesystem, root = fsspec.core.url_to_fs(url)
     if filesystem.exists(f"{root}/{MANIFEST}"):
         filesystem.rm(f"{root}/{MANIFEST}")
-    files: dict[str, dict[str, str | int]] = {}
+    return _write_manifest(filesystem, root, url, _copy(filesystem, root, sources))
+
+
+def add_files(sources: dict[str, Path], url: str) -> Archive:
+    """Copy more `sources` into the finished archive at `url` and write its manifest again, last.
+
+    Whatever happens while they are copied, the archive is as whole as it was: the manifest there names none of them.
+
+    Raises:
+        ArchiveDamaged: there is no manifest, or it cannot be read.
+        ValueError: the archive has one of the files already.
+    """
+    filesystem, root = fsspec.core.url_to_fs(url)
+    files = _read_manifest(filesystem, root, url)
+    known = sorted(name for name, _ in _expand(sources) if name in files)
+    if known:
+        raise ValueError(f"{url}: expected files that the archive does not have yet, found {known}")
+    return _write_manifest(filesystem, root, url, files | _copy(filesystem, root, sources))
+
+
+def verify_archive(url: str) -> int:
+    """Check every file of the archive at `url` against its manifest and return how many there are.
+
+    Raises:
+        ArchiveDamaged: there is no manifest, or files are missing or differ; each is named.
+    """
+    filesystem, root = fsspec.core.url_to_fs(url)
+    files = _read_manifest(filesystem, root, url)
+    found = ((name, _damage(filesystem, f"{root}/{name}", entry)) for name, entry in files.items())
+    damaged = [f"{name}: {damage}" for name, damage in found if damage]
+    if damaged:
+        raise ArchiveDamaged(f"{url}: {len(damaged)} of {len(files)} files are damaged:\n" + "\n".join(damaged))
+    return len(files)
+
+
+def _copy(filesystem: fsspec.AbstractFileSystem, root: str, sources: dict[str, Path]) -> dict[str, Entry]:
+    """Copy `sources` below `root` and return the manifest's entry of every file."""
+    files: dict[str, Entry] = {}
     for name, path in sorted(_expand(sources)):
         target = f"{root}/{name}"
         filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -51,34 +90,28 @@ def archive_files(sources: dict[str, Path], url: str) -> Archive:
                 size += len(chunk)
                 out.write(chunk)
         files[name] = {"sha256": digest.hexdigest(), "bytes": size}
+    return files
+
+
+def _write_manifest(filesystem: fsspec.AbstractFileSystem, root: str, url: str, files: dict[str, Entry]) -> Archive:
     with filesystem.open(f"{root}/{MANIFEST}", "wb") as out:
         out.write(json.dumps({"version": 1, "files": files}, indent=2, sort_keys=True).encode())
     total = sum(int(entry["bytes"]) for entry in files.values())
     return Archive(url=url, manifest=f"{url.rstrip('/')}/{MANIFEST}", files=len(files), bytes=total)
 
 
-def verify_archive(url: str) -> int:
-    """Check every file of the archive at `url` against its manifest and return how many there are.
-
-    Raises:
-        ArchiveDamaged: there is no manifest, or files are missing or differ; each is named.
-    """
-    filesystem, root = fsspec.core.url_to_fs(url)
+def _read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, Entry]:
     if not filesystem.exists(f"{root}/{MANIFEST}"):
         raise ArchiveDamaged(f"{url}: no {MANIFEST}; the archive was not finished")
     with filesystem.open(f"{root}/{MANIFEST}", "rb") as file:
         try:
-            files = json.load(file)["files"]
+            files: dict[str, Entry] = json.load(file)["files"]
         except (ValueError, KeyError) as error:
             raise ArchiveDamaged(f"{url}: {MANIFEST} cannot be read ({error})") from error
-    found = ((name, _damage(filesystem, f"{root}/{name}", entry)) for name, entry in files.items())
-    damaged = [f"{name}: {damage}" for name, damage in found if damage]
-    if damaged:
-        raise ArchiveDamaged(f"{url}: {len(damaged)} of {len(files)} files are damaged:\n" + "\n".join(damaged))
-    return len(files)
+    return files
 
 
-def _damage(filesystem: fsspec.AbstractFileSystem, path: str, entry: dict[str, str | int]) -> str | None:
+def _damage(filesystem: fsspec.AbstractFileSystem, path: str, entry: Entry) -> str | None:
     """Return how the file at `path` differs from its `entry` in the manifest; None if it does not."""
     if not filesystem.exists(path):
         return "missing"

@@ -20,7 +20,7 @@ from disagg_core.run_dir import RunDir
 from disagg_core.run_records import report_interrupted
 from disagg_core.run_spec import RunSpec
 from disagg_core.settings import get_settings
-from tasks.archive import archive_run
+from tasks.archive import archive_report, archive_run
 from tasks.completion import verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services
@@ -76,13 +76,16 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
                 if not outcome.finished:
                     emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
             record.completion = await verify_completion(plan, outcome.attempt, endpoints, record.roles)
-        record.evaluation = await evaluate_draft(plan, record.completion)
         record.archive = archive_run(plan, record.completion)
         emit(plan, "archived", url=record.archive.url)
+        record.evaluation = await evaluate_draft(plan, record.completion)
         judge_draft(plan, record.evaluation)
     except Exception as error:
         publish_report(plan, record.failed(error))
         emit(plan, "failed", reason=str(error))
+        archive_report(plan, record.archive)
         raise
+    report = publish_report(plan, record.completed())
+    archive_report(plan, record.archive)
     emit(plan, "completed", accept_length=record.evaluation.accept_length_after if record.evaluation else None)
-    return publish_report(plan, record.completed())
+    return report

@@ -1,4 +1,7 @@
-"""Exporting the trained draft and archiving what the run leaves: checkpoint, metrics, spec, logs; manifest last."""
+"""Exporting the trained draft and archiving what the run leaves: checkpoint, metrics, spec, logs; manifest last.
+
+The archive is made as soon as the training is complete, so that nothing that fails after it can cost the draft.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from disagg_core.archive import Archive, archive_files
+from disagg_core.archive import Archive, add_files, archive_files
 from disagg_core.plan import RunPlan
 from disagg_core.settings import get_settings
 from tasks.completion import Completion
@@ -26,13 +29,21 @@ def archive_run(plan: RunPlan, completion: Completion) -> Archive:
         "vocab_map.safetensors": plan.dir.vocab_map,
         "export": plan.dir.export,
         "metrics": plan.dir.metrics,
-        "evaluation": plan.dir.evaluation,
         "attempts": plan.dir.root / "attempts",
         **{f"checkpoints/{path.name}": path for path in kept[-plan.spec.archive.keep :]},
     }
     archive = archive_files(sources, archive_url(plan))
     get_run_logger().info("archived %d files, %d bytes, to %s", archive.files, archive.bytes, archive.url)
     return archive
+
+
+@task(name="archive-report", task_run_name="archive, report", cache_policy=NO_CACHE)
+def archive_report(plan: RunPlan, archive: Archive | None) -> Archive | None:
+    """Add to the archive, if the run came to have one, what was found out after it: the evaluation and the report."""
+    if archive is None:
+        return None
+    reports = {name: plan.root / name for name in ("report.json", "report.md", "report.png")}
+    return add_files({"evaluation": plan.dir.evaluation, **reports}, archive.url)
 
 
 def archive_url(plan: RunPlan) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.archive import ArchiveDamaged, archive_files, verify_archive
+from disagg_core.archive import ArchiveDamaged, add_files, archive_files, verify_archive
 
 pytestmark = pytest.mark.unit
 
@@ -72,3 +72,34 @@ def test_it_goes_to_any_fsspec_url(tmp_path: Path) -> None:
     made = archive_files({"run.json": tmp_path / "run.json"}, "memory://archive/run")
     assert made.manifest == "memory://archive/run/manifest.json"
     assert verify_archive("memory://archive/run") == 1
+
+
+def test_files_that_come_later_are_added_and_the_old_ones_left_alone(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    before = (archive / "run.json").stat()
+    made = add_files({"report.json": tmp_path / "report.json", "absent": tmp_path / "absent"}, str(archive))
+    assert (made.files, made.bytes) == (4, 17)
+    assert verify_archive(str(archive)) == 4
+    assert (archive / "run.json").stat() == before
+
+
+def test_an_archive_stays_whole_when_what_comes_later_cannot_be_copied(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("the disk is gone")
+
+    (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        add_files({"report.json": tmp_path / "report.json"}, str(archive))
+    monkeypatch.undo()
+    assert verify_archive(str(archive)) == 3
+
+
+def test_only_a_finished_archive_takes_more_and_no_file_twice(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found \['run.json'\]"):
+        add_files({"run.json": tmp_path / "run.json"}, str(archive))
+    (archive / "manifest.json").unlink()
+    with pytest.raises(ArchiveDamaged, match="was not finished"):
+        add_files({"report.json": tmp_path / "run.json"}, str(archive))
