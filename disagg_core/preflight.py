@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from disagg_core.channel.redis_address import RedisAddress, check_server
+from disagg_core.channel.redis.address import RedisAddress, check_server
 from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
 from disagg_core.plan import RunPlan, make_plan
 from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version

@@ -8,8 +8,8 @@ from urllib.parse import unquote, urlsplit
 from pydantic import SecretStr
 
 from disagg_core.channel.contract import ChannelBackend
-from disagg_core.channel.file_channel import FileBackend
-from disagg_core.channel.redis_channel import RedisBackend
+from disagg_core.channel.file.backend import FileBackend
+from disagg_core.channel.redis.backend import RedisBackend
 from disagg_core.errors import BadInput
 
 

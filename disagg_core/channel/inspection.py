@@ -13,11 +13,11 @@ from pydantic import SecretStr
 
 from disagg_core.channel.backends import directory_of
 from disagg_core.channel.contract import ChannelBackend, Cursor, Position, Tally
-from disagg_core.channel.file_channel import FileBackend
+from disagg_core.channel.file.backend import FileBackend
 from disagg_core.channel.liveness import LEASE_S, PeerStatus, PeerWatch
 from disagg_core.channel.records import BadFrame, EndRecord, unframe
-from disagg_core.channel.redis_address import RedisAddress, channel_documents, channel_names
-from disagg_core.channel.redis_channel import RedisBackend
+from disagg_core.channel.redis.address import RedisAddress, channel_documents, channel_names
+from disagg_core.channel.redis.backend import RedisBackend
 from disagg_core.channel.writer import describe_end
 from disagg_core.errors import BadInput, ChannelDamaged
 

@@ -10,7 +10,7 @@ import redis
 from pydantic import SecretStr
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.channel.redis_channel import RedisBackend
+from disagg_core.channel.redis.backend import RedisBackend
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
 from tests.integration.channel.conftest import free_port
 from tests.unit.channel.kit import ids, make_ref, make_refs, names, totals_of

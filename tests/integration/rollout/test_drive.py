@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.channel.file_channel import FileBackend
+from disagg_core.channel.file.backend import FileBackend
 from disagg_core.errors import (
     BadInput,
     ChannelBusy,

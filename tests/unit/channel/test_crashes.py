@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.channel.file_channel import FileBackend
-from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.file.backend import FileBackend
+from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.contracts import SampleRef, ordinal_of
 from disagg_core.errors import ChannelDamaged
 from tests.unit.channel.kit import dead_process, make_ref, make_refs, totals_of

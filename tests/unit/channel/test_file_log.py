@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.channel.file_channel import FileBackend
-from disagg_core.channel.file_log import CHUNK, SETTLE_S
-from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.file.backend import FileBackend
+from disagg_core.channel.file.filesystem import FileSystem
+from disagg_core.channel.file.log import CHUNK, SETTLE_S
 from disagg_core.channel.records import MAX_FRAME
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
 from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of, wait_for

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.channel.file_channel import FileBackend
-from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.file.backend import FileBackend
+from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.contracts import SampleRef
 from disagg_core.errors import ChannelError
 from tests.unit.channel.kit import FakeClock, dead_process, make_refs, totals_of

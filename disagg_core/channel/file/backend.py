@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
-from disagg_core.channel.file_claims import FileClaims
-from disagg_core.channel.file_log import WAY_OUT, LogReader, is_intact
-from disagg_core.channel.file_watch import DirectoryWatch, is_local_mount
-from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.file.claims import FileClaims
+from disagg_core.channel.file.filesystem import FileSystem
+from disagg_core.channel.file.log import WAY_OUT, LogReader, is_intact
+from disagg_core.channel.file.watch import DirectoryWatch, is_local_mount
 from disagg_core.channel.records import RefRecord, decode_document, frame
 from disagg_core.errors import ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
 

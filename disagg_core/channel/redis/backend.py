@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
-from disagg_core.channel import redis_scripts
 from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
 from disagg_core.channel.liveness import LEASE_S
 from disagg_core.channel.records import (
@@ -39,7 +38,8 @@ from disagg_core.channel.records import (
     decode_record,
     frame,
 )
-from disagg_core.channel.redis_address import RedisAddress, answered, connect, keys_of
+from disagg_core.channel.redis import scripts as redis_scripts
+from disagg_core.channel.redis.address import RedisAddress, answered, connect, keys_of
 from disagg_core.errors import BadInput, ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
 
 KEEP_S = 7 * 24 * 3600

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from disagg_core.channel.contract import ClaimStatus, Side
-from disagg_core.channel.filesystem import FileSystem
+from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.channel.records import BadFrame, frame, unframe
 
 _NAME = re.compile(r"^(writer|reader)-(\d+)\.json$")

@@ -1,0 +1,1 @@
+"""The channel in Redis Streams, for pools without a shared mount."""
