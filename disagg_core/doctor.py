@@ -21,7 +21,7 @@ from typing import Literal
 import psutil
 
 from disagg_core.errors import DraftlineError, TargetUnavailable
-from disagg_core.processes import check_port
+from disagg_core.processes.tree import check_port
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.probe import (
     TOLERANCE,
@@ -31,7 +31,7 @@ from disagg_core.rollout.sglang.probe import (
     reference_states,
 )
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts
 

@@ -16,7 +16,7 @@ from disagg_core.plan import RunPlan, make_plan
 from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.rollout.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run_dir import RunDir, write_atomically
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity

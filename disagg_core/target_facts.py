@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import TargetError
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -21,8 +21,8 @@ from disagg_core.cli.exits import DEBUG, stop, take_debug
 from disagg_core.cli.rollout import regenerate
 from disagg_core.cli.store import app as store_app
 from disagg_core.errors import BadInput, DraftlineError
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
-from disagg_core.spec_file import load_spec
 
 app = typer.Typer(
     name="draftline",

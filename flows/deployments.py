@@ -26,9 +26,9 @@ from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
 from disagg_core.run_records import OtherVersion
-from disagg_core.run_spec import PoolsSection
+from disagg_core.run_spec.document import PoolsSection
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import CHECKOUT
-from disagg_core.spec_file import load_spec
 from flows.draft_evaluation import draft_evaluation
 from flows.online_disagg_training import online_disagg_training, report_interruption
 from flows.rollout_producer import rollout_producer

@@ -18,7 +18,7 @@ from disagg_core.plan import RoleAssignment, run_id_of
 from disagg_core.report import EndState, RunReport
 from disagg_core.run_dir import RunDir
 from disagg_core.run_records import report_interrupted
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
 from tasks.completion import verify_completion

@@ -19,7 +19,7 @@ from disagg_core.preflight import check_channel, check_run
 from disagg_core.report import EndState
 from disagg_core.run_dir import RunDir
 from disagg_core.run_records import read_report, report_interrupted
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 from flows import local
 from flows.run_view import Bars, Lines, RoleState, summary

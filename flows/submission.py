@@ -12,7 +12,7 @@ from prefect import get_client
 from prefect.deployments import arun_deployment
 from prefect.states import Cancelling
 
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 
 DEPLOYMENT = "online-disagg-training/local"
 

@@ -10,7 +10,7 @@ import signal
 
 from prefect.workers.process import ProcessWorker
 
-from disagg_core.run_spec import PoolsSection
+from disagg_core.run_spec.document import PoolsSection
 
 
 def worker_name(pool: str) -> str:

@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
 from disagg_core.plan import RunPlan, run_id_of
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.heartbeat import check_heartbeat
 

@@ -23,7 +23,7 @@ from disagg_core.errors import RoleFailed
 from disagg_core.observability.progress import ProgressValue, read_progress
 from disagg_core.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.plan import RoleAssignment
-from disagg_core.processes import describe_exit, spawn, stop_tree, tail
+from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
 from disagg_core.run_dir import write_atomically
 
 STOP_GRACE_S = 25.0

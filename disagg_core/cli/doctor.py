@@ -14,9 +14,9 @@ from rich.markup import escape
 
 from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, DraftlineError
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
-from disagg_core.spec_file import load_spec
 
 _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "failed": "[red]failed[/] "}
 

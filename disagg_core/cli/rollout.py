@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from disagg_core.run_spec import RunSpec
-from disagg_core.spec_file import load_spec
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.yaml_file import load_spec
 
 if TYPE_CHECKING:
     from disagg_core.rollout.target import Target

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disagg_core.contracts import PromptTask
 from disagg_core.rollout.prompts.order import seed_of
-from disagg_core.run_spec import GenerateSection
+from disagg_core.run_spec.document import GenerateSection
 
 _SAMPLING = 3
 

@@ -33,7 +33,7 @@ from disagg_core.rollout.pipeline import Pipeline, largest_group
 from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.worker import Putters, RolloutWorker
-from disagg_core.run_spec import RolloutSection
+from disagg_core.run_spec.document import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 
 log = logging.getLogger(__name__)

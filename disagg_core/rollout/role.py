@@ -27,6 +27,7 @@ from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.outcomes import classify, exit_code_of, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment, RunPlan
+from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
@@ -37,9 +38,8 @@ from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.rollout.vocab_counts import vocab_map_of
-from disagg_core.run_spec import RolloutSection, RunSpec
+from disagg_core.run_spec.document import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
-from disagg_core.stop_signal import StopSignal
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.outgoing import allocate_plain
 from disagg_core.target_facts import TargetFacts

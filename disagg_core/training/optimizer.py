@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from disagg_core.errors import CheckpointError
-from disagg_core.run_spec import TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 
 WARMUP_STEPS_OF_UNKNOWN_LENGTH = 100
 """Warm-up steps when the number of optimizer steps is not known beforehand."""

@@ -26,7 +26,7 @@ from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, Inc
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
 from disagg_core.plan import RoleAssignment
-from disagg_core.stop_signal import StopSignal
+from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.target_facts import TargetFacts
 from disagg_core.training.consumer import build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks

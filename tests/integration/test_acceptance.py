@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.rollout import TransformersTarget, build_disagg_online_producer
-from disagg_core.run_spec import RolloutSection, TargetSection
+from disagg_core.run_spec.document import RolloutSection, TargetSection
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target_facts import read_target_facts
 

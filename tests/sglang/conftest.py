@@ -13,7 +13,7 @@ from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.rollout.sglang.target import SGLangTarget
-from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
+from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target_facts import read_target_facts

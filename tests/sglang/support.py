@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.rollout.sglang.servers import ManagedServer
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target_facts import TargetFacts
 

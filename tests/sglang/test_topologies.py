@@ -14,7 +14,7 @@ from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.rollout.sglang.target import SGLangTarget
 from disagg_core.rollout.target import Stored
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target_facts import read_target_facts

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disagg_core.errors import IncompatibleDraft
-from disagg_core.run_spec import DraftSection
+from disagg_core.run_spec.document import DraftSection
 from disagg_core.target_facts import TargetFacts
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

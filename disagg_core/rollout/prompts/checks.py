@@ -18,7 +18,7 @@ from disagg_core.rollout.prompts.pool import (
     parse_placed,
 )
 from disagg_core.rollout.prompts.records import PlainText, Record, prompt_key
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.target_facts import TargetFacts
 
 _PROBED = 32

@@ -17,7 +17,7 @@ from disagg_core.rollout.prompts.records import (
     answer_start,
     context_length,
 )
-from disagg_core.run_spec import DataSection
+from disagg_core.run_spec.document import DataSection
 
 MIN_TOKENS = 3
 """Shortest sample: position t reads token t + 1 and predicts token t + 2."""

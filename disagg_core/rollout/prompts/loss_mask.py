@@ -31,7 +31,7 @@ _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?$|\[THINK
 
 @dataclass(frozen=True)
 class MaskRules:
-    """What of the assistant's words is trained on; see `disagg_core.run_spec.DataSection`."""
+    """What of the assistant's words is trained on; see `disagg_core.run_spec.document.DataSection`."""
 
     last_only: bool = False
     thinking: bool = True

@@ -20,7 +20,7 @@ from disagg_core.rollout.prompts.encode import PromptEncoder
 from disagg_core.rollout.prompts.files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
 from disagg_core.rollout.prompts.order import SeededPermutation, seed_of
 from disagg_core.rollout.prompts.records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
-from disagg_core.run_spec import DataSection, RunSpec
+from disagg_core.run_spec.document import DataSection, RunSpec
 
 _BASE_ORDER, _EPOCH_ORDER = 1, 2
 _HELD_OUT_SHARE = 4

@@ -15,7 +15,7 @@ from disagg_core.contracts import PromptTask
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.rollout.leases import Lease, LeaseBook
 from disagg_core.rollout.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 
 Encoded = dict[int, PromptTask | RejectedPrompt | None]
 """The prompts of one group by ordinal; None where the order has ended."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disagg_core.errors import TargetError
 from disagg_core.rollout.sglang.wire import SGLANG_VERSION, ProbeReply, ServerFacts
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.store.packing import unpack
 from disagg_core.target_facts import TargetFacts, is_local, model_fingerprint
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_core.errors import MissingLibrary
-from disagg_core.processes import describe_exit, free_port, spawn, stop_tree, tail
+from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 from disagg_core.rollout.sglang.wire import SGLANG_VERSION
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target_facts import TargetFacts
 

@@ -20,7 +20,7 @@ from disagg_core.rollout.sglang.probe import Reference, check_probe, probe_ids, 
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.rollout.sglang.wire import CaptureOrder, StoreAddress, spans_of
 from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
-from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
+from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts, model_fingerprint
 

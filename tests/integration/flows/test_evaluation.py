@@ -29,9 +29,9 @@ from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.outcomes import RoleOutcome
 from disagg_core.plan import RunPlan, StoreEndpoints
 from disagg_core.report import RunReport
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
-from disagg_core.spec_file import load_spec
 from flows import online_disagg_training as parent
 from tasks import evaluation
 from tasks.completion import Completion, complete

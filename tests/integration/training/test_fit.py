@@ -10,7 +10,7 @@ import torch
 
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
-from disagg_core.run_spec import LossSection
+from disagg_core.run_spec.document import LossSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks

@@ -9,10 +9,10 @@ import pytest
 
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.preflight import _pinned, check_channel, check_run, prepare_run
-from disagg_core.processes import free_port
-from disagg_core.run_spec import RunSpec
+from disagg_core.processes.tree import free_port
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
-from disagg_core.spec_file import load_spec
 from disagg_core.target_facts import read_target_facts
 
 pytestmark = pytest.mark.unit

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from disagg_core.errors import PortTaken
-from disagg_core.processes import check_port, describe_exit, free_port, spawn, stop_tree, tail
+from disagg_core.processes.tree import check_port, describe_exit, free_port, spawn, stop_tree, tail
 
 pytestmark = pytest.mark.unit
 
@@ -55,7 +55,7 @@ def test_one_that_is_paused_hears_sigterm_all_the_same(tmp_path: Path) -> None:
 
 def test_a_child_dies_with_its_parent_also_when_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from disagg_core.processes import spawn\n"
+        "import sys, time; from pathlib import Path; from disagg_core.processes.tree import spawn\n"
         f"child = spawn([sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r}))\n"
         "print(child.pid, flush=True); time.sleep(60)"
     )

@@ -1,6 +1,6 @@
 import pytest
 
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.target_facts import target_version
 
 pytestmark = pytest.mark.unit

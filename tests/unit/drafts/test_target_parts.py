@@ -19,7 +19,7 @@ from transformers.models.llama import LlamaConfig
 
 from disagg_core.drafts.target_parts import load_target_parts
 from disagg_core.errors import TargetError
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 
 pytestmark = pytest.mark.unit
 

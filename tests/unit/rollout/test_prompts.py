@@ -27,7 +27,7 @@ from disagg_core.rollout.prompts.records import (
     prompt_key,
 )
 from disagg_core.rollout.prompts.source import PromptSource
-from disagg_core.run_spec import RunSpec
+from disagg_core.run_spec.document import RunSpec
 from tests.unit.rollout import templates
 
 pytestmark = pytest.mark.unit

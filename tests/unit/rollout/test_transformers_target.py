@@ -11,7 +11,7 @@ from disagg_core.errors import TargetError
 from disagg_core.rollout.generate import Sampling, choose_tokens
 from disagg_core.rollout.target import Captured, Failed, Generated
 from disagg_core.rollout.transformers_target import TransformersTarget, group_for
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.target_facts import read_target_facts
 
 pytestmark = pytest.mark.unit

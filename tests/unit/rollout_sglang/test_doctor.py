@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from disagg_core.cli.doctor import doctor
 from disagg_core.doctor import Finding, machine_findings
-from disagg_core.processes import free_port
+from disagg_core.processes.tree import free_port
 from disagg_core.settings import Settings
 
 cli = Typer()

@@ -16,7 +16,7 @@ from disagg_core.errors import MissingLibrary, TargetUnavailable
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.run_spec import TargetSection
+from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts
 

@@ -23,7 +23,7 @@ from disagg_core.rollout.sglang.wire import (
     encode_reply,
 )
 from disagg_core.rollout.target import Failed, Generated, Stored
-from disagg_core.run_spec import GenerateSection, StoreSection, TargetSection
+from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target_facts import TargetFacts
 from tests.unit.rollout_sglang.kit import IDENTITY

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from disagg_core.errors import CheckpointError
-from disagg_core.run_spec import TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.optimizer import (
     WARMUP_STEPS_OF_UNKNOWN_LENGTH,
     Schedule,

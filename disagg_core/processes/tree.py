@@ -16,8 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from disagg_core import launch
 from disagg_core.errors import PortTaken
+from disagg_core.processes import launch
 
 
 def spawn(

@@ -1,0 +1,1 @@
+"""Processes: starting them, stopping their whole tree, hearing a request to stop."""

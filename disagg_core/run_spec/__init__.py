@@ -1,0 +1,1 @@
+"""The run document: one typed place for every tunable of a run."""
