@@ -15,7 +15,7 @@ from disagg_core.contracts import RunIdentity
 from disagg_core.errors import SpecError
 from disagg_core.run_dir import AttemptDir, RunDir
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 _ALIGNMENT_SLACK = 4 * 64
 _STORE_SHARE = 0.8

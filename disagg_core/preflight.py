@@ -20,7 +20,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
-from disagg_core.target_facts import TargetFacts, is_local, read_target_facts
+from disagg_core.target.facts import TargetFacts, is_local, read_target_facts
 
 
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:

@@ -17,7 +17,7 @@ from disagg_core.run_spec.yaml_file import load_spec
 
 if TYPE_CHECKING:
     from disagg_core.rollout.target import Target
-    from disagg_core.target_facts import TargetFacts
+    from disagg_core.target.facts import TargetFacts
 
 _STORE_BYTES = 256 * 1024**2
 
@@ -32,7 +32,7 @@ def regenerate(
     """Let the target continue the prompts and write prompt and continuation as pretokenised training data."""
     from disagg_core.rollout.prompts.checks import validate_prompts
     from disagg_core.rollout.regenerate import regenerate as write_continuations
-    from disagg_core.target_facts import read_target_facts
+    from disagg_core.target.facts import read_target_facts
 
     document = load_spec(spec, overrides or ())
     facts = read_target_facts(document.target)

@@ -37,7 +37,7 @@ from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_dir import write_atomically
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.target_facts import load_target_config
+from disagg_core.target.facts import load_target_config
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from disagg_core.evaluation.server import measure_on_server
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.plan import RunPlan
 from disagg_core.run_dir import NAME_PATTERN, write_atomically
-from disagg_core.target_facts import is_local
+from disagg_core.target.facts import is_local
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from disagg_core.errors import TargetError
-from disagg_core.target_facts import check_aux_layers, default_aux_layers
+from disagg_core.target.facts import check_aux_layers, default_aux_layers
 
 _CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 

@@ -28,7 +28,7 @@ from disagg_core.rollout.prompts.source import PromptBatch, PromptSource, Reject
 from disagg_core.rollout.target import Generated, Target
 from disagg_core.run_dir import write_atomically
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 log = logging.getLogger(__name__)
 

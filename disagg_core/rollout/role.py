@@ -42,7 +42,7 @@ from disagg_core.run_spec.document import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.outgoing import allocate_plain
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from disagg_core.rollout.generate import Sampling, continue_tasks
 from disagg_core.rollout.target import Captured, CaptureOutcome, Failed, Generated, ServerHealth
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store.outgoing import Allocate, allocate_plain
-from disagg_core.target_facts import TargetFacts, is_local
+from disagg_core.target.facts import TargetFacts, is_local
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from disagg_core.errors import SpecError
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import is_local
+from disagg_core.target.facts import is_local
 
 _PATHS = (
     ("target", "model"),

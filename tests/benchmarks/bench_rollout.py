@@ -33,7 +33,7 @@ from disagg_core.rollout.target import Captured, ServerHealth
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec.document import RolloutSection, RunSpec, TargetSection
 from disagg_core.store import MooncakeFeatureStore, managed_store
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 CAPTURE_S = 0.020
 

@@ -15,7 +15,7 @@ from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.rollout import TransformersTarget, build_disagg_online_producer
 from disagg_core.run_spec.document import RolloutSection, TargetSection
 from disagg_core.store import MooncakeFeatureStore, managed_store
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,7 @@ from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.rollout.sglang.servers import ManagedServer
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 MAX_TOKENS = 200
 VOCABULARY = 320

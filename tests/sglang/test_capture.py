@@ -19,7 +19,7 @@ from disagg_core.rollout.target import Captured, Failed, Generated, Stored
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec.document import GenerateSection
 from disagg_core.store import MooncakeFeatureStore, NewSample
-from disagg_core.target_facts import model_fingerprint
+from disagg_core.target.facts import model_fingerprint
 from tests.sglang.support import MAX_TOKENS, VOCABULARY, Served, identity_of, random_tokens, task_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]

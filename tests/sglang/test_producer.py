@@ -20,7 +20,7 @@ from disagg_core.rollout.sglang.target import SGLangTarget
 from disagg_core.run_spec.document import RolloutSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from tests.sglang.support import (
     MAX_TOKENS,
     START_TIMEOUT_S,

@@ -17,7 +17,7 @@ from disagg_core.rollout.target import Stored
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from tests.sglang.support import MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, random_tokens, task_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]

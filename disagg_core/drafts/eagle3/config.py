@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.document import DraftSection
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -19,7 +19,7 @@ from disagg_core.rollout.prompts.pool import (
 )
 from disagg_core.rollout.prompts.records import PlainText, Record, prompt_key
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 _PROBED = 32
 _STREAM_CHECKED = 256

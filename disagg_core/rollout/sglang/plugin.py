@@ -24,7 +24,7 @@ from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang.recorder import Recorder, Recording, WritableStore
 from disagg_core.rollout.sglang.wire import SGLANG_VERSION, WIRE_KEY, ServerFacts, StoreAddress, decode_order
 from disagg_core.settings import get_settings
-from disagg_core.target_facts import model_fingerprint
+from disagg_core.target.facts import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

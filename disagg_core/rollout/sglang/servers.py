@@ -19,7 +19,7 @@ from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tre
 from disagg_core.rollout.sglang.wire import SGLANG_VERSION
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 logger = logging.getLogger(__name__)
 

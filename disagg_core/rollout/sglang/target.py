@@ -22,7 +22,7 @@ from disagg_core.rollout.sglang.wire import CaptureOrder, StoreAddress, spans_of
 from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
-from disagg_core.target_facts import TargetFacts, model_fingerprint
+from disagg_core.target.facts import TargetFacts, model_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -82,7 +82,7 @@ class RefusedReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ServerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a server's capture process says about the model it runs.
 
-    `fingerprint` is `disagg_core.target_facts.model_fingerprint` of its files; `aux_layers` is None where the server
+    `fingerprint` is `disagg_core.target.facts.model_fingerprint` of its files; `aux_layers` is None where the server
     chose the layers itself; `settings` are the switches that decide whether a capture can be trusted.
     """
 

@@ -25,7 +25,7 @@ from disagg_core.evaluation.role import (
 )
 from disagg_core.plan import RunPlan
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from tests.unit.evaluation.models import make_target
 
 pytestmark = pytest.mark.integration

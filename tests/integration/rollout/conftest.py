@@ -18,7 +18,7 @@ from disagg_core.rollout.prompts.chat import template_text, tokenizer_version
 from disagg_core.rollout.prompts.checks import validate_prompts
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from tests.integration.rollout.rollout_kit import write_prompts
 
 TEMPLATE = (

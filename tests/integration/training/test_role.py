@@ -26,7 +26,7 @@ from disagg_core.observability.progress import read_progress
 from disagg_core.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.plan import RoleAssignment, make_plan
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.role import run_consumer
 from tests.integration.training.consumer_kit import Attempt

@@ -13,7 +13,7 @@ from disagg_core.outcomes import write_failure
 from disagg_core.plan import RunPlan, make_plan
 from disagg_core.run_records import OtherVersion, last_progress, read_plan, read_report, report_interrupted
 from disagg_core.run_spec.yaml_file import load_spec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.unit
 

@@ -1,7 +1,7 @@
 import pytest
 
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.target_facts import target_version
+from disagg_core.target.facts import target_version
 
 pytestmark = pytest.mark.unit
 

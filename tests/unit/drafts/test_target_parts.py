@@ -17,9 +17,9 @@ from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGenerat
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 
-from disagg_core.drafts.target_parts import load_target_parts
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
+from disagg_core.target.parts import load_target_parts
 
 pytestmark = pytest.mark.unit
 

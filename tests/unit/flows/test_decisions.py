@@ -17,7 +17,7 @@ from disagg_core.outcomes import RoleOutcome
 from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.report import EvaluationFigures
 from disagg_core.run_spec.yaml_file import load_spec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher
 from tasks import roles

@@ -12,7 +12,7 @@ import pytest
 from disagg_core.observability.progress import ProgressFile
 from disagg_core.plan import RoleAssignment, StoreEndpoints, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from tasks import role_process
 
 pytestmark = pytest.mark.unit

@@ -29,7 +29,7 @@ from disagg_core.report import (
 )
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 from flows import status_view
 from flows.run_view import Bars, Lines, summary
 

@@ -13,7 +13,7 @@ from disagg_core.rollout.role_files import Reporter
 from disagg_core.rollout.target import ServerHealth
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.store.transfers import COUNTERS
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.unit
 

@@ -12,7 +12,7 @@ from disagg_core.rollout.generate import Sampling, choose_tokens
 from disagg_core.rollout.target import Captured, Failed, Generated
 from disagg_core.rollout.transformers_target import TransformersTarget, group_for
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.unit
 
@@ -227,7 +227,7 @@ def test_other_families_have_known_parts():
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=64)
     model = AutoModelForCausalLM.from_config(config)
     from disagg_core.rollout.transformers_target import decoder_parts
-    from disagg_core.target_facts import TargetFacts
+    from disagg_core.target.facts import TargetFacts
 
     facts = TargetFacts.model_construct(model="gpt2", num_layers=4, hidden_size=32)
     decoder, layers, norm = decoder_parts(model, facts)

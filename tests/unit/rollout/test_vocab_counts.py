@@ -16,7 +16,7 @@ from disagg_core.rollout.prompts.pool import GivenTasks
 from disagg_core.rollout.target import Generated
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run_spec.yaml_file import load_spec
-from disagg_core.target_facts import read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.unit
 

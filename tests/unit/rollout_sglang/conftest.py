@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any] | bytes]]
 

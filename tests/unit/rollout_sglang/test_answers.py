@@ -27,7 +27,7 @@ from disagg_core.rollout.sglang.wire import (
     StoredReply,
     encode_reply,
 )
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit

@@ -18,7 +18,7 @@ from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 
 pytestmark = pytest.mark.unit
 

@@ -25,7 +25,7 @@ from disagg_core.rollout.sglang.wire import (
 from disagg_core.rollout.target import Failed, Generated, Stored
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
-from disagg_core.target_facts import TargetFacts
+from disagg_core.target.facts import TargetFacts
 from tests.unit.rollout_sglang.kit import IDENTITY
 
 pytestmark = pytest.mark.unit

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.target_facts import is_local, load_target_config
+from disagg_core.target.facts import is_local, load_target_config
 
 logger = logging.getLogger(__name__)
 
