@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity
-from disagg_core.plan import RoleAssignment
+from disagg_core.run.plan import RoleAssignment
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from disagg_core.plan import RunPlan
+from disagg_core.run.plan import RunPlan
 
 _GIB = 1024**3
 _MIB = 1024**2

@@ -25,7 +25,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
-from disagg_core.run_records import OtherVersion
+from disagg_core.report.records import OtherVersion
 from disagg_core.run_spec.document import PoolsSection
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import CHECKOUT

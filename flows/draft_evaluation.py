@@ -6,7 +6,7 @@ import sys
 
 from prefect import flow
 
-from disagg_core.plan import RunPlan
+from disagg_core.run.plan import RunPlan
 from tasks.role_process import run_evaluation_process
 
 

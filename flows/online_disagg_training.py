@@ -14,10 +14,10 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run as runtime
 from prefect.states import Cancelling
 
-from disagg_core.plan import RoleAssignment, run_id_of
-from disagg_core.report import EndState, RunReport
-from disagg_core.run_dir import RunDir
-from disagg_core.run_records import report_interrupted
+from disagg_core.report.document import EndState, RunReport
+from disagg_core.report.records import report_interrupted
+from disagg_core.run.directory import RunDir
+from disagg_core.run.plan import RoleAssignment, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run

@@ -6,7 +6,7 @@ import sys
 
 from prefect import flow
 
-from disagg_core.plan import RoleAssignment
+from disagg_core.run.plan import RoleAssignment
 from tasks.role_process import run_role_process, write_assignment
 
 

@@ -13,12 +13,12 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from disagg_core.observability.progress import read_progress
-from disagg_core.plan import RunPlan, run_id_of
 from disagg_core.preflight import check_channel, check_run
-from disagg_core.report import EndState
-from disagg_core.run_dir import RunDir
-from disagg_core.run_records import read_report, report_interrupted
+from disagg_core.report.document import EndState
+from disagg_core.report.records import read_report, report_interrupted
+from disagg_core.run.directory import RunDir
+from disagg_core.run.plan import RunPlan, run_id_of
+from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 from flows import local

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from disagg_core.observability.progress import ProgressValue
-from disagg_core.plan import RunPlan
-from disagg_core.report import GO_ON, RunReport
+from disagg_core.report.document import GO_ON, RunReport
+from disagg_core.run.plan import RunPlan
+from disagg_core.run.progress import ProgressValue
 
 _LINE_INTERVAL_S = 10.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from disagg_core.run_records import OtherVersion, read_report
+from disagg_core.report.records import OtherVersion, read_report
 from disagg_core.settings import Settings
 from flows.local import LocalPlatform, describe
 

@@ -11,8 +11,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from disagg_core.archive import Archive, add_files, archive_files
-from disagg_core.plan import RunPlan
+from disagg_core.report.archive import Archive, add_files, archive_files
+from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 from tasks.completion import Completion
 

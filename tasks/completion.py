@@ -11,11 +11,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.accounting import Accounting
 from disagg_core.errors import RoleFailed
-from disagg_core.outcomes import RoleOutcome
-from disagg_core.plan import RunPlan, StoreEndpoints
-from disagg_core.report import ServerFigures, TrainingFigures
+from disagg_core.report.accounting import Accounting
+from disagg_core.report.document import ServerFigures, TrainingFigures
+from disagg_core.run.outcomes import RoleOutcome
+from disagg_core.run.plan import RunPlan, StoreEndpoints
 from disagg_core.store.master import MasterView
 from tasks.mooncake import sweep
 from tasks.roles import Role, RoleRun

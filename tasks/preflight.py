@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
-from disagg_core.plan import RunPlan, run_id_of
+from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.heartbeat import check_heartbeat

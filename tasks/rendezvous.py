@@ -10,9 +10,9 @@ import os
 import time
 
 from disagg_core.errors import RoleFailed
-from disagg_core.plan import RoleAssignment
 from disagg_core.processes.tree import free_port
-from disagg_core.run_dir import write_atomically
+from disagg_core.run.directory import write_atomically
+from disagg_core.run.plan import RoleAssignment
 from disagg_core.settings import get_settings
 
 

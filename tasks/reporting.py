@@ -18,12 +18,9 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from disagg_core.archive import Archive
-from disagg_core.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.errors import DraftlineError
-from disagg_core.outcomes import classify
-from disagg_core.plan import RunPlan
-from disagg_core.report import (
+from disagg_core.report.archive import Archive
+from disagg_core.report.document import (
     ArchiveFigures,
     AttemptFigures,
     EndState,
@@ -32,7 +29,10 @@ from disagg_core.report import (
     RoleFigures,
     RunReport,
 )
-from disagg_core.run_records import last_progress, write_report
+from disagg_core.report.records import last_progress, write_report
+from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
+from disagg_core.run.outcomes import classify
+from disagg_core.run.plan import RunPlan
 from tasks.completion import Completion
 from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun

@@ -20,11 +20,11 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
-from disagg_core.observability.progress import ProgressValue, read_progress
-from disagg_core.outcomes import RoleOutcome, read_outcome, write_failure
-from disagg_core.plan import RoleAssignment
 from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
-from disagg_core.run_dir import write_atomically
+from disagg_core.run.directory import write_atomically
+from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
+from disagg_core.run.plan import RoleAssignment
+from disagg_core.run.progress import ProgressValue, read_progress
 
 STOP_GRACE_S = 25.0
 """Time for a role to save its state after SIGTERM; Prefect kills the flow run itself 30 s after a cancellation."""

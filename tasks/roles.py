@@ -18,11 +18,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.attempts import AttemptOutcome
 from disagg_core.errors import FailureClass, StoreError
-from disagg_core.outcomes import RoleOutcome, read_outcome
-from disagg_core.plan import RoleAssignment
-from disagg_core.run_dir import write_atomically
+from disagg_core.run.attempts import AttemptOutcome
+from disagg_core.run.directory import write_atomically
+from disagg_core.run.outcomes import RoleOutcome, read_outcome
+from disagg_core.run.plan import RoleAssignment
 from tasks.children import Supervision, run_child, state_name
 
 Role = Literal["producer", "consumer"]

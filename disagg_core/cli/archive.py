@@ -8,10 +8,10 @@ import fsspec
 import typer
 from rich.console import Console
 
-from disagg_core.archive import verify_archive
 from disagg_core.errors import BadInput
-from disagg_core.run_dir import RunDir
-from disagg_core.run_records import read_report
+from disagg_core.report.archive import verify_archive
+from disagg_core.report.records import read_report
+from disagg_core.run.directory import RunDir
 from disagg_core.settings import get_settings
 
 app = typer.Typer(no_args_is_help=True)

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from disagg_core.errors import BadInput
-from disagg_core.plan import RunPlan
-from disagg_core.run_dir import RunDir
+from disagg_core.run.directory import RunDir
+from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 
 Run = Annotated[str, typer.Argument(help="Id of a run.", show_default=False)]

@@ -26,13 +26,13 @@ from disagg_core.errors import (
     RoleFailed,
     StoreError,
 )
-from disagg_core.outcomes import classify
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.patience import Patience
 from disagg_core.rollout.pipeline import Pipeline, largest_group
 from disagg_core.rollout.prompts.source import PromptSource
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.worker import Putters, RolloutWorker
+from disagg_core.run.outcomes import classify
 from disagg_core.run_spec.document import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 

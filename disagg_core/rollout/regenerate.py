@@ -26,7 +26,7 @@ from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, toke
 from disagg_core.rollout.prompts.files import file_hash
 from disagg_core.rollout.prompts.source import PromptBatch, PromptSource, Rejection
 from disagg_core.rollout.target import Generated, Target
-from disagg_core.run_dir import write_atomically
+from disagg_core.run.directory import write_atomically
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
 

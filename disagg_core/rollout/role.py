@@ -22,11 +22,7 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch
-from disagg_core.observability.metrics import JsonlMetrics
-from disagg_core.observability.progress import ProgressFile
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.outcomes import classify, exit_code_of, write_failure, write_outcome
-from disagg_core.plan import RoleAssignment, RunPlan
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.pipeline import largest_group
@@ -38,6 +34,10 @@ from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.target import Target
 from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.run.metrics import JsonlMetrics
+from disagg_core.run.outcomes import classify, exit_code_of, write_failure, write_outcome
+from disagg_core.run.plan import RoleAssignment, RunPlan
+from disagg_core.run.progress import ProgressFile
 from disagg_core.run_spec.document import RolloutSection, RunSpec
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from disagg_core.observability.metrics import JsonlMetrics
-from disagg_core.observability.progress import ProgressFile
-from disagg_core.plan import RoleAssignment
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompts.source import Rejection
 from disagg_core.rollout.target import Target
+from disagg_core.run.metrics import JsonlMetrics
+from disagg_core.run.plan import RoleAssignment
+from disagg_core.run.progress import ProgressFile
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import PUT_TROUBLE
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from disagg_core.errors import MissingLibrary
-from disagg_core.observability.metrics import JsonlMetrics
-from disagg_core.observability.progress import ProgressFile
+from disagg_core.run.metrics import JsonlMetrics
+from disagg_core.run.progress import ProgressFile
 from disagg_core.training.trainer import StepObserver, TrainingProgress
 
 

@@ -22,10 +22,10 @@ from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed
-from disagg_core.observability.progress import ProgressFile
-from disagg_core.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
-from disagg_core.plan import RoleAssignment
 from disagg_core.processes.stop_signal import StopSignal
+from disagg_core.run.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
+from disagg_core.run.plan import RoleAssignment
+from disagg_core.run.progress import ProgressFile
 from disagg_core.target.facts import TargetFacts
 from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import build_disagg_online_consumer

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store
 
 MIB = 1 << 20

@@ -15,10 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from disagg_core.archive import verify_archive
 from disagg_core.drafts.export import import_draft
-from disagg_core.outcomes import read_outcome
-from disagg_core.report import RunReport
+from disagg_core.report.archive import verify_archive
+from disagg_core.report.document import RunReport
+from disagg_core.run.outcomes import read_outcome
 
 Draftline = Callable[..., subprocess.Popen[str]]
 Ours = Callable[[], list[psutil.Process]]

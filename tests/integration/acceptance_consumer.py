@@ -9,7 +9,7 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import DraftSection, TargetSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import read_target_facts

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.rollout.sglang.target import SGLangTarget
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore, managed_store

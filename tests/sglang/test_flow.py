@@ -16,7 +16,7 @@ import pytest
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import sample_id_of
-from disagg_core.report import RunReport
+from disagg_core.report.document import RunReport
 from tests.sglang.support import START_TIMEOUT_S, await_true
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]

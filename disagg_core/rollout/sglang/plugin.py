@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 
 from disagg_core.errors import TargetError
-from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang.recorder import Recorder, Recording, WritableStore
 from disagg_core.rollout.sglang.wire import SGLANG_VERSION, WIRE_KEY, ServerFacts, StoreAddress, decode_order
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.settings import get_settings
 from disagg_core.target.facts import model_fingerprint
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import TargetError, TargetUnavailable
-from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.generate import Sampling
 from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
 from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
@@ -20,6 +19,7 @@ from disagg_core.rollout.sglang.probe import Reference, check_probe, probe_ids, 
 from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.rollout.sglang.wire import CaptureOrder, StoreAddress, spans_of
 from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts, model_fingerprint

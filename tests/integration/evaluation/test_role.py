@@ -23,7 +23,7 @@ from disagg_core.evaluation.role import (
     run_evaluation,
     run_server_evaluation,
 )
-from disagg_core.plan import RunPlan
+from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from tests.unit.evaluation.models import make_target

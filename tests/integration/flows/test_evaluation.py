@@ -20,15 +20,15 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed, Failed
 from safetensors.torch import save_file
 
-from disagg_core.archive import MANIFEST, verify_archive
-from disagg_core.attempts import AttemptOutcome
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import EvaluationFailed, RoleFailed
-from disagg_core.outcomes import RoleOutcome
-from disagg_core.plan import RunPlan, StoreEndpoints
-from disagg_core.report import RunReport
+from disagg_core.report.archive import MANIFEST, verify_archive
+from disagg_core.report.document import RunReport
+from disagg_core.run.attempts import AttemptOutcome
+from disagg_core.run.outcomes import RoleOutcome
+from disagg_core.run.plan import RunPlan, StoreEndpoints
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings

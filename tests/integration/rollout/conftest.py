@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity
-from disagg_core.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.rollout.prompts.chat import template_text, tokenizer_version
 from disagg_core.rollout.prompts.checks import validate_prompts
+from disagg_core.run.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target.facts import read_target_facts

@@ -14,7 +14,7 @@ import pytest
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import ProducerFailed
-from disagg_core.outcomes import PREEMPTED_EXIT_CODE, read_outcome
+from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import Consumer
 

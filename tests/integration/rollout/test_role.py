@@ -11,10 +11,10 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput, ChannelClosed
-from disagg_core.observability.metrics import read_metrics
-from disagg_core.observability.progress import read_progress
-from disagg_core.outcomes import read_outcome
 from disagg_core.rollout.role import run_producer
+from disagg_core.run.metrics import read_metrics
+from disagg_core.run.outcomes import read_outcome
+from disagg_core.run.progress import read_progress
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import read_all, tensors_of
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.master import MasterView
 

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore
 
 THREADS = 2

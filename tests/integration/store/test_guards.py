@@ -13,7 +13,7 @@ import torch
 
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, StoreMisuse, StoreUnavailable
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, probe_store
 
 pytestmark = pytest.mark.integration

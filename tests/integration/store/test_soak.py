@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, running_store
 
 pytestmark = pytest.mark.integration

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_core.plan import StoreEndpoints
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import managed_store
 
 

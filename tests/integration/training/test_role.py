@@ -21,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelStalled, IncompatibleDraft, ProducerFailed
-from disagg_core.observability.metrics import read_metrics
-from disagg_core.observability.progress import read_progress
-from disagg_core.outcomes import PREEMPTED_EXIT_CODE, read_outcome
-from disagg_core.plan import RoleAssignment, make_plan
+from disagg_core.run.metrics import read_metrics
+from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
+from disagg_core.run.plan import RoleAssignment, make_plan
+from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state

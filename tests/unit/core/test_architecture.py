@@ -97,10 +97,10 @@ def test_tasks_do_not_import_flows() -> None:
     "module",
     [
         "disagg_core.contracts",
-        "disagg_core.plan",
+        "disagg_core.run.plan",
         "disagg_core.channel",
-        "disagg_core.report",
-        "disagg_core.run_records",
+        "disagg_core.report.document",
+        "disagg_core.report.records",
         "flows.online_disagg_training",
         "flows.deployments",
         "flows.rollout_producer",

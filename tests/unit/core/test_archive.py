@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.archive import ArchiveDamaged, add_files, archive_files, verify_archive
+from disagg_core.report.archive import ArchiveDamaged, add_files, archive_files, verify_archive
 
 pytestmark = pytest.mark.unit
 

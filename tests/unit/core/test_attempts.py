@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_core.accounting import Accounting
-from disagg_core.attempts import RETRIED, AttemptLoop, AttemptOutcome
 from disagg_core.errors import AccountingError, ChannelDamaged, RoleFailed
+from disagg_core.report.accounting import Accounting
+from disagg_core.run.attempts import RETRIED, AttemptLoop, AttemptOutcome
 
 pytestmark = pytest.mark.unit
 

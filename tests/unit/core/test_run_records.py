@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from disagg_core.errors import RoleFailed, StoreUnavailable
-from disagg_core.observability.progress import ProgressFile
-from disagg_core.outcomes import write_failure
-from disagg_core.plan import RunPlan, make_plan
-from disagg_core.run_records import OtherVersion, last_progress, read_plan, read_report, report_interrupted
+from disagg_core.report.records import OtherVersion, last_progress, read_plan, read_report, report_interrupted
+from disagg_core.run.outcomes import write_failure
+from disagg_core.run.plan import RunPlan, make_plan
+from disagg_core.run.progress import ProgressFile
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
 

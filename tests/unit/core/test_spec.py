@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from disagg_core.errors import SpecError, TargetError
-from disagg_core.plan import RunPlan, make_plan
+from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import default_aux_layers, read_target_facts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.archive import archive_files
+from disagg_core.report.archive import archive_files
 from disagg_core.settings import get_settings
 from flows import cli
 

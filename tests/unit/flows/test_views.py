@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from disagg_core.accounting import Accounting
-from disagg_core.observability import plots
-from disagg_core.observability.metrics import JsonlMetrics, read_metrics
-from disagg_core.observability.plots import plot_run
-from disagg_core.observability.progress import ProgressFile, read_progress
-from disagg_core.plan import make_plan
 from disagg_core.plan_view import render
-from disagg_core.report import (
+from disagg_core.report import plots
+from disagg_core.report.accounting import Accounting
+from disagg_core.report.document import (
     AttemptFigures,
     EvaluationFigures,
     Failure,
@@ -27,6 +23,10 @@ from disagg_core.report import (
     ServerFigures,
     TrainingFigures,
 )
+from disagg_core.report.plots import plot_run
+from disagg_core.run.metrics import JsonlMetrics, read_metrics
+from disagg_core.run.plan import make_plan
+from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
 from disagg_core.target.facts import read_target_facts

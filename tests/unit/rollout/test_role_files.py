@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.observability.metrics import JsonlMetrics, read_metrics
-from disagg_core.observability.progress import ProgressFile, read_progress
-from disagg_core.plan import RoleAssignment, StoreEndpoints, make_plan
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.role_files import Reporter
 from disagg_core.rollout.target import ServerHealth
+from disagg_core.run.metrics import JsonlMetrics, read_metrics
+from disagg_core.run.plan import RoleAssignment, StoreEndpoints, make_plan
+from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.store.transfers import COUNTERS
 from disagg_core.target.facts import read_target_facts

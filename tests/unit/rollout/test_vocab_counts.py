@@ -10,11 +10,11 @@ import pytest
 
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import BadInput, TargetUnavailable
-from disagg_core.plan import RunPlan, make_plan
 from disagg_core.rollout import vocab_counts as module
 from disagg_core.rollout.prompts.pool import GivenTasks
 from disagg_core.rollout.target import Generated
 from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
 

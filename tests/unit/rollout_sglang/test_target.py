@@ -11,7 +11,6 @@ import pytest
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.errors import StoreUnavailable, TargetUnavailable
-from disagg_core.plan import StoreEndpoints
 from disagg_core.rollout.sglang.client import SglangClient
 from disagg_core.rollout.sglang.target import SGLangTarget
 from disagg_core.rollout.sglang.wire import (
@@ -23,6 +22,7 @@ from disagg_core.rollout.sglang.wire import (
     encode_reply,
 )
 from disagg_core.rollout.target import Failed, Generated, Stored
+from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts

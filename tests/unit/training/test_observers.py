@@ -3,8 +3,8 @@
 import pytest
 
 from disagg_core.errors import MissingLibrary
-from disagg_core.observability.metrics import read_metrics
-from disagg_core.observability.progress import ProgressFile, read_progress
+from disagg_core.run.metrics import read_metrics
+from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.training import observers
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
 from disagg_core.training.trainer import TrainingProgress

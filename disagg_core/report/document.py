@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from disagg_core.accounting import Accounting
 from disagg_core.errors import FailureClass
+from disagg_core.report.accounting import Accounting
 
 
 class _Part(BaseModel):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import SpecError
-from disagg_core.run_dir import AttemptDir, RunDir
+from disagg_core.run.directory import AttemptDir, RunDir
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
 

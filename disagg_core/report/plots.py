@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from disagg_core.observability.metrics import read_metrics
+from disagg_core.run.metrics import read_metrics
 
 _LOSS = "#1f5fa8"
 _SMOOTH = "#0b2545"

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from disagg_core.errors import DraftlineError, FailureClass, Preempted
-from disagg_core.run_dir import write_atomically
+from disagg_core.run.directory import write_atomically
 
 PREEMPTED_EXIT_CODE = 75
 """Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""

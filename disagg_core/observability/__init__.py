@@ -1,1 +1,0 @@
-"""Metrics, progress and plots, as plain files."""
