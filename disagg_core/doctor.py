@@ -20,17 +20,17 @@ from typing import Literal
 
 import psutil
 
-from disagg_core.errors import DraftlineError, TargetUnavailable
-from disagg_core.processes.tree import check_port
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.probe import (
+from disagg_core.engines.servers.probe import (
     TOLERANCE,
     compare_states,
     identity_differences,
     probe_ids,
     reference_states,
 )
-from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.errors import DraftlineError, TargetUnavailable
+from disagg_core.processes.tree import check_port
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts

@@ -12,8 +12,8 @@ import msgspec
 
 from disagg_core.channel.redis.address import RedisAddress, check_server
 from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
-from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
-from disagg_core.rollout.prompts.checks import heldout_prompts, validate_prompts
+from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run.directory import RunDir, write_atomically
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec

@@ -2,10 +2,10 @@
 
 from disagg_core.channel.channel import StreamingRefChannel
 from disagg_core.channel.contract import ChannelBackend, Cursor
-from disagg_core.channel.flow_control import FlowControl, Watermarks
 from disagg_core.channel.inspection import ChannelInspection, inspect_channel
 from disagg_core.channel.liveness import PeerStatus
 from disagg_core.channel.queue import StreamingRefQueue
+from disagg_core.rollout.flow_control import FlowControl, Watermarks
 
 __all__ = [
     "ChannelBackend",

@@ -75,7 +75,7 @@ def _machine() -> Iterator[tuple[str, str, str]]:
 
 def _probe(console: Console, section: TargetSection, start_server: bool) -> int:
     from disagg_core.doctor import server_findings, started_server
-    from disagg_core.rollout.sglang.client import SglangClient
+    from disagg_core.engines.sglang.client import SglangClient
     from disagg_core.target.facts import read_target_facts
 
     facts = read_target_facts(section)

@@ -16,7 +16,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 
 if TYPE_CHECKING:
-    from disagg_core.rollout.target import Target
+    from disagg_core.engines.contract import Target
     from disagg_core.target.facts import TargetFacts
 
 _STORE_BYTES = 256 * 1024**2
@@ -30,7 +30,7 @@ def regenerate(
     ] = None,
 ) -> None:
     """Let the target continue the prompts and write prompt and continuation as pretokenised training data."""
-    from disagg_core.rollout.prompts.checks import validate_prompts
+    from disagg_core.prompts.checks import validate_prompts
     from disagg_core.rollout.regenerate import regenerate as write_continuations
     from disagg_core.target.facts import read_target_facts
 

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from disagg_core.engines.contract import Target
+    from disagg_core.engines.servers.target import SGLangTarget
+    from disagg_core.engines.transformers import TransformersTarget
     from disagg_core.rollout.producer import Drive, build_disagg_online_producer
-    from disagg_core.rollout.prompts.source import PromptSource
-    from disagg_core.rollout.sglang.target import SGLangTarget
-    from disagg_core.rollout.target import Target
-    from disagg_core.rollout.transformers_target import TransformersTarget
+    from disagg_core.rollout.prompt_source import PromptSource
     from disagg_core.rollout.worker import RolloutWorker
 
 _HOMES = {
-    "Drive": "producer",
-    "PromptSource": "prompts.source",
-    "RolloutWorker": "worker",
-    "SGLangTarget": "sglang.target",
-    "Target": "target",
-    "TransformersTarget": "transformers_target",
-    "build_disagg_online_producer": "producer",
+    "Drive": "rollout.producer",
+    "PromptSource": "rollout.prompt_source",
+    "RolloutWorker": "rollout.worker",
+    "SGLangTarget": "engines.servers.target",
+    "Target": "engines.contract",
+    "TransformersTarget": "engines.transformers",
+    "build_disagg_online_producer": "rollout.producer",
 }
 
 __all__ = [
@@ -40,4 +40,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"disagg_core.{_HOMES[name]}"), name)

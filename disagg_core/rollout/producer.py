@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from disagg_core.channel import StreamingRefChannel, Watermarks
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef, StreamTotals, ordinal_of, sample_id_of
+from disagg_core.engines.contract import Target
 from disagg_core.errors import (
     AccountingError,
     BadInput,
@@ -27,10 +28,9 @@ from disagg_core.errors import (
     StoreError,
 )
 from disagg_core.rollout.meter import RolloutMeter
-from disagg_core.rollout.patience import Patience
 from disagg_core.rollout.pipeline import Pipeline, largest_group
-from disagg_core.rollout.prompts.source import PromptSource
-from disagg_core.rollout.target import Target
+from disagg_core.rollout.prompt_source import PromptSource
+from disagg_core.rollout.retry import Patience
 from disagg_core.rollout.worker import Putters, RolloutWorker
 from disagg_core.run.outcomes import classify
 from disagg_core.run_spec.document import RolloutSection

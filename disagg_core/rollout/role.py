@@ -21,18 +21,18 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
+from disagg_core.engines.contract import Target
+from disagg_core.engines.generation import Sampling
+from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.stop_signal import StopSignal
-from disagg_core.rollout.generate import Sampling
+from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
+from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
-from disagg_core.rollout.prompts.chat import load_tokenizer, template_text, tokenizer_version
-from disagg_core.rollout.prompts.pool import EncodedPrompts
-from disagg_core.rollout.prompts.source import PromptSource
+from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.role_files import RejectedFile, Reporter
-from disagg_core.rollout.target import Target
-from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import classify, exit_code_of, write_failure, write_outcome
@@ -209,7 +209,7 @@ def target_of(
     while they start, and raises what is to end that.
     """
     if spec.target.backend == "sglang":
-        from disagg_core.rollout.sglang.target import SGLangTarget
+        from disagg_core.engines.servers.target import SGLangTarget
 
         assert store is not None, "servers write to a store"
         return SGLangTarget(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from disagg_core.engines.contract import Target
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
-from disagg_core.rollout.prompts.source import Rejection
-from disagg_core.rollout.target import Target
+from disagg_core.rollout.prompt_source import Rejection
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressFile

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from disagg_core.contracts import PromptTask
 from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
+from disagg_core.engines.contract import Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
-from disagg_core.rollout.prompts.files import file_hash
-from disagg_core.rollout.prompts.pool import PromptPool
-from disagg_core.rollout.target import Generated, Target
+from disagg_core.prompts.files import file_hash
+from disagg_core.prompts.pool import PromptPool
 from disagg_core.run.plan import RunPlan
 
 log = logging.getLogger(__name__)

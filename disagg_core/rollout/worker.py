@@ -17,12 +17,12 @@ from typing import Protocol
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Stored, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline
-from disagg_core.rollout.prompts.source import PromptBatch
-from disagg_core.rollout.target import Captured, CaptureOutcome, Failed, Stored, Target
+from disagg_core.rollout.prompt_source import PromptBatch
 from disagg_core.store import NewSample
 
 log = logging.getLogger(__name__)

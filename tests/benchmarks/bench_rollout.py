@@ -23,14 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import PromptTask, RunIdentity
-from disagg_core.rollout.generate import Sampling
+from disagg_core.engines.contract import Captured, ServerHealth
+from disagg_core.engines.generation import Sampling
+from disagg_core.engines.transformers import TransformersTarget
+from disagg_core.prompts.checks import validate_prompts
+from disagg_core.prompts.order import SeededPermutation
+from disagg_core.prompts.pool import open_order
 from disagg_core.rollout.producer import build_disagg_online_producer
-from disagg_core.rollout.prompts.checks import validate_prompts
-from disagg_core.rollout.prompts.order import SeededPermutation
-from disagg_core.rollout.prompts.pool import open_order
-from disagg_core.rollout.prompts.source import PromptSource
-from disagg_core.rollout.target import Captured, ServerHealth
-from disagg_core.rollout.transformers_target import TransformersTarget
+from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RolloutSection, RunSpec, TargetSection
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target.facts import read_target_facts

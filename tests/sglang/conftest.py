@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.rollout.sglang.target import SGLangTarget
+from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from disagg_core.contracts import PromptTask, RunIdentity
-from disagg_core.rollout.sglang.servers import ManagedServer
+from disagg_core.engines.sglang.launch import ManagedServer
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import TargetFacts

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from disagg_core.contracts import SampleRef
+from disagg_core.engines.contract import Captured, Failed, Generated, Stored
+from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.servers.wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.target import SGLangTarget
-from disagg_core.rollout.sglang.wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
-from disagg_core.rollout.target import Captured, Failed, Generated, Stored
-from disagg_core.rollout.transformers_target import TransformersTarget
 from disagg_core.run_spec.document import GenerateSection
 from disagg_core.store import MooncakeFeatureStore, NewSample
 from disagg_core.target.facts import model_fingerprint

@@ -14,9 +14,9 @@ import pytest
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, SampleRef, StreamTotals
+from disagg_core.engines.servers.target import SGLangTarget
 from disagg_core.rollout import build_disagg_online_producer
 from disagg_core.rollout.producer import Drive
-from disagg_core.rollout.sglang.target import SGLangTarget
 from disagg_core.run_spec.document import RolloutSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore

@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
 from disagg_core.drafts.export import export_draft, import_draft
 from disagg_core.drafts.vocab import VocabMap
+from disagg_core.engines.sglang.launch import find_sglang_python
 from disagg_core.evaluation import generate_all, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
-from disagg_core.rollout.sglang.servers import find_sglang_python
 from disagg_core.settings import CHECKOUT, get_settings
 from tests.sglang.support import START_TIMEOUT_S, VOCABULARY, await_true, random_tokens
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from disagg_core.engines.contract import Stored
+from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.rollout.sglang.target import SGLangTarget
-from disagg_core.rollout.target import Stored
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore

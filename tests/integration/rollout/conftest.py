@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity
-from disagg_core.rollout.prompts.chat import template_text, tokenizer_version
-from disagg_core.rollout.prompts.checks import validate_prompts
+from disagg_core.prompts.chat import template_text, tokenizer_version
+from disagg_core.prompts.checks import validate_prompts
 from disagg_core.run.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
@@ -84,7 +84,7 @@ def make_assignment(model_dir: Path, tmp_path: Path, endpoints: StoreEndpoints) 
 
 
 def plan_of(spec: RunSpec, root: Path) -> RunPlan:
-    from disagg_core.rollout.prompts.chat import load_tokenizer
+    from disagg_core.prompts.chat import load_tokenizer
 
     facts = read_target_facts(spec.target)
     tokenizer = load_tokenizer(spec.target)

@@ -12,7 +12,7 @@ import torch
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import PromptTask, SampleRef, StreamTotals
-from disagg_core.rollout.target import Captured, Failed, ServerHealth
+from disagg_core.engines.contract import Captured, Failed, ServerHealth
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.store import MooncakeFeatureStore
 

@@ -21,7 +21,7 @@ from disagg_core.errors import (
     TargetUnavailable,
 )
 from disagg_core.rollout.producer import build_disagg_online_producer
-from disagg_core.rollout.prompts.source import PromptSource
+from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import Consumer, ScriptedTarget, tasks_of

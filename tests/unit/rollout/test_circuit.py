@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_core.rollout.circuit import CircuitBreakers
+from disagg_core.engines.servers.circuit import CircuitBreakers
 
 pytestmark = pytest.mark.unit
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_core.rollout.prompts.chat import ChatTemplate
-from disagg_core.rollout.prompts.loss_mask import (
+from disagg_core.prompts.chat import ChatTemplate
+from disagg_core.prompts.loss_mask import (
     MaskRules,
     UnmaskableTemplate,
     conversation_spans,
     end_tokens_of,
     mask_of_spans,
 )
-from disagg_core.rollout.prompts.records import Conversation, parse_record
+from disagg_core.prompts.records import Conversation, parse_record
 from tests.unit.rollout import templates
 
 pytestmark = pytest.mark.unit

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from disagg_core.channel import Watermarks
 from disagg_core.contracts import PromptTask, SampleRef, sample_id_of
+from disagg_core.engines.transformers import token_batches
+from disagg_core.prompts.order import SeededPermutation
 from disagg_core.rollout.pipeline import largest_group
-from disagg_core.rollout.prompts.order import SeededPermutation
 from disagg_core.rollout.reorder import ReorderBuffer
-from disagg_core.rollout.transformers_target import token_batches
 
 pytestmark = pytest.mark.unit
 

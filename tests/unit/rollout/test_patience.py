@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from disagg_core.errors import ChannelBusy, ChannelUnavailable, Preempted
-from disagg_core.rollout.patience import Patience
+from disagg_core.rollout.retry import Patience
 
 pytestmark = pytest.mark.unit
 

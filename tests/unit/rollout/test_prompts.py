@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.rollout.prompts.chat import template_text, tokenizer_version
-from disagg_core.rollout.prompts.checks import heldout_prompts, validate_prompts
-from disagg_core.rollout.prompts.encode import PromptEncoder
-from disagg_core.rollout.prompts.files import JsonlFile
-from disagg_core.rollout.prompts.pool import EncodedPrompts
-from disagg_core.rollout.prompts.records import (
+from disagg_core.prompts.chat import template_text, tokenizer_version
+from disagg_core.prompts.checks import heldout_prompts, validate_prompts
+from disagg_core.prompts.encode import PromptEncoder
+from disagg_core.prompts.files import JsonlFile
+from disagg_core.prompts.pool import EncodedPrompts
+from disagg_core.prompts.records import (
     Conversation,
     PlainText,
     PromptResponse,
@@ -26,7 +26,7 @@ from disagg_core.rollout.prompts.records import (
     parse_record,
     prompt_key,
 )
-from disagg_core.rollout.prompts.source import PromptSource
+from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
 from tests.unit.rollout import templates
 

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.engines.contract import Captured, Failed, Generated
+from disagg_core.engines.generation import Sampling, choose_tokens
+from disagg_core.engines.transformers import TransformersTarget, group_for
 from disagg_core.errors import TargetError
-from disagg_core.rollout.generate import Sampling, choose_tokens
-from disagg_core.rollout.target import Captured, Failed, Generated
-from disagg_core.rollout.transformers_target import TransformersTarget, group_for
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.target.facts import read_target_facts
 
@@ -226,7 +226,7 @@ def test_groups_fill_the_token_budget_and_no_more():
 def test_other_families_have_known_parts():
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=64)
     model = AutoModelForCausalLM.from_config(config)
-    from disagg_core.rollout.transformers_target import decoder_parts
+    from disagg_core.engines.transformers import decoder_parts
     from disagg_core.target.facts import TargetFacts
 
     facts = TargetFacts.model_construct(model="gpt2", num_layers=4, hidden_size=32)

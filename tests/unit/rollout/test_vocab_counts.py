@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from disagg_core.contracts import PromptTask
+from disagg_core.engines.contract import Generated
 from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.prompts.pool import GivenTasks
 from disagg_core.rollout import vocab_counts as module
-from disagg_core.rollout.prompts.pool import GivenTasks
-from disagg_core.rollout.target import Generated
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec

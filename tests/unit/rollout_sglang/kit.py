@@ -1,7 +1,7 @@
 """What the tests of the SGLang side have in common: the identity of a run, and a store's address."""
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.rollout.sglang.wire import StoreAddress
+from disagg_core.engines.servers.wire import StoreAddress
 
 IDENTITY = RunIdentity(
     run_id="run",

@@ -14,10 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_core.contracts import FeatureSpec, SampleRef
-from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, SglangClient
-from disagg_core.rollout.sglang.probe import Reference, compare_states
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.servers.probe import Reference, compare_states
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
     ProbeReply,
@@ -27,6 +25,8 @@ from disagg_core.rollout.sglang.wire import (
     StoredReply,
     encode_reply,
 )
+from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.errors import TargetError
 from disagg_core.target.facts import TargetFacts
 from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from disagg_core.engines.servers.wire import WIRE_KEY, RefusedReply, encode_reply
+from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
-from disagg_core.rollout.sglang.wire import WIRE_KEY, RefusedReply, encode_reply
 
 pytestmark = pytest.mark.unit
 

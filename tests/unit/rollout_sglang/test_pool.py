@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from disagg_core.engines.servers import pool as pool_module
+from disagg_core.engines.servers.pool import PoolMember, ServerPool
+from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import Preempted, TargetError, TargetUnavailable
-from disagg_core.rollout.sglang import pool as pool_module
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
 
 pytestmark = pytest.mark.unit
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.errors import StoreFull
-from disagg_core.rollout.sglang.recorder import Recorder, Recording
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.servers.recorder import Recorder, Recording
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
     ProbeOrder,
@@ -26,6 +25,7 @@ from disagg_core.rollout.sglang.wire import (
     StoredReply,
     find_reply,
 )
+from disagg_core.errors import StoreFull
 from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
 from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY

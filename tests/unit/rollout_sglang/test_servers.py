@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disagg_core.engines.servers.pool import PoolMember, ServerPool
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.errors import MissingLibrary, TargetUnavailable
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
-from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts

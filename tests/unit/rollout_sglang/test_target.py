@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
-from disagg_core.errors import StoreUnavailable, TargetUnavailable
-from disagg_core.rollout.sglang.client import SglangClient
-from disagg_core.rollout.sglang.target import SGLangTarget
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.contract import Failed, Generated, Stored
+from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
     RefusedReply,
@@ -21,7 +20,8 @@ from disagg_core.rollout.sglang.wire import (
     decode_order,
     encode_reply,
 )
-from disagg_core.rollout.target import Failed, Generated, Stored
+from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.errors import StoreUnavailable, TargetUnavailable
 from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     ProbeOrder,
     RefusedReply,

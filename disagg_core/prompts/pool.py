@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.rollout.prompts.encode import PromptEncoder
-from disagg_core.rollout.prompts.files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
-from disagg_core.rollout.prompts.order import SeededPermutation, seed_of
-from disagg_core.rollout.prompts.records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
+from disagg_core.prompts.encode import PromptEncoder
+from disagg_core.prompts.files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
+from disagg_core.prompts.order import SeededPermutation, seed_of
+from disagg_core.prompts.records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
 from disagg_core.run_spec.document import DataSection, RunSpec
 
 _BASE_ORDER, _EPOCH_ORDER = 1, 2

@@ -2,7 +2,7 @@
 
 Each server has a supervisor thread. It starts the server (a managed one) or waits for it (an external one), checks it
 before its first request and after every return, notices its death or hanging, and starts it again with growing
-pauses. Whether a server that runs may take work is the circuit breakers' decision (`disagg_core.rollout.circuit`).
+pauses. Whether a server that runs may take work is the circuit breakers' decision (`engines.servers.circuit`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from disagg_core.engines.contract import ServerHealth
+from disagg_core.engines.servers.circuit import CircuitBreakers
+from disagg_core.engines.sglang.client import ServerFailure, SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer
 from disagg_core.errors import TargetError, TargetUnavailable
-from disagg_core.rollout.circuit import CircuitBreakers
-from disagg_core.rollout.sglang.client import ServerFailure, SglangClient
-from disagg_core.rollout.sglang.servers import ManagedServer
-from disagg_core.rollout.target import ServerHealth
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg_core.errors import PromptError, PromptRejected
-from disagg_core.rollout.prompts.chat import ChatTemplate, template_text
-from disagg_core.rollout.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
-from disagg_core.rollout.prompts.records import (
+from disagg_core.prompts.chat import ChatTemplate, template_text
+from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
+from disagg_core.prompts.records import (
     Conversation,
     PlainText,
     PromptResponse,

@@ -14,9 +14,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from disagg_core.engines.servers.wire import SGLANG_VERSION
 from disagg_core.errors import MissingLibrary
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
-from disagg_core.rollout.sglang.wire import SGLANG_VERSION
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target.facts import TargetFacts
@@ -73,7 +73,7 @@ class ServerLaunch:
 
     def environment(self) -> dict[str, str]:
         """Return the variables of a server's process besides ours."""
-        from disagg_core.rollout.sglang.plugin import REQUIRED_VARIABLE
+        from disagg_core.engines.sglang.plugin import REQUIRED_VARIABLE
 
         variables = {
             REQUIRED_VARIABLE: "1",

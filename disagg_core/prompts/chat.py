@@ -17,7 +17,7 @@ import jinja2
 import msgspec
 
 from disagg_core.errors import PromptError, PromptRejected, TargetError
-from disagg_core.rollout.prompts.records import Message
+from disagg_core.prompts.records import Message
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.target.facts import is_local
 

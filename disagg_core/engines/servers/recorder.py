@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.errors import StoreError
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
     ProbeOrder,
@@ -35,6 +34,7 @@ from disagg_core.rollout.sglang.wire import (
     encode_reply,
     mask_of,
 )
+from disagg_core.errors import StoreError
 from disagg_core.store.outgoing import Shapes
 from disagg_core.store.packing import pack_into, plan_layout
 

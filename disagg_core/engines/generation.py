@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
-from disagg_core.rollout.prompts.order import seed_of
+from disagg_core.prompts.order import seed_of
 from disagg_core.run_spec.document import GenerateSection
 
 _SAMPLING = 3

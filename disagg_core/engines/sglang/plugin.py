@@ -1,7 +1,7 @@
 """The plugin that stock SGLang loads in its own processes: four hooks that capture samples, and nothing else.
 
 Loaded by SGLang through the entry point group ``sglang.srt.plugins``. Requests without an order of ours
-(`disagg_core.rollout.sglang.wire`) pass through untouched. SGLang only logs a plugin that fails; with
+(`disagg_core.engines.servers.wire`) pass through untouched. SGLang only logs a plugin that fails; with
 ``DRAFTLINE_CAPTURE_REQUIRED=1`` (servers that we start ourselves) the server does not start without capture, and
 every server is probed before its first sample in any case.
 """
@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
+from disagg_core.engines.servers.recorder import Recorder, Recording, WritableStore
+from disagg_core.engines.servers.wire import SGLANG_VERSION, WIRE_KEY, ServerFacts, StoreAddress, decode_order
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.recorder import Recorder, Recording, WritableStore
-from disagg_core.rollout.sglang.wire import SGLANG_VERSION, WIRE_KEY, ServerFacts, StoreAddress, decode_order
 from disagg_core.run.plan import StoreEndpoints
 from disagg_core.settings import get_settings
 from disagg_core.target.facts import model_fingerprint

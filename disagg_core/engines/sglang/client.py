@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from disagg_core.errors import DraftlineError, TargetError, Transient
-from disagg_core.rollout.sglang.wire import (
+from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
     Order,
@@ -26,6 +25,7 @@ from disagg_core.rollout.sglang.wire import (
     encode_order,
     find_reply,
 )
+from disagg_core.errors import DraftlineError, TargetError, Transient
 
 _CONNECT_TIMEOUT_S = 10.0
 _REFUSALS = frozenset({400, 413, 422})

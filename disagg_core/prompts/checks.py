@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg_core.errors import PromptError, PromptRejected
-from disagg_core.rollout.prompts.encode import PromptEncoder
-from disagg_core.rollout.prompts.loss_mask import UnmaskableTemplate
-from disagg_core.rollout.prompts.pool import (
+from disagg_core.prompts.encode import PromptEncoder
+from disagg_core.prompts.loss_mask import UnmaskableTemplate
+from disagg_core.prompts.pool import (
     FileOrder,
     Placed,
     StreamOrder,
@@ -17,7 +17,7 @@ from disagg_core.rollout.prompts.pool import (
     open_order,
     parse_placed,
 )
-from disagg_core.rollout.prompts.records import PlainText, Record, prompt_key
+from disagg_core.prompts.records import PlainText, Record, prompt_key
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Generated, ServerHealth
+from disagg_core.engines.generation import Sampling, continue_tasks
 from disagg_core.errors import MissingLibrary, TargetError
-from disagg_core.rollout.generate import Sampling, continue_tasks
-from disagg_core.rollout.target import Captured, CaptureOutcome, Failed, Generated, ServerHealth
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target.facts import TargetFacts, is_local
@@ -40,7 +40,7 @@ def group_for(batch_tokens: int) -> int:
 
 
 class TransformersTarget:
-    """The `Target` that runs transformers itself. See `disagg_core.rollout.target` for the contract.
+    """The `Target` that runs transformers itself. See `disagg_core.engines.contract` for the contract.
 
     `sampling` switches generation on. `model` is a loaded causal LM to use instead of loading `section.model`.
     `allocate` makes the tensors that samples are handed over in; a store's own is for samples that it will be given.

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from disagg_core.engines.servers.wire import SGLANG_VERSION, ProbeReply, ServerFacts
 from disagg_core.errors import TargetError
-from disagg_core.rollout.sglang.wire import SGLANG_VERSION, ProbeReply, ServerFacts
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store.packing import unpack
 from disagg_core.target.facts import TargetFacts, is_local, model_fingerprint

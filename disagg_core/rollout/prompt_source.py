@@ -13,8 +13,8 @@ import msgspec
 
 from disagg_core.contracts import PromptTask
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
 from disagg_core.rollout.leases import Lease, LeaseBook
-from disagg_core.rollout.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
 from disagg_core.run_spec.document import RunSpec
 
 Encoded = dict[int, PromptTask | RejectedPrompt | None]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
+from disagg_core.engines.contract import CaptureOutcome, Failed, Generated, ServerHealth, Stored
+from disagg_core.engines.generation import Sampling
+from disagg_core.engines.servers.pool import PoolMember, ServerPool
+from disagg_core.engines.servers.probe import Reference, check_probe, probe_ids, reference_states
+from disagg_core.engines.servers.wire import CaptureOrder, StoreAddress, spans_of
+from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
+from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.errors import TargetError, TargetUnavailable
-from disagg_core.rollout.generate import Sampling
-from disagg_core.rollout.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
-from disagg_core.rollout.sglang.pool import PoolMember, ServerPool
-from disagg_core.rollout.sglang.probe import Reference, check_probe, probe_ids, reference_states
-from disagg_core.rollout.sglang.servers import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.rollout.sglang.wire import CaptureOrder, StoreAddress, spans_of
-from disagg_core.rollout.target import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
@@ -47,7 +47,7 @@ class SweepableStore(Protocol):
 
 
 class SGLangTarget:
-    """A `disagg_core.rollout.target.Target` over one or more SGLang servers, ours or external ones.
+    """A `disagg_core.engines.contract.Target` over one or more SGLang servers, ours or external ones.
 
     Args:
         section: the run's target; `server_urls` name external servers, otherwise `servers` are started here.

@@ -1,0 +1,1 @@
+"""Engines that run the frozen target and capture its hidden states."""

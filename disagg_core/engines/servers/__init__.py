@@ -1,0 +1,1 @@
+"""What any engine behind HTTP needs: processes, a pool with circuit breakers, the capture's wire format."""
