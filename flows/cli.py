@@ -103,8 +103,8 @@ def status() -> None:
 @app.command()
 def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     """Show what a run would start and need, checked against each other. Starts nothing, needs no weights."""
-    from disagg_core.plan_view import render
-    from disagg_core.preflight import sketch_plan
+    from disagg_core.checks.preflight import sketch_plan
+    from disagg_core.cli.plan_view import render
 
     _output().print(render(sketch_plan(load_spec(spec, overrides or ()), get_settings())))
 

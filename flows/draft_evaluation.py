@@ -15,5 +15,5 @@ def draft_evaluation(plan: RunPlan) -> None:
     """Decode the run's held-out prompts with the drafts named in evaluation/request.json."""
     folder = plan.dir.evaluation
     run_evaluation_process(
-        [sys.executable, "-m", "disagg_core.evaluation.role", str(folder / "request.json")], folder / "evaluation.log"
+        [sys.executable, "-m", "disagg_core.roles.evaluation", str(folder / "request.json")], folder / "evaluation.log"
     )

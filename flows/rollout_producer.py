@@ -16,7 +16,7 @@ def rollout_producer(assignment: RoleAssignment) -> None:
     document = write_assignment(assignment, "producer")
     run_role_process(
         "producer",
-        [sys.executable, "-m", "disagg_core.rollout.role", str(document)],
+        [sys.executable, "-m", "disagg_core.roles.producer", str(document)],
         assignment,
         assignment.dir.logs / "producer.log",
     )

@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from disagg_core.preflight import check_channel, check_run
+from disagg_core.checks.preflight import check_channel, check_run
 from disagg_core.report.document import EndState
 from disagg_core.report.records import read_report, report_interrupted
 from disagg_core.run.directory import RunDir

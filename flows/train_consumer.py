@@ -18,7 +18,7 @@ def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
     document = write_assignment(assignment, role)
     run_role_process(
         role,
-        [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.training.role", str(document)],
+        [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.roles.consumer", str(document)],
         assignment,
         assignment.dir.logs / f"{role}.log",
         leaves_outcome=node_rank == 0,

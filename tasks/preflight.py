@@ -22,7 +22,7 @@ def preflight(spec: RunSpec) -> RunPlan:
         BadInput: something in the spec, the prompts, the target, the store or this process cannot work; nothing was
             started.
     """
-    from disagg_core.preflight import prepare_run
+    from disagg_core.checks.preflight import prepare_run
 
     check_heartbeat(get_current_settings().flows.heartbeat_frequency)
     run_id = run_id_of(spec, flow_run.id)

@@ -67,14 +67,14 @@ def _section(spec: Path | None, servers: list[str], model: str | None, start_ser
 
 
 def _machine() -> Iterator[tuple[str, str, str]]:
-    from disagg_core.doctor import machine_findings
+    from disagg_core.checks.doctor import machine_findings
 
     for finding in machine_findings(get_settings()):
         yield finding.level, finding.what, finding.found
 
 
 def _probe(console: Console, section: TargetSection, start_server: bool) -> int:
-    from disagg_core.doctor import server_findings, started_server
+    from disagg_core.checks.doctor import server_findings, started_server
     from disagg_core.engines.sglang.client import SglangClient
     from disagg_core.target.facts import read_target_facts
 

@@ -54,7 +54,7 @@ def evaluate(
     name: Annotated[str, typer.Option(help="Name of the result in the run's evaluation folder.")] = "again",
 ) -> None:
     """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server."""
-    from disagg_core.evaluation.role import result_file, run_evaluation, run_server_evaluation
+    from disagg_core.roles.evaluation import result_file, run_evaluation, run_server_evaluation
 
     if draft is not None and server is not None:
         raise BadInput("--draft and --server: a server serves the draft that it was started with; give one of the two")

@@ -61,7 +61,7 @@ def _target(spec: RunSpec, facts: TargetFacts) -> Iterator[Target]:
     """Yield the target of a run document. SGLang's plugin wants a store to write to, so it gets a small one."""
     import torch
 
-    from disagg_core.rollout.role import target_of
+    from disagg_core.roles.producer import target_of
     from disagg_core.settings import get_settings
 
     if spec.target.cpu_threads is not None:

@@ -109,7 +109,7 @@ def wait_for_trainer(home: Path, ours: Ours, sign: str) -> psutil.Process:
     while time.monotonic() < deadline:
         if any(home.glob(f"runs/*/{sign}")):
             for process in ours():
-                if "disagg_core.training.role" in " ".join(process.cmdline()):
+                if "disagg_core.roles.consumer" in " ".join(process.cmdline()):
                     return process
         threading.Event().wait(0.02)
     raise AssertionError(f"no trainer with {sign}")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
 from disagg_core.drafts.export import export_draft
 from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
-from disagg_core.evaluation.role import (
+from disagg_core.roles.evaluation import (
     EvaluationRequest,
     main,
     read_draft,
@@ -121,7 +121,7 @@ def test_training_raises_the_accept_length_and_both_results_are_lossless(plan: R
     )
     (tmp_path / "request.json").write_text(request.model_dump_json())
 
-    command = [sys.executable, "-m", "disagg_core.evaluation.role", str(tmp_path / "request.json")]
+    command = [sys.executable, "-m", "disagg_core.roles.evaluation", str(tmp_path / "request.json")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
     assert process.returncode == 0, process.stderr

@@ -34,7 +34,7 @@ def start(tmp_path):
         with (tmp_path / "producer.log").open("ab") as log:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "disagg_core.rollout.role", str(document)],
+                    [sys.executable, "-m", "disagg_core.roles.producer", str(document)],
                     stdout=log,
                     stderr=log,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from disagg_core.cli.rollout import regenerate as command
 from disagg_core.errors import BadInput
+from disagg_core.roles.producer import run_producer, target_of
 from disagg_core.rollout.regenerate import regenerate
-from disagg_core.rollout.role import run_producer, target_of
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import read_all, tensors_of
 

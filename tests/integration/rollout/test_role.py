@@ -11,7 +11,7 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput, ChannelClosed
-from disagg_core.rollout.role import run_producer
+from disagg_core.roles.producer import run_producer
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.progress import read_progress

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelStalled, IncompatibleDraft, ProducerFailed
+from disagg_core.roles.consumer import run_consumer
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.run.plan import RoleAssignment, make_plan
@@ -28,7 +29,6 @@ from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
-from disagg_core.training.role import run_consumer
 from tests.integration.training.consumer_kit import Attempt
 
 pytestmark = pytest.mark.integration
@@ -92,7 +92,7 @@ class Run:
         log = (assignment.dir.state / "consumer.log").open("wb")
         with log:
             return subprocess.Popen(
-                [sys.executable, *launcher, "-m", "disagg_core.training.role", str(document)],
+                [sys.executable, *launcher, "-m", "disagg_core.roles.consumer", str(document)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from disagg_core.checks.preflight import _pinned, check_channel, check_run, prepare_run
 from disagg_core.errors import BadInput, TargetError
-from disagg_core.preflight import _pinned, check_channel, check_run, prepare_run
 from disagg_core.processes.tree import free_port
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from disagg_core.plan_view import render
+from disagg_core.cli.plan_view import render
 from disagg_core.report import plots
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import (

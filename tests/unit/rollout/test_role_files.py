@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from disagg_core.engines.contract import ServerHealth
+from disagg_core.roles.producer_files import Reporter
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
-from disagg_core.rollout.role_files import Reporter
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
 from disagg_core.run.plan import RoleAssignment, StoreEndpoints, make_plan
 from disagg_core.run.progress import ProgressFile, read_progress

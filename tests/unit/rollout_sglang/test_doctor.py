@@ -8,8 +8,8 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from disagg_core.checks.doctor import Finding, machine_findings
 from disagg_core.cli.doctor import doctor
-from disagg_core.doctor import Finding, machine_findings
 from disagg_core.processes.tree import free_port
 from disagg_core.settings import Settings
 

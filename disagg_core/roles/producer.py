@@ -1,4 +1,4 @@
-"""The producer's process: what `python -m disagg_core.rollout.role <role.json>` runs.
+"""The producer's process: what `python -m disagg_core.roles.producer <role.json>` runs.
 
 Reads its assignment, derives the vocabulary map if the run has none, drives the prompts through the target, and leaves
 metrics, progress, the list of rejected prompts and its outcome in the run's directory. However it ends, short of being
@@ -19,7 +19,6 @@ import msgspec
 import torch
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.connections import open_channel, open_store
 from disagg_core.contracts import PromptTask, StreamTotals
 from disagg_core.engines.contract import Target
 from disagg_core.engines.generation import Sampling
@@ -29,10 +28,11 @@ from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.prompts.pool import EncodedPrompts
+from disagg_core.roles.connections import open_channel, open_store
+from disagg_core.roles.producer_files import RejectedFile, Reporter
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
 from disagg_core.rollout.prompt_source import PromptSource
-from disagg_core.rollout.role_files import RejectedFile, Reporter
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import classify, exit_code_of, write_failure, write_outcome

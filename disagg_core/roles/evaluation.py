@@ -1,6 +1,6 @@
 """The evaluation of a run as a process of its own: held-out prompts, target and drafts in, one JSON file per draft out.
 
-``python -m disagg_core.evaluation.role <request.json>`` reads an `EvaluationRequest`. The prompts are
+``python -m disagg_core.roles.evaluation <request.json>`` reads an `EvaluationRequest`. The prompts are
 ``<run>/evaluation/prompts.jsonl``, lines of ``{"input_ids": [...]}``, written by the step that prepares the run.
 
 On a CPU the target runs in fp32 whatever its own dtype, where "the target's argmax" is hardly ever a matter of
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the evaluation that the request file in `arguments` describes; return the process's exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if len(arguments) != 1:
-        logger.error("usage: python -m disagg_core.evaluation.role <request.json>")
+        logger.error("usage: python -m disagg_core.roles.evaluation <request.json>")
         return 2
     try:
         evaluate_drafts(read_request(Path(arguments[0])))

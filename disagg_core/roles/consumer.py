@@ -1,4 +1,4 @@
-"""The consumer's process: what `python -m torch.distributed.run ... -m disagg_core.training.role <role.json>` runs.
+"""The consumer's process: what `python -m torch.distributed.run ... -m disagg_core.roles.consumer <role.json>` runs.
 
 Rank 0 claims the channel, writes progress and the outcome; the other ranks follow its lead. A rank that fails leaves a
 note of why before it goes, so that rank 0, which only sees a broken connection, can name the true cause.
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.connections import open_channel, open_store
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed
 from disagg_core.processes.stop_signal import StopSignal
+from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressFile

@@ -1,0 +1,1 @@
+"""The three role processes: producer, consumer, evaluation; each is one `python -m`."""
