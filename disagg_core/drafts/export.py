@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
-from disagg_core.drafts.serving_format import check_tensors
+from disagg_core.drafts.eagle3.serving_format import check_tensors
 from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run.directory import write_atomically

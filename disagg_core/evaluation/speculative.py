@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from disagg_core.drafts.eagle3.drafter import DraftChain
 from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.errors import BadInput
-from disagg_core.evaluation.chain import DraftChain
-from disagg_core.evaluation.sampling import DraftedTokens, Sampler
 from disagg_core.evaluation.target_runner import TargetRunner
 
 Progress = Callable[[int, int], None]

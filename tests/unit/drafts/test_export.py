@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
+from disagg_core.drafts.eagle3.serving_format import expected_shapes
 from disagg_core.drafts.export import VerifierInfo, export_draft, import_draft
-from disagg_core.drafts.serving_format import expected_shapes
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.document import TargetSection
 

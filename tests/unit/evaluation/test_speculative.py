@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, Qwen3Config
 
+from disagg_core.drafts.eagle3.drafter import DraftChain
+from disagg_core.drafts.sampling import Sampler
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.evaluation import generate_all, speculative_generate
-from disagg_core.evaluation.chain import DraftChain
-from disagg_core.evaluation.sampling import Sampler
 from disagg_core.evaluation.target_runner import TargetRunner
 from tests.unit.evaluation.models import VOCAB, OracleDraft, greedy, make_draft, make_target
 

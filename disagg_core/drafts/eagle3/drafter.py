@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.model import DraftCache, Eagle3Draft
-from disagg_core.evaluation.sampling import DraftedTokens, Sampler
+from disagg_core.drafts.sampling import DraftedTokens, Sampler
 
 _PADDING = -1
 _LOGITS_AT_ONCE = 1 << 25
