@@ -3,7 +3,7 @@
 Prefect's own default is a heartbeat every 180 s. Ours travels with every deployment (`HEARTBEAT_ENVIRONMENT` is part
 of its job variables), so that a run beats at our rate on any worker. ``infra/prefect.yaml`` says the same.
 
-Nothing here imports Prefect: `flows.local` needs it before Prefect's settings are read.
+Nothing here imports Prefect: `flows.platform.local` needs it before Prefect's settings are read.
 """
 
 from __future__ import annotations

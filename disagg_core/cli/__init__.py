@@ -1,1 +1,1 @@
-"""The commands that need no Prefect; `flows.cli` mounts them beside those that do."""
+"""The commands that need no Prefect; `flows.cli.app` mounts them beside those that do."""

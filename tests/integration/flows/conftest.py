@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from disagg_core.processes.tree import free_port, tail
 from disagg_core.settings import Settings
-from flows import local
+from flows.platform import local
 from tests.unit.channel.kit import wait_for
 
 _OFTEN = {

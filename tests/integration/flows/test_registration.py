@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.automations import Automation, EventTrigger
 
-from flows.deployments import ZOMBIE_AUTOMATION, register, zombie_automation
+from flows.platform.deployments import ZOMBIE_AUTOMATION, register, zombie_automation
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 from tests.integration.flows.conftest import PrefectServer
 

@@ -102,7 +102,7 @@ def test_tasks_do_not_import_flows() -> None:
         "disagg_core.report.document",
         "disagg_core.report.records",
         "flows.online_disagg_training",
-        "flows.deployments",
+        "flows.platform.deployments",
         "flows.rollout_producer",
         "flows.train_consumer",
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from disagg_core.report.archive import archive_files
 from disagg_core.settings import get_settings
-from flows import cli
+from flows.cli import app as cli
 
 pytestmark = pytest.mark.unit
 

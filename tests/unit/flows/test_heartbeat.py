@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_sett
 from prefect.types._datetime import now
 
 from disagg_core.run_spec.yaml_file import load_spec
-from flows.deployments import zombie_automation
+from flows.platform.deployments import zombie_automation
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_S, HEARTBEAT_WINDOW_S, HeartbeatTooRare, check_heartbeat
 from tasks.preflight import preflight
 

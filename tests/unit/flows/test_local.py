@@ -13,7 +13,7 @@ import pytest
 
 from disagg_core.errors import BadInput
 from disagg_core.settings import Settings, get_settings
-from flows import local
+from flows.platform import local
 
 pytestmark = pytest.mark.unit
 

@@ -30,8 +30,8 @@ from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
 from disagg_core.target.facts import read_target_facts
-from flows import status_view
-from flows.run_view import Bars, Lines, summary
+from flows.cli import status as status_view
+from flows.cli.run_view import Bars, Lines, summary
 
 pytestmark = pytest.mark.unit
 

@@ -21,11 +21,11 @@ from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
-from flows import local
-from flows.run_view import Bars, Lines, RoleState, summary
+from flows.cli.run_view import Bars, Lines, RoleState, summary
+from flows.platform import local
 
 if TYPE_CHECKING:
-    from flows.submission import RunState
+    from flows.platform.submission import RunState
 
 _POLL_S = 0.5
 _SERVER_AWAY_S = 300.0
@@ -74,7 +74,7 @@ class _Submitted:
 
 
 def _submit(spec: RunSpec, settings: Settings, platform: local.LocalPlatform) -> _Submitted:
-    from flows import submission
+    from flows.platform import submission
 
     flow_run_id = submission.submit(spec)
     run_dir = RunDir.of(settings.runs_dir, run_id_of(spec, flow_run_id))
@@ -92,7 +92,7 @@ def _end_uninterrupted() -> None:
 
 def _cancel(run: _Submitted, console: Console) -> None:
     """Cancel the run, wait for its end, and sum up how far it came."""
-    from flows import submission
+    from flows.platform import submission
 
     try:
         submission.cancel(run.id)
@@ -107,7 +107,7 @@ def _follow(run: _Submitted, console: Console, require_server: Callable[[], None
     Raises:
         PlatformError: the server has ended, or has not answered for `_SERVER_AWAY_S`.
     """
-    from flows import submission
+    from flows.platform import submission
 
     plan: RunPlan | None = None
     answered = time.monotonic()

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from disagg_core.report.records import OtherVersion, read_report
 from disagg_core.settings import Settings
-from flows.local import LocalPlatform, describe
+from flows.platform.local import LocalPlatform, describe
 
 _LATEST = 10
 

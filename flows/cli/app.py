@@ -65,7 +65,7 @@ def draftline(
 @app.command()
 def up() -> None:
     """Start the local platform: Prefect server, work pools, workers, deployments. Idempotent."""
-    from flows import local
+    from flows.platform import local
 
     with local.exclusive(get_settings()):
         platform = local.up(get_settings(), _say, keep=True)
@@ -76,7 +76,7 @@ def up() -> None:
 @app.command()
 def down() -> None:
     """Cancel what runs and stop the local platform. The history of the runs is kept."""
-    from flows import local
+    from flows.platform import local
 
     _say("stopped" if local.down(get_settings(), _say) else "nothing was running")
 
@@ -86,7 +86,7 @@ def register() -> None:
     """Register pools, deployments and the zombie automation on the Prefect server in PREFECT_API_URL. Idempotent."""
     if "PREFECT_API_URL" not in os.environ:
         raise BadInput("PREFECT_API_URL is not set: expected the URL of a Prefect server's API; `draftline up` has one")
-    from flows.deployments import register
+    from flows.platform.deployments import register
 
     register()
     _say(f"registered on {os.environ['PREFECT_API_URL']}")
@@ -95,7 +95,8 @@ def register() -> None:
 @app.command()
 def status() -> None:
     """Show the local platform and its latest runs."""
-    from flows import local, status_view
+    from flows.cli import status as status_view
+    from flows.platform import local
 
     status_view.show(get_settings(), local.find_platform(get_settings()), _output())
 
@@ -116,7 +117,7 @@ def run(
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the platform running at the end.")] = False,
 ) -> None:
     """Run one training from its document to its report; brings up what is missing and takes it down again."""
-    from flows.run_command import run_training
+    from flows.cli.run import run_training
 
     raise typer.Exit(run_training(load_spec(spec, overrides or ()), get_settings(), _console, keep_up=keep_up))
 

@@ -173,13 +173,13 @@ def up(settings: Settings, say: Callable[[str], None], *, keep: bool) -> LocalPl
     _wait_ready(settings, platform)
     if not platform.alive("workers"):
         say("registering work pools and deployments")
-        from flows.deployments import crash_leftovers, register
+        from flows.platform.deployments import crash_leftovers, register
 
         register()
         if leftovers := crash_leftovers():
             say(f"marked {leftovers} flow runs as crashed, whose processes ended with an earlier platform")
         say("starting the workers")
-        platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.workers"])
+        platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.platform.workers"])
     users = platform.users if keep else [*platform.users, Member.of(os.getpid())]
     return _remember(settings, platform.model_copy(update={"users": users, "kept": keep or platform.kept}))
 
@@ -241,7 +241,7 @@ def _prepare_home(home: Path) -> None:
 
 def _cancel_runs(say: Callable[[str], None]) -> None:
     """Cancel what runs; a server that does not answer must not keep the processes from being stopped."""
-    from flows.deployments import cancel_active_runs
+    from flows.platform.deployments import cancel_active_runs
 
     try:
         cancelled = cancel_active_runs(_STOP_TIMEOUT_S)

@@ -1,6 +1,6 @@
 """The workers of a single machine: one process worker for each work pool, in one process.
 
-Started by `flows.local`. On a cluster every pool has workers of its own (``prefect worker start --pool ...``).
+Started by `flows.platform.local`. On a cluster every pool has workers of its own (``prefect worker start --pool ...``).
 """
 
 from __future__ import annotations

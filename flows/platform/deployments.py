@@ -31,9 +31,9 @@ from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import CHECKOUT
 from flows.draft_evaluation import draft_evaluation
 from flows.online_disagg_training import online_disagg_training, report_interruption
+from flows.platform.workers import worker_name
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
-from flows.workers import worker_name
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"

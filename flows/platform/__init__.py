@@ -1,0 +1,1 @@
+"""The platform that the flows run on: server, pools, workers, deployments, submission."""
