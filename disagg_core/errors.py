@@ -191,3 +191,14 @@ class RoleFailed(DraftlineError):
     def __init__(self, message: str, failure_class: FailureClass = "bug") -> None:
         super().__init__(message)
         self.failure_class = failure_class
+
+
+def classify(error: BaseException) -> FailureClass:
+    """Return the failure class of `error`: its own if it is one of ours, else by what it is."""
+    if isinstance(error, DraftlineError):
+        return error.failure_class
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
+        return "out_of_memory"
+    return "bug"

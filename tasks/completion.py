@@ -15,7 +15,8 @@ from disagg_core.errors import RoleFailed
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import ServerFigures, TrainingFigures
 from disagg_core.run.outcomes import RoleOutcome
-from disagg_core.run.plan import RunPlan, StoreEndpoints
+from disagg_core.run.plan import RunPlan
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
 from tasks.mooncake import sweep
 from tasks.roles import Role, RoleRun

@@ -7,8 +7,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from disagg_core.errors import EvaluationFailed, RoleFailed
+from disagg_core.files import write_atomically
 from disagg_core.report.document import EvaluationFigures
-from disagg_core.run.directory import write_atomically
 from disagg_core.run.plan import RunPlan
 from tasks.children import Supervision, run_child, state_name
 from tasks.completion import Completion

@@ -11,9 +11,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from disagg_core.errors import StoreError
-from disagg_core.run.plan import RunPlan, StoreEndpoints
+from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 from disagg_core.store import StoreServices, probe_store, running_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 
 class FeatureStoreServices:

@@ -10,8 +10,8 @@ import os
 import time
 
 from disagg_core.errors import RoleFailed
+from disagg_core.files import write_atomically
 from disagg_core.processes.tree import free_port
-from disagg_core.run.directory import write_atomically
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.settings import get_settings
 

@@ -18,7 +18,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from disagg_core.errors import DraftlineError
+from disagg_core.errors import DraftlineError, classify
 from disagg_core.report.archive import Archive
 from disagg_core.report.document import (
     ArchiveFigures,
@@ -31,7 +31,6 @@ from disagg_core.report.document import (
 )
 from disagg_core.report.records import last_progress, write_report
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
-from disagg_core.run.outcomes import classify
 from disagg_core.run.plan import RunPlan
 from tasks.completion import Completion
 from tasks.role_process import artifact_key

@@ -20,8 +20,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
+from disagg_core.files import write_atomically
 from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
-from disagg_core.run.directory import write_atomically
 from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress

@@ -19,8 +19,8 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import FailureClass, StoreError
+from disagg_core.files import write_atomically
 from disagg_core.run.attempts import AttemptOutcome
-from disagg_core.run.directory import write_atomically
 from disagg_core.run.outcomes import RoleOutcome, read_outcome
 from disagg_core.run.plan import RoleAssignment
 from tasks.children import Supervision, run_child, state_name

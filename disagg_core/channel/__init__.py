@@ -5,16 +5,13 @@ from disagg_core.channel.contract import ChannelBackend, Cursor
 from disagg_core.channel.inspection import ChannelInspection, inspect_channel
 from disagg_core.channel.liveness import PeerStatus
 from disagg_core.channel.queue import StreamingRefQueue
-from disagg_core.rollout.flow_control import FlowControl, Watermarks
 
 __all__ = [
     "ChannelBackend",
     "ChannelInspection",
     "Cursor",
-    "FlowControl",
     "PeerStatus",
     "StreamingRefChannel",
     "StreamingRefQueue",
-    "Watermarks",
     "inspect_channel",
 ]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView, Segment, StoreHealth, wait_for_port
 
 app = typer.Typer(help="The feature store.", no_args_is_help=True)

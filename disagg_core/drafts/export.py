@@ -35,7 +35,7 @@ from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.eagle3.serving_format import check_tensors
 from disagg_core.drafts.tensor_files import save_tensors
 from disagg_core.errors import IncompatibleDraft
-from disagg_core.run.directory import write_atomically
+from disagg_core.files import write_atomically
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.target.facts import load_target_config
 

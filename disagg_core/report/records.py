@@ -12,9 +12,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from disagg_core.errors import BadInput, FailureClass
+from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
 from disagg_core.report.plots import plot_run
-from disagg_core.run.directory import RunDir, write_atomically
+from disagg_core.run.directory import RunDir
 from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue, read_progress

@@ -20,10 +20,10 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed, classify
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
-from disagg_core.run.outcomes import classify, exit_code_of, read_outcome, write_failure, write_outcome
+from disagg_core.run.outcomes import exit_code_of, read_outcome, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.facts import TargetFacts

@@ -26,10 +26,11 @@ from disagg_core.drafts.export import import_draft
 from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError, TargetError
 from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
-from disagg_core.run.directory import NAME_PATTERN, write_atomically
+from disagg_core.files import write_atomically
+from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.target.facts import is_local
+from disagg_core.run_spec.document import is_local
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from disagg_core.contracts import PromptTask, StreamTotals
 from disagg_core.engines.contract import Target
 from disagg_core.engines.generation import Sampling
 from disagg_core.engines.transformers import TransformersTarget
-from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch
+from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
@@ -35,7 +35,7 @@ from disagg_core.rollout.producer import Drive, build_disagg_online_producer, wa
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.metrics import JsonlMetrics
-from disagg_core.run.outcomes import classify, exit_code_of, write_failure, write_outcome
+from disagg_core.run.outcomes import exit_code_of, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.run_spec.document import RolloutSection, RunSpec

@@ -17,10 +17,11 @@ from collections.abc import Callable
 
 from disagg_core.contracts import PromptTask, SampleRef
 from disagg_core.errors import ChannelUnavailable
-from disagg_core.rollout.flow_control import FlowControl, Watermarks
+from disagg_core.rollout.flow_control import FlowControl
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.prompt_source import PromptBatch, PromptSource
 from disagg_core.rollout.reorder import ReorderBuffer
+from disagg_core.run.watermarks import Watermarks
 
 _LOOK_S = 0.1
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from disagg_core.channel import StreamingRefChannel, Watermarks
+from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef, StreamTotals, ordinal_of, sample_id_of
 from disagg_core.engines.contract import Target
 from disagg_core.errors import (
@@ -26,13 +26,14 @@ from disagg_core.errors import (
     Preempted,
     RoleFailed,
     StoreError,
+    classify,
 )
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline, largest_group
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.retry import Patience
 from disagg_core.rollout.worker import Putters, RolloutWorker
-from disagg_core.run.outcomes import classify
+from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 

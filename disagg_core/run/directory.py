@@ -17,24 +17,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """A plain name: as the name of a file or directory it stays where it is put."""
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader sees the old content or the new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 @dataclass(frozen=True)

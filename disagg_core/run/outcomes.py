@@ -13,8 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from disagg_core.errors import DraftlineError, FailureClass, Preempted
-from disagg_core.run.directory import write_atomically
+from disagg_core.errors import DraftlineError, FailureClass, Preempted, classify
+from disagg_core.files import write_atomically
 
 PREEMPTED_EXIT_CODE = 75
 """Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""
@@ -32,17 +32,6 @@ class RoleOutcome(BaseModel):
     started: float
     ended: float
     result: dict[str, JsonValue] = {}
-
-
-def classify(error: BaseException) -> FailureClass:
-    """Return the failure class of `error`: its own if it is one of ours, else by what it is."""
-    if isinstance(error, DraftlineError):
-        return error.failure_class
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out_of_memory"
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
-        return "out_of_memory"
-    return "bug"
 
 
 def write_outcome(path: Path, started: float, result: dict[str, JsonValue] | None = None) -> None:

@@ -15,6 +15,7 @@ from disagg_core.contracts import RunIdentity
 from disagg_core.errors import SpecError
 from disagg_core.run.directory import AttemptDir, RunDir
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
 
 _ALIGNMENT_SLACK = 4 * 64
@@ -24,15 +25,6 @@ _STORE_SHARE = 0.8
 def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
     """Return the id of the run that the parent flow run `flow_run_id` is."""
     return f"{spec.run.name}-{str(flow_run_id).rsplit('-', 1)[-1]}"
-
-
-class StoreEndpoints(BaseModel):
-    """Where the feature store of an attempt is reached (host:port each)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    master_address: str
-    metrics_address: str
 
 
 class RunPlan(BaseModel):

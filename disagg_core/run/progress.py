@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from disagg_core.run.directory import write_atomically
+from disagg_core.files import write_atomically
 
 ProgressValue = str | int | float | bool | None
 

@@ -49,6 +49,11 @@ def _channel_of_every_attempt(url: str) -> str:
     return url
 
 
+def is_local(model: str) -> bool:
+    """Tell whether `model` names a directory rather than a Hugging Face id."""
+    return model.startswith(("./", "../", "/", "~"))
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 SecretFreeUrl = Annotated[str, AfterValidator(_without_password)]
 ChannelUrl = Annotated[SecretFreeUrl, AfterValidator(_channel_of_every_attempt)]

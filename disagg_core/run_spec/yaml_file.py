@@ -15,8 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from disagg_core.errors import SpecError
-from disagg_core.run_spec.document import RunSpec
-from disagg_core.target.facts import is_local
+from disagg_core.run_spec.document import RunSpec, is_local
 
 _PATHS = (
     ("target", "model"),

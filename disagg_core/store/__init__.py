@@ -5,8 +5,9 @@ Names are loaded when they are first used: an owner process and the command line
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from disagg_core import lazy_names
 
 if TYPE_CHECKING:
     from disagg_core.store.library import require_mooncake
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
     from disagg_core.store.services import StoreServices, managed_store, probe_store, running_store
 
 _HOMES = {
-    "MooncakeFeatureStore": "mooncake",
-    "NewSample": "references",
-    "StoreHealth": "master",
-    "StoreServices": "services",
-    "managed_store": "services",
-    "probe_store": "services",
-    "require_mooncake": "library",
-    "running_store": "services",
+    "MooncakeFeatureStore": "store.mooncake",
+    "NewSample": "store.references",
+    "StoreHealth": "store.master",
+    "StoreServices": "store.services",
+    "managed_store": "store.services",
+    "probe_store": "store.services",
+    "require_mooncake": "store.library",
+    "running_store": "store.services",
 }
 
 __all__ = [
@@ -37,8 +38,4 @@ __all__ = [
     "running_store",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

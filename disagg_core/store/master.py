@@ -13,7 +13,7 @@ from collections import Counter
 import msgspec
 
 from disagg_core.errors import BadInput, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
+from disagg_core.store.endpoints import StoreEndpoints
 
 _METRIC = re.compile(r"^(master_\w+) (\S+)$", re.MULTILINE)
 HTTP_TIMEOUT_S = 5.0

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import BadInput, DraftlineError, StoreMisuse
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store.codes import Verdict, error_from_code, verdict_of
 from disagg_core.store.devices import DeviceCopies, written_so_far
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView, StoreHealth
 from disagg_core.store.outgoing import Outgoing, Shapes, layout_of
 from disagg_core.store.packing import grouped, in_a_row, unpack

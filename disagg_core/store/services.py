@@ -22,8 +22,8 @@ from typing import ParamSpec
 
 from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
 from disagg_core.processes.tree import check_port, describe_exit, free_ports, spawn, stop_tree, tail
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store.capacity import check_capacity
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import master_binary, require_mooncake
 from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
 from disagg_core.store.owner import OwnerStatus, read_status

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from disagg_core.errors import StoreMisuse, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import load_mooncake
 from disagg_core.store.master import MasterView, wait_for_port
 

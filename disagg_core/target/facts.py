@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import TargetError
-from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.document import TargetSection, is_local
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,11 +56,6 @@ class TargetFacts(BaseModel):
             f"{self.model} ({self.model_type}, {self.num_layers} layers, hidden {self.hidden_size}, "
             f"vocabulary {self.vocab_size}, {self.dtype})"
         )
-
-
-def is_local(model: str) -> bool:
-    """Tell whether `model` names a directory rather than a Hugging Face id."""
-    return model.startswith(("./", "../", "/", "~"))
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:

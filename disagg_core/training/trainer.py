@@ -19,9 +19,8 @@ import torch
 
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.eagle3 import Eagle3Draft
-from disagg_core.errors import ChannelError, CheckpointError, Preempted, RoleFailed
+from disagg_core.errors import ChannelError, CheckpointError, Preempted, RoleFailed, classify
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.run.outcomes import classify
 from disagg_core.training.checkpoint import (
     CheckpointContent,
     DataCursor,

@@ -29,8 +29,8 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import BadInput, DraftlineError, FailureClass
+from disagg_core.files import write_atomically
 from disagg_core.processes.tree import check_port, free_port, tail
-from disagg_core.run.directory import write_atomically
 from disagg_core.settings import Settings
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 

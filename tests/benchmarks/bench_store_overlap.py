@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 MIB = 1 << 20
 PREFETCH = 4

@@ -9,9 +9,9 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import DraftSection, TargetSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from disagg_core.target.parts import load_target_parts
 from disagg_core.training import build_disagg_online_consumer

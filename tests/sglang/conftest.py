@@ -12,10 +12,10 @@ import torch
 from disagg_core.engines.servers.target import SGLangTarget
 from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from tests.sglang.support import MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, save_model
 

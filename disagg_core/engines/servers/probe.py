@@ -16,9 +16,9 @@ from torch import Tensor
 
 from disagg_core.engines.servers.wire import SGLANG_VERSION, ProbeReply, ServerFacts
 from disagg_core.errors import TargetError
-from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.document import TargetSection, is_local
 from disagg_core.store.packing import unpack
-from disagg_core.target.facts import TargetFacts, is_local, model_fingerprint
+from disagg_core.target.facts import TargetFacts, model_fingerprint
 
 WHOLE_MODEL_BYTES = 2 * 1024**3
 """Local models with fewer bytes of weights are compared as a whole, larger ones up to the first captured layer."""

@@ -19,9 +19,9 @@ from disagg_core.engines.servers.wire import CaptureOrder, StoreAddress, spans_o
 from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
 from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.errors import TargetError, TargetUnavailable
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts, model_fingerprint
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ import msgspec
 from disagg_core.engines.servers.recorder import Recorder, Recording, WritableStore
 from disagg_core.engines.servers.wire import SGLANG_VERSION, WIRE_KEY, ServerFacts, StoreAddress, decode_order
 from disagg_core.errors import TargetError
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.settings import get_settings
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import model_fingerprint
 
 logger = logging.getLogger(__name__)

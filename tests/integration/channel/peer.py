@@ -6,9 +6,11 @@ import random
 import sys
 from pathlib import Path
 
-from disagg_core.channel import FlowControl, StreamingRefChannel, StreamingRefQueue, Watermarks
+from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import StreamTotals
 from disagg_core.errors import ChannelBusy
+from disagg_core.rollout.flow_control import FlowControl
+from disagg_core.run.watermarks import Watermarks
 from tests.unit.channel.kit import make_refs
 
 WINDOW = 8

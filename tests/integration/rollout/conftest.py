@@ -15,9 +15,10 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity
 from disagg_core.prompts.chat import template_text, tokenizer_version
 from disagg_core.prompts.checks import validate_prompts
-from disagg_core.run.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
+from disagg_core.run.plan import RoleAssignment, RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from tests.integration.rollout.rollout_kit import write_prompts
 

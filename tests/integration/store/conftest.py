@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
 
 torch.set_num_threads(1)

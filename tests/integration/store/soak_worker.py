@@ -10,8 +10,8 @@ import msgspec
 import torch
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.endpoints import StoreEndpoints
 
 THREADS = 2
 SMALLEST = 10_000

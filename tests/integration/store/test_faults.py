@@ -12,8 +12,8 @@ import torch
 
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import SampleLost, StoreFull, StoreMisuse, StoreRejected, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, NewSample, probe_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 pytestmark = pytest.mark.integration
 

@@ -13,8 +13,8 @@ import torch
 
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, StoreMisuse, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, probe_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 pytestmark = pytest.mark.integration
 

@@ -32,7 +32,7 @@ CHILD = """
 import sys, threading
 import msgspec, torch
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.run.plan import StoreEndpoints
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore
 endpoints = StoreEndpoints.model_validate_json(sys.argv[1])
 identity = msgspec.json.decode(sys.argv[2], type=RunIdentity)

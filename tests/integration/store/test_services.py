@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from disagg_core.cli.store import app
 from disagg_core.contracts import RunIdentity
 from disagg_core.errors import BadInput, MissingLibrary, PortTaken, StoreTooLarge, StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, managed_store, probe_store, require_mooncake, running_store
 from disagg_core.store import owner as owner_module
 from disagg_core.store.capacity import available_bytes
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import ENVIRONMENT
 from disagg_core.store.master import MasterView
 

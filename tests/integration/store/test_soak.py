@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from disagg_core.contracts import RunIdentity, SampleRef
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore, running_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 pytestmark = pytest.mark.integration
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import managed_store
+from disagg_core.store.endpoints import StoreEndpoints
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.distributed import Ranks
 from tests.integration.training.consumer_kit import consumer, section
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_core.channel import FlowControl, Watermarks
 from disagg_core.errors import BadInput
+from disagg_core.rollout.flow_control import FlowControl
+from disagg_core.run.watermarks import Watermarks
 from tests.unit.channel.kit import FakeClock
 
 pytestmark = pytest.mark.unit

@@ -15,8 +15,9 @@ from disagg_core.errors import EvaluationFailed, RoleFailed, StoreUnavailable
 from disagg_core.report.document import EvaluationFigures
 from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.outcomes import RoleOutcome
-from disagg_core.run.plan import RoleAssignment, RunPlan, StoreEndpoints, make_plan
+from disagg_core.run.plan import RoleAssignment, RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher

@@ -9,9 +9,10 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from disagg_core.run.plan import RoleAssignment, StoreEndpoints, make_plan
+from disagg_core.run.plan import RoleAssignment, make_plan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.run_spec.yaml_file import load_spec
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from tasks import role_process
 

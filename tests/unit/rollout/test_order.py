@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_core.channel import Watermarks
 from disagg_core.contracts import PromptTask, SampleRef, sample_id_of
 from disagg_core.engines.transformers import token_batches
 from disagg_core.prompts.order import SeededPermutation
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.reorder import ReorderBuffer
+from disagg_core.run.watermarks import Watermarks
 
 pytestmark = pytest.mark.unit
 

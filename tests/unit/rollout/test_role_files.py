@@ -9,9 +9,10 @@ from disagg_core.roles.producer_files import Reporter
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
-from disagg_core.run.plan import RoleAssignment, StoreEndpoints, make_plan
+from disagg_core.run.plan import RoleAssignment, make_plan
 from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.transfers import COUNTERS
 from disagg_core.target.facts import read_target_facts
 

@@ -22,9 +22,9 @@ from disagg_core.engines.servers.wire import (
 )
 from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import StoreUnavailable, TargetUnavailable
-from disagg_core.run.plan import StoreEndpoints
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
 from tests.unit.rollout_sglang.kit import IDENTITY
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_core.errors import StoreUnavailable
-from disagg_core.run.plan import StoreEndpoints
+from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
 
 pytestmark = pytest.mark.unit
