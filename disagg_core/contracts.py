@@ -7,6 +7,7 @@ Nothing here holds or imports a tensor. The records travel through the reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,6 +16,42 @@ SCHEMA_VERSION = 1
 """Version of `SampleRef`. A reader refuses a reference of any other version."""
 IDENTITY_FIELDS = ("strategy", "target_model_version", "tokenizer_version", "vocab_map_version")
 """The versions that a reference carries, and that must equal those of the `RunIdentity` that it is read under."""
+
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element of each dtype that a target may compute in."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What is captured of a target for each token of a sample: a draft method says it, every engine does it.
+
+    `layers` are decoder layers by 0-based index, ascending; of each the output is taken, the residual stream after the
+    layer (Hugging Face's ``hidden_states[layer + 1]``). `last_hidden_state` adds the state after the final norm, from
+    which the target's logits follow.
+    """
+
+    layers: tuple[int, ...]
+    last_hidden_state: bool
+
+    def features(self, tokens: int, hidden_size: int, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of each tensor of a sample of `tokens` tokens, by name, in the order of packing.
+
+        ``input_ids`` [T] int32, ``loss_mask`` [T] uint8, ``aux_hidden_states`` [T, layers * H] (the layers side by
+        side, low to high) and, where it is captured, ``last_hidden_state`` [T, H], both in the target's dtype.
+        """
+        features: dict[str, tuple[tuple[int, ...], str]] = {
+            "input_ids": ((tokens,), "int32"),
+            "loss_mask": ((tokens,), "uint8"),
+            "aux_hidden_states": ((tokens, len(self.layers) * hidden_size), dtype),
+        }
+        if self.last_hidden_state:
+            features["last_hidden_state"] = ((tokens, hidden_size), dtype)
+        return features
+
+    def bytes_per_token(self, hidden_size: int, dtype: str) -> int:
+        """Return the stored bytes of one token: int32 id, uint8 mask, and a state for each thing captured."""
+        return 4 + 1 + (len(self.layers) + self.last_hidden_state) * hidden_size * DTYPE_BYTES[dtype]
 
 
 class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,7 +123,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokenizer_version: str
     vocab_map_version: str
     draft_weight_version: int
-    aux_layers: tuple[int, ...]
+    capture: Capture
     dtype: str
 
 

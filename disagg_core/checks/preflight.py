@@ -17,7 +17,8 @@ from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_ve
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run.directory import RunDir
 from disagg_core.run.plan import RunPlan, make_plan
-from disagg_core.run_spec.document import RunSpec, is_local
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity

@@ -21,7 +21,8 @@ from disagg_core.contracts import PromptTask, RunIdentity
 from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Generated, ServerHealth
 from disagg_core.engines.generation import Sampling, continue_tasks
 from disagg_core.errors import MissingLibrary, TargetError
-from disagg_core.run_spec.document import TargetSection, is_local
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
 from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target.facts import TargetFacts
 

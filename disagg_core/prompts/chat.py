@@ -18,7 +18,8 @@ import msgspec
 
 from disagg_core.errors import PromptError, PromptRejected, TargetError
 from disagg_core.prompts.records import Message
-from disagg_core.run_spec.document import TargetSection, is_local
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()  # transformers caches one compiled template for all threads and tracks spans inside it

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg_core.errors import PromptError
-from disagg_core.run_spec.document import is_local
+from disagg_core.run_spec.section import is_local
 
 HF_PREFIX = "hf:"
 _CHUNK_BYTES = 16 * 1024**2

@@ -30,7 +30,7 @@ from disagg_core.files import write_atomically
 from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.run_spec.document import is_local
+from disagg_core.run_spec.section import is_local
 
 logger = logging.getLogger(__name__)
 

@@ -6,64 +6,12 @@ rather than to the run (directories, endpoints, secrets) is in `disagg_core.sett
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
-}
-
-
-def parse_bytes(value: object) -> object:
-    """Turn ``"256MiB"`` or ``"4 GB"`` into a number of bytes; other values are left to pydantic."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.match(value)
-    if not match:
-        raise ValueError(f"expected a size such as 256MiB, 4GB or a number of bytes, found {value!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
-def _without_password(url: str) -> str:
-    if urlsplit(url).password:
-        raise ValueError(
-            "a password was found, and must not stand in the run document, which is stored with the run; set it on "
-            "the machines instead: DRAFTLINE_REDIS_PASSWORD for the channel, the storage client's own variables else"
-        )
-    return url
-
-
-def _channel_of_every_attempt(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss") or parts.query:
-        raise ValueError(
-            f"expected redis://host:port/db or rediss://..., found {url!r}: every attempt gets a channel of its own "
-            "there, or in the run's directory without a url"
-        )
-    return url
-
-
-def is_local(model: str) -> bool:
-    """Tell whether `model` names a directory rather than a Hugging Face id."""
-    return model.startswith(("./", "../", "/", "~"))
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-SecretFreeUrl = Annotated[str, AfterValidator(_without_password)]
-ChannelUrl = Annotated[SecretFreeUrl, AfterValidator(_channel_of_every_attempt)]
-RunName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """Base of the sections: unknown keys are refused, values are not changed after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+from disagg_core.run_spec.draft import DraftSection, default_draft, draft_field
+from disagg_core.run_spec.section import Bytes, ChannelUrl, RunName, SecretFreeUrl, Section
 
 
 class RunSection(Section):
@@ -116,45 +64,6 @@ class TargetSection(Section):
             raise ValueError(f"expected backend: sglang where servers are described, found {', '.join(found)}")
         if self.server_urls and len(found) > 1:
             raise ValueError(f"expected server_urls, or how to start servers of our own, found {', '.join(found)}")
-        return self
-
-
-class LossSection(Section):
-    """The training-time-test loss; formulas in the docstring of `disagg_core.drafts.eagle3.loss`."""
-
-    type: Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"] = Field(
-        "soft_cross_entropy", description="Soft cross entropy, or one of the LK (acceptance) losses."
-    )
-    step_decay: float = Field(0.8, gt=0, le=1, description="Weight of test step k is step_decay to the power k.")
-    mask_mode: Literal["aligned", "compat"] = Field("aligned", description="aligned: the mask follows the token.")
-    normalisation: Literal["valid", "compat"] = Field("valid", description="valid: divide by unmasked positions.")
-    kl_scale: float = Field(1.0, ge=0, description="LK lambda: weight of the divergence at zero acceptance.")
-    kl_decay: float = Field(3.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
-
-
-class DraftSection(Section):
-    """The draft model. Sizes that are not given are the target's."""
-
-    method: Literal["eagle3"] = Field("eagle3", description="Draft method.")
-    vocab_size: int | None = Field(None, ge=2, description="Draft vocabulary; by default the target's.")
-    hidden_size: int | None = Field(None, ge=2, description="Width of the draft's layer.")
-    intermediate_size: int | None = Field(None, ge=2, description="Width of the draft's MLP.")
-    num_attention_heads: int | None = Field(None, ge=1, description="Query heads.")
-    num_key_value_heads: int | None = Field(None, ge=1, description="Key and value heads.")
-    ttt_length: int = Field(7, ge=1, le=16, description="Training-time-test length L.")
-    fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
-    loss: LossSection = Field(default_factory=LossSection, description="Loss options.")
-    init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
-    vocab_sample: int = Field(
-        512, ge=1, description="Prompts whose continuations are counted for the vocabulary map when generating."
-    )
-
-    @model_validator(mode="after")
-    def _sizes_come_with_init_from(self) -> DraftSection:
-        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm")
-        found = [name for name, value in self if name in sizes and value]
-        if self.init_from is not None and found:
-            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self
 
 
@@ -307,12 +216,18 @@ class OrchestrationSection(Section):
     producer_restarts: int = Field(2, ge=0, description="Restarts of the producer within an attempt.")
 
 
+if TYPE_CHECKING:
+    DraftField = DraftSection
+else:
+    DraftField = draft_field()
+
+
 class RunSpec(Section):
     """One training run of a draft model."""
 
     run: RunSection = Field(default_factory=RunSection, description="Which run this is.")
     target: TargetSection = Field(description="The frozen target model.")
-    draft: DraftSection = Field(default_factory=DraftSection, description="The draft model.")
+    draft: DraftField = Field(default_factory=default_draft, description="The draft model.")
     data: DataSection = Field(description="The prompts.")
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="The producer.")
     store: StoreSection = Field(default_factory=StoreSection, description="The feature store.")

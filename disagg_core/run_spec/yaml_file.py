@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from disagg_core.errors import SpecError
-from disagg_core.run_spec.document import RunSpec, is_local
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.draft import draft_sections
+from disagg_core.run_spec.section import is_local
 
 _PATHS = (
     ("target", "model"),
@@ -89,7 +91,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "document"
+        where = ".".join(_keys(problem["loc"])) or "document"
         if problem["type"] == "extra_forbidden":
             allowed = sorted(_fields_at(problem["loc"][:-1]))
             name = str(problem["loc"][-1])
@@ -108,8 +110,17 @@ def _message(problem: ErrorDetails) -> str:
     return message if "found" in message else f"{message}, found {problem['input']!r}"
 
 
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    """Return `location` as keys of the document: pydantic adds the method that told the kinds of draft apart."""
+    keys = [str(part) for part in location]
+    return keys[:1] + keys[2:] if keys[:1] == ["draft"] and set(keys[1:2]) & draft_sections().keys() else keys
+
+
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = RunSpec
+    keys = [str(part) for part in location]
+    if keys[:1] == ["draft"] and len(keys) > 1 and keys[1] in draft_sections():
+        model, location = draft_sections()[keys[1]], location[2:]
     for name in location:
         annotation = model.model_fields[str(name)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

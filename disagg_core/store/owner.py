@@ -22,7 +22,7 @@ import msgspec
 
 from disagg_core.errors import DraftlineError, StoreUnavailable
 from disagg_core.files import write_atomically
-from disagg_core.run_spec.document import parse_bytes
+from disagg_core.run_spec.section import parse_bytes
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.library import load_mooncake
 from disagg_core.store.master import wait_for_port

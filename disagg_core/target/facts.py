@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import TargetError
-from disagg_core.run_spec.document import TargetSection, is_local
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

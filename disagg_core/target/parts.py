@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from disagg_core.errors import TargetError
-from disagg_core.run_spec.document import TargetSection, is_local
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
 from disagg_core.target.facts import load_target_config
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.drafts.eagle3 import Eagle3Draft, Eagle3Loss
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.run_spec.document import LossSection, TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
 from disagg_core.training.loader import FeatureDataLoader

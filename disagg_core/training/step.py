@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3 import Eagle3Batch, Eagle3Draft, TttOutput, simulated_accept_length
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.errors import TrainingDiverged
-from disagg_core.run_spec.document import LossSection, TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
 from disagg_core.training.loader import TrainingWindow
 from disagg_core.training.optimizer import NamedParameters, Schedule, build_optimizer, clip_gradients

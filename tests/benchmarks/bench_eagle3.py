@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Loss
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run_spec.document import LossSection
 from tests.benchmarks.baselines.eager_eagle3 import eager_training_time_test
 
 STEPS = 7

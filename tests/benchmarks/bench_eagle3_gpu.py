@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from disagg_core.drafts.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, Eagle3Loss
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run_spec.document import LossSection
 from tests.benchmarks.baselines.eager_eagle3 import eager_training_time_test
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, DRAFT_VOCAB, STEPS = 4096, 32, 8, 128, 12288, 151_936, 32_000, 7

@@ -19,8 +19,9 @@ from torch import Tensor
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity, StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Loss
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run_spec.document import LossSection, TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.store import MooncakeFeatureStore, NewSample, managed_store
 from disagg_core.training import build_disagg_online_consumer
 from disagg_core.training.loader import collate

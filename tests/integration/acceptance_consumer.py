@@ -8,8 +8,9 @@ import torch
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run_spec.document import DraftSection, TargetSection, TrainingSection
+from disagg_core.run_spec.document import TargetSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
@@ -24,7 +25,7 @@ def main() -> None:
     target = TargetSection(model=told["model"])
     facts = read_target_facts(target)
     parts = load_target_parts(target)
-    draft = Eagle3Draft(Eagle3Config.for_target(facts, DraftSection()))
+    draft = Eagle3Draft(Eagle3Config.for_target(facts, Eagle3Section()))
     draft.set_vocab_map(VocabMap.identity(facts.vocab_size))
     draft.set_embedding(parts.embedding)
     with (

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.errors import IncompatibleDraft
-from disagg_core.run_spec.document import DraftSection
 from disagg_core.target.facts import TargetFacts
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -130,7 +130,7 @@ class Eagle3Config(BaseModel):
         return values
 
     @classmethod
-    def for_target(cls, facts: TargetFacts, draft: DraftSection) -> Eagle3Config:
+    def for_target(cls, facts: TargetFacts, draft: Eagle3Section) -> Eagle3Config:
         """Return the config of a fresh draft for a target; sizes that `draft` leaves out are the target's.
 
         With another `hidden_size` the head width stays the target's and the MLP keeps its proportion.

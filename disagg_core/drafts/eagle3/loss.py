@@ -29,9 +29,9 @@ from disagg_core.drafts.eagle3.batch import Eagle3Batch, MaskMode, StepPlan, pla
 from disagg_core.drafts.eagle3.linear import linear
 from disagg_core.drafts.eagle3.lm_loss import Objective, Teacher, lm_loss
 from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.eagle3.steps import run_steps
 from disagg_core.errors import BadInput
-from disagg_core.run_spec.document import LossSection
 
 Normalisation = Literal["valid", "compat"]
 LossType = Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"]

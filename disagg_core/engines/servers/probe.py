@@ -16,7 +16,8 @@ from torch import Tensor
 
 from disagg_core.engines.servers.wire import SGLANG_VERSION, ProbeReply, ServerFacts
 from disagg_core.errors import TargetError
-from disagg_core.run_spec.document import TargetSection, is_local
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
 from disagg_core.store.packing import unpack
 from disagg_core.target.facts import TargetFacts, model_fingerprint
 

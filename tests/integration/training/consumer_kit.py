@@ -15,8 +15,9 @@ from torch import Tensor
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity, SampleRef, StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.run_spec.document import LossSection, TrainingSection
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training import FeatureDataLoader, Trainer, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from disagg_core.contracts import StreamTotals
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
-from disagg_core.run_spec.document import LossSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks

@@ -21,8 +21,8 @@ from disagg_core.drafts.eagle3 import (
     simulated_accept_length,
     training_time_test,
 )
+from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.errors import BadInput
-from disagg_core.run_spec.document import LossSection
 from tests.benchmarks.baselines.eager_eagle3 import eager_training_time_test
 from tests.unit.drafts.eagle3.cases import gradients, small_batch, small_draft, target_head, worst_gradient
 

@@ -1,0 +1,44 @@
+"""EAGLE-3's section of the run document."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from disagg_core.run_spec.draft import DraftSection, ReducedVocabulary
+from disagg_core.run_spec.section import Section
+
+
+class LossSection(Section):
+    """The training-time-test loss; formulas in the docstring of `disagg_core.drafts.eagle3.loss`."""
+
+    type: Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"] = Field(
+        "soft_cross_entropy", description="Soft cross entropy, or one of the LK (acceptance) losses."
+    )
+    step_decay: float = Field(0.8, gt=0, le=1, description="Weight of test step k is step_decay to the power k.")
+    mask_mode: Literal["aligned", "compat"] = Field("aligned", description="aligned: the mask follows the token.")
+    normalisation: Literal["valid", "compat"] = Field("valid", description="valid: divide by unmasked positions.")
+    kl_scale: float = Field(1.0, ge=0, description="LK lambda: weight of the divergence at zero acceptance.")
+    kl_decay: float = Field(3.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
+
+
+class Eagle3Section(ReducedVocabulary, DraftSection):
+    """An EAGLE-3 draft. Sizes that are not given are the target's."""
+
+    method: Literal["eagle3"] = Field("eagle3", description="Draft method.")
+    hidden_size: int | None = Field(None, ge=2, description="Width of the draft's layer.")
+    intermediate_size: int | None = Field(None, ge=2, description="Width of the draft's MLP.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Query heads.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="Key and value heads.")
+    ttt_length: int = Field(7, ge=1, le=16, description="Training-time-test length L.")
+    fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
+    loss: LossSection = Field(default_factory=LossSection, description="Loss options.")
+
+    @model_validator(mode="after")
+    def _sizes_come_with_init_from(self) -> Eagle3Section:
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm")
+        found = [name for name, value in self if name in sizes and value]
+        if self.init_from is not None and found:
+            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
+        return self

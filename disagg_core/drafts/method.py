@@ -1,0 +1,383 @@
+"""The seam between the house and a draft method: what a method answers, and nothing else in the house asks which it is.
+
+A method is a folder of `disagg_core.drafts` with an ``options.py`` (its section of the run document, which loads no
+torch) and a ``method.py`` whose ``METHOD`` is a `DraftMethod`; one line in the registry makes it known. The contract
+tests in ``tests/contract/drafts`` run over every registered method.
+
+The way of a sample through a method: `DraftMethod.capture` says what the target gives up for it; a `Batcher` makes
+padded batches of samples and draws whatever is random in a step; the loss module turns a batch into a `LossOutput`;
+`DraftMethod.figures` says what its sums mean. The way of a draft: `DraftMethod.config_for` a target,
+`DraftMethod.model` of a config, `DraftModel.attach` to the target's frozen parts; a `Drafter` proposes tokens with it;
+`DraftMethod.written` and `DraftMethod.read` carry it to serving engines and back.
+
+Three promises hold the rest of the house together:
+
+- **Sums, not means.** A loss is a ratio of sums over an optimizer window on all ranks. What a window divides by is
+  known before its first backward pass (`Batcher.normalisers`), so that padding, the shape of micro-batches and the
+  number of ranks change nothing; every figure leaves as numerator and denominator and is divided once, at the end.
+- **Randomness is a function of (seed, sample id).** A sample id differs from epoch to epoch, so nothing else is
+  needed, and a resumed run draws what an undisturbed one would have drawn.
+- **A draft that lacks a frozen part refuses to compute**: it raises `IncompatibleDraft` instead of training on zeros.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from disagg_core.contracts import Capture
+from disagg_core.drafts.sampling import DraftedTokens, Sampler
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.run_spec.draft import DraftSection
+from disagg_core.target.facts import TargetFacts
+
+Figures: TypeAlias = dict[str, float | list[float]]
+"""Figures of a step by name; lists have one entry for each drafted position."""
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What a draft takes from its target and never trains."""
+
+    embedding: Tensor  # [V, H_t]
+    lm_head: Tensor  # [V, H_t]; last hidden state @ lm_head.T are the target's logits
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captured sample of T tokens, on the CPU: the tensors of `Capture.features`, by name."""
+
+    sample_id: str
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors["input_ids"])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure before it is divided; both parts add over micro-batches and ranks. Shapes [n], or scalars."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def value(self) -> list[float]:
+        """Return numerator / denominator, [n], zero where there was nothing to count."""
+        quotient = self.numerator / self.denominator.clamp(min=torch.finfo(self.denominator.dtype).tiny)
+        return [float(v) for v in quotient.flatten()]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What the loss module says of a batch.
+
+    `total` is the batch's part of the window's loss, a scalar already divided by the window's normalisers: the sum over
+    all batches of a window is the loss, and only this tensor takes gradients. `ratios` are the figures; every batch of
+    a method has the same names and shapes, also one that weighs nothing.
+    """
+
+    total: Tensor
+    ratios: Mapping[str, Ratio]
+
+
+def _flatten(output: LossOutput) -> tuple[list[Tensor], tuple[str, ...]]:
+    parts = [part for ratio in output.ratios.values() for part in (ratio.numerator, ratio.denominator)]
+    return [output.total, *parts], tuple(output.ratios)
+
+
+def _unflatten(values: Iterable[Tensor], names: tuple[str, ...]) -> LossOutput:
+    total, *parts = values
+    ratios = (Ratio(*pair) for pair in zip(parts[::2], parts[1::2], strict=True))
+    return LossOutput(total, dict(zip(names, ratios, strict=True)))
+
+
+# FSDP finds the tensor to start its backward pass from by flattening a module's output.
+pytree.register_pytree_node(LossOutput, _flatten, _unflatten, serialized_type_name="draftline.LossOutput")
+
+
+class Batch(Protocol):
+    """A padded batch of samples, made by a `Batcher` and read by the method's loss module only."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Return the batch with the tensors that are computed with on `device`."""
+        ...
+
+
+class Batcher(ABC):
+    """Makes a method's batches from samples, on the CPU and in background threads: thread-safe, and without state.
+
+    What is random in a step is drawn here, by `sample_id` (see the module's docstring).
+    """
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> Batch:
+        """Return `samples`, at least one, as a batch padded on the right to a multiple of `multiple_of` tokens."""
+
+    @abstractmethod
+    def dummy(self) -> Batch:
+        """Return a short batch for a rank without samples of its own; its loss is finite and gets multiplied by 0."""
+
+    @abstractmethod
+    def trainable_positions(self, batch: Batch) -> int:
+        """Return how many positions of `batch` the loss looks at. A batch with none is not computed."""
+
+    @abstractmethod
+    def normalisers(self, batch: Batch | None) -> dict[str, float]:
+        """Return what `batch` adds to each number that the window's loss is divided by; None is one without samples."""
+
+
+class DraftConfig(Protocol):
+    """Sizes and conventions of a draft; each method has its own."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's vocabulary V."""
+        ...
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens that the draft can propose, K; V where the method knows no reduced vocabulary."""
+        ...
+
+    @property
+    def target_hidden_size(self) -> int:
+        """Width H_t of the target."""
+        ...
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The target's layers that the draft reads; None where its files do not say."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a serving engine reads it, in plain JSON values."""
+        ...
+
+
+class DraftModel(nn.Module, ABC):
+    """A draft model. Its trainable parameters are fp32 masters; the target's parts that it uses are frozen."""
+
+    config: DraftConfig
+
+    @abstractmethod
+    def attach(self, parts: FrozenParts, vocab_map: VocabMap | None = None) -> None:
+        """Take the target's `parts`, without a copy where that is possible, and the vocabulary map if there is one.
+
+        Raises:
+            IncompatibleDraft: their sizes are not those of the config.
+        """
+
+    @abstractmethod
+    def serving_state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps, by serving name: all of the draft, nothing of the target."""
+
+    @abstractmethod
+    def load_serving_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `serving_state_dict` returned.
+
+        Raises:
+            IncompatibleDraft: tensors are missing, unknown or misshapen; all of them are named.
+        """
+
+
+class Drafter(ABC):
+    """Proposes tokens for a batch of sequences while the target verifies them; one for each decoding.
+
+    Rows of the batch have unlike lengths. `states` are the draft's layers as the target captured them, padded on the
+    left after the prefill and in step with the verified tokens afterwards.
+    """
+
+    @abstractmethod
+    def propose(self, count: int, lengths: Tensor) -> DraftedTokens:
+        """Return up to `count` tokens for each row, to follow the token that was emitted last.
+
+        `lengths` [batch] are the tokens in the target's cache, which the token emitted last is not among.
+        """
+
+    @abstractmethod
+    def follow(self, states: Tensor, drafted: DraftedTokens, accepted: Tensor, own: Tensor, lengths: Tensor) -> None:
+        """Take note of what the target kept, and forget the rest.
+
+        Args:
+            states: [batch, k + 1, layers * H_t], of the token emitted last and of the drafted ones.
+            drafted: what `propose` returned.
+            accepted: [batch], how many drafted tokens stand.
+            own: [batch], the target's own token after them.
+            lengths: [batch], tokens in the target's cache before the pass.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Go on with these `rows` [remaining] of the batch only."""
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """Which tokens a draft can propose: `size` of the target's V; a reduced one is counted over `sampled_prompts`."""
+
+    size: int
+    sampled_prompts: int = 0
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an export is to say besides the draft itself.
+
+    `format` is one of the method's; `dtype` is torch's name; `verifier_name` and `verifier_architectures` name the
+    target; `draft_tokens` is the number of tokens that an engine should propose.
+    """
+
+    format: str
+    dtype: str
+    draft_tokens: int
+    verifier_name: str | None = None
+    verifier_architectures: tuple[str, ...] = ()
+
+
+class DraftMethod(ABC):
+    """One draft method. `options` are always of the method's own section."""
+
+    name: ClassVar[str]
+    """As in ``draft.method``."""
+    title: ClassVar[str]
+    """For people."""
+    formats: ClassVar[Mapping[str, str]]
+    """The serving formats that `written` knows, and who loads each; the first is the default."""
+
+    # --- what of the target, and which samples ----------------------------------------------------------------------
+
+    @abstractmethod
+    def capture(self, options: DraftSection, num_layers: int, layers: tuple[int, ...] | None) -> Capture:
+        """Return what is captured of a target of `num_layers` decoder layers; `layers` is the document's choice.
+
+        The last layer is never captured: SGLang cannot.
+
+        Raises:
+            TargetError: the target lacks the layers, or the choice does not fit the method.
+        """
+
+    @abstractmethod
+    def check(self, options: DraftSection, facts: TargetFacts, *, max_tokens: int, draft_tokens: int) -> None:
+        """Refuse, before a GPU is held, what cannot work for this target, samples up to `max_tokens` and evaluation
+        with `draft_tokens`.
+
+        Raises:
+            BadInput: each option that does not fit is named, with what is allowed.
+        """
+
+    @abstractmethod
+    def vocabulary(self, options: DraftSection, facts: TargetFacts) -> DraftVocabulary:
+        """Return the draft's vocabulary."""
+
+    @abstractmethod
+    def untrainable(self, loss_mask: Sequence[int]) -> str | None:
+        """Return why a sample with this `loss_mask` teaches the draft nothing, or None if it can be trained on."""
+
+    # --- the draft --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def config_for(
+        self, options: DraftSection, facts: TargetFacts, capture: Capture, draft_vocab_size: int
+    ) -> DraftConfig:
+        """Return the config of a fresh draft.
+
+        Raises:
+            IncompatibleDraft: sizes that were given do not fit each other or the target.
+        """
+
+    @abstractmethod
+    def model(self, config: DraftConfig) -> DraftModel:
+        """Return a draft with fresh fp32 weights, drawn from torch's global generator; nothing is attached yet."""
+
+    @abstractmethod
+    def continued(
+        self, config: DraftConfig, state: Mapping[str, Tensor], facts: TargetFacts, capture: Capture, vocab: VocabMap
+    ) -> DraftModel:
+        """Return a draft to train on from a published one, `config` and `state` as `read` returned them.
+
+        Raises:
+            IncompatibleDraft: it was made for a target of other sizes or other layers.
+        """
+
+    @abstractmethod
+    def parameters(self, config: DraftConfig) -> int:
+        """Return how many trainable parameters a draft of `config` has, without making one."""
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> Batcher:
+        """Return what makes the batches; `seed` is the run's."""
+
+    @abstractmethod
+    def loss(
+        self, draft: DraftModel, parts: FrozenParts, options: DraftSection, *, activation_checkpointing: bool
+    ) -> nn.Module:
+        """Return the loss module over `draft`: ``module(batch, normalisers)`` is a `LossOutput`.
+
+        `normalisers` are the window's sums of what `Batcher.normalisers` returned, fp32 scalars on the device. Every
+        parameter of the draft is used inside ``forward``, for FSDP's sake. ``module.compile(...)`` compiles what pays.
+        """
+
+    @abstractmethod
+    def figures(self, ratios: Mapping[str, Ratio]) -> Figures:
+        """Return the figures of a step from the `ratios` summed over its window and all ranks.
+
+        ``loss`` (float), ``accuracies`` (by drafted position) and ``simulated_accept_length`` (float) are always there.
+        """
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def most_draft_tokens(self, config: DraftConfig) -> int | None:
+        """Return how many tokens a draft can propose at once; None where there is no bound."""
+
+    @abstractmethod
+    def drafter(
+        self, draft: DraftModel, sampler: Sampler, prompts: Sequence[Sequence[int]], states: Tensor, first: Tensor
+    ) -> Drafter:
+        """Return a drafter that starts from the target's prefill of `prompts`.
+
+        Args:
+            draft: attached, on the target's device and in its dtype.
+            sampler: chooses the tokens.
+            prompts: token ids, unlike lengths.
+            states: [batch, longest, layers * H_t], padded on the left.
+            first: [batch], the token that follows each prompt.
+        """
+
+    # --- serving formats --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def recognises(self, document: Mapping[str, Any]) -> bool:
+        """Tell whether ``config.json`` `document` is of a draft of this method, in any format."""
+
+    @abstractmethod
+    def read(
+        self, document: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
+    ) -> tuple[DraftConfig, dict[str, Tensor]]:
+        """Return config and tensors (fp32, serving names, as `DraftModel.load_serving_state_dict` takes them).
+
+        Raises:
+            IncompatibleDraft: it computes something else than this project's drafts, or tensors are missing, unknown or
+                misshapen; `source` and every fault are named.
+        """
+
+    @abstractmethod
+    def written(
+        self, config: DraftConfig, tensors: Mapping[str, Tensor], request: ExportRequest, parts: FrozenParts | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return ``config.json`` and the tensors of an export, from `tensors` as `read` returned them, cast already.
+
+        `parts` are the target's, for formats that carry them.
+        """
+
+    @abstractmethod
+    def server_flags(self, draft_tokens: int) -> str:
+        """Return SGLang's flags for serving such a draft with `draft_tokens` proposals a pass; empty if it cannot."""

@@ -1,0 +1,58 @@
+"""The draft section of the run document: what all methods have in common, and the union of what each adds.
+
+A run document stands below the draft methods, which read it. The methods' own sections are therefore not imported here
+but asked of `disagg_core.drafts.registry` by name, when the document's class is made.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache, reduce
+from operator import or_
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from disagg_core.run_spec.section import Section
+
+DEFAULT_METHOD = "eagle3"
+"""The method of a document that names none."""
+_SECTIONS = "disagg_core.drafts.registry:SECTIONS"
+
+
+class DraftSection(Section):
+    """What every draft method has; a method's own section adds to it. Sizes that are not given are the target's."""
+
+    method: str
+    init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
+
+
+class ReducedVocabulary(Section):
+    """For methods whose draft may propose a part of the target's vocabulary only."""
+
+    vocab_size: int | None = Field(None, ge=2, description="Draft vocabulary; by default the target's.")
+    vocab_sample: int = Field(
+        512, ge=1, description="Prompts whose continuations are counted for the vocabulary map when generating."
+    )
+
+
+@cache
+def draft_sections() -> dict[str, type[DraftSection]]:
+    """Return the section of every registered method, by name."""
+    sections: tuple[type[DraftSection], ...] = pkgutil.resolve_name(_SECTIONS)
+    return {section.model_fields["method"].default: section for section in sections}
+
+
+def draft_field() -> Any:
+    """Return the type of the document's draft: a union told apart by `method`, `DEFAULT_METHOD` where it names none."""
+    union = reduce(or_, draft_sections().values())
+    return Annotated[union, Field(discriminator="method"), BeforeValidator(_with_method)]
+
+
+def default_draft() -> DraftSection:
+    """Return the draft of a document that says nothing about it."""
+    return draft_sections()[DEFAULT_METHOD].model_validate({})
+
+
+def _with_method(value: object) -> object:
+    return {"method": DEFAULT_METHOD, **value} if isinstance(value, dict) else value
