@@ -115,6 +115,9 @@ class Batcher(ABC):
     What is random in a step is drawn here, by `sample_id` (see the module's docstring).
     """
 
+    by_length: bool = True
+    """Whether samples of like length may share a micro-batch; False where the loss depends on which ones do."""
+
     @abstractmethod
     def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> Batch:
         """Return `samples`, at least one, as a batch padded on the right to a multiple of `multiple_of` tokens."""
@@ -163,6 +166,8 @@ class DraftConfig(Protocol):
 class DraftModel(nn.Module, ABC):
     """A draft model. Its trainable parameters are fp32 masters; the target's parts that it uses are frozen."""
 
+    method: ClassVar[str]
+    """Name of the method that the draft is of."""
     config: DraftConfig
 
     @abstractmethod
@@ -245,8 +250,6 @@ class DraftMethod(ABC):
 
     name: ClassVar[str]
     """As in ``draft.method``."""
-    title: ClassVar[str]
-    """For people."""
     formats: ClassVar[Mapping[str, str]]
     """The serving formats that `written` knows, and who loads each; the first is the default."""
 

@@ -59,7 +59,7 @@ def validate_prompts(spec: RunSpec, tokenizer: Any | None = None, facts: TargetF
         given = {prompt_key(record): where for where, record in held_out} if spec.data.holdout is not None else {}
         _check_records(spec, order, given)
         if tokenizer is not None:
-            _probe(spec, order, PromptEncoder(spec.data, tokenizer))
+            _probe(spec, order, PromptEncoder(spec, tokenizer))
         rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows
         count = order.per_epoch
     finally:
@@ -121,7 +121,7 @@ def heldout_prompts(spec: RunSpec, tokenizer: Any, n: int) -> list[list[int]]:
         records = held_out_records(spec, order)
     finally:
         order.close()
-    encoder = PromptEncoder(spec.data, tokenizer)
+    encoder = PromptEncoder(spec, tokenizer)
     prompts: list[list[int]] = []
     for _, record in records:
         if len(prompts) == n:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from disagg_core.drafts.registry import method_of
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.chat import ChatTemplate, template_text
 from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
@@ -17,10 +18,7 @@ from disagg_core.prompts.records import (
     answer_start,
     context_length,
 )
-from disagg_core.run_spec.document import DataSection
-
-MIN_TOKENS = 3
-"""Shortest sample: position t reads token t + 1 and predicts token t + 2."""
+from disagg_core.run_spec.document import RunSpec
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,11 @@ class Encoded:
 
 
 class PromptEncoder:
-    """Turns records into token ids and masks by the rules of a run's `data` section. Safe from several threads."""
+    """Turns records into token ids and masks by the rules of a run's document. Safe from several threads."""
 
-    def __init__(self, data: DataSection, tokenizer: Any) -> None:
-        self._data = data
+    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+        self._data = data = spec.data
+        self._untrainable = method_of(spec.draft.method).untrainable
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens_of(tokenizer)
         self._vocab_size = len(tokenizer)
@@ -62,10 +61,8 @@ class PromptEncoder:
         encoded = self._whole(record)
         if len(encoded.input_ids) > self._data.max_tokens:
             encoded = self._truncated(encoded)
-        if len(encoded.input_ids) < MIN_TOKENS:
-            raise PromptRejected(f"expected at least {MIN_TOKENS} tokens, found {len(encoded.input_ids)}")
-        if not any(encoded.loss_mask[MIN_TOKENS - 1 :]):
-            raise PromptRejected("no position to train on: the loss mask is zero after truncation to data.max_tokens")
+        if (reason := self._untrainable(encoded.loss_mask)) is not None:
+            raise PromptRejected(reason)
         return encoded
 
     def encode_prompt(self, record: Record) -> list[int]:

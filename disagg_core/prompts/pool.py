@@ -225,7 +225,7 @@ class EncodedPrompts:
 
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         self.order = open_order(spec)
-        self.encoder = PromptEncoder(spec.data, tokenizer)
+        self.encoder = PromptEncoder(spec, tokenizer)
         self._data: DataSection = spec.data
         self._held_out = {prompt_key(record) for _, record in held_out_records(spec, self.order)}
 

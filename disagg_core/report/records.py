@@ -32,7 +32,7 @@ def write_report(plan: RunPlan, report: RunReport) -> Path:
     plot_run(
         plan.dir.metrics / "train.jsonl",
         picture,
-        title=f"{plan.run_id}: EAGLE-3 draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
+        title=f"{plan.run_id}: {plan.spec.draft.title} draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
         accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
     )
     shown = f"{report.to_markdown()}\n![Loss and accept length]({picture.name})\n"

@@ -14,19 +14,18 @@ from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
+from disagg_core.drafts.method import DraftModel, FrozenParts
+from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed, classify
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.outcomes import exit_code_of, read_outcome, write_failure, write_outcome
-from disagg_core.run.plan import RoleAssignment
+from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.target.facts import TargetFacts
 from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
@@ -95,7 +94,7 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
             vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop)
-            draft, lm_head = _build_draft(assignment, vocab_map, ranks.device)
+            draft, parts = _build_draft(assignment, vocab_map, ranks.device)
             expected = plan.identity(assignment.attempt, vocab_map.version)
             if channel is not None:
                 channel.expect(expected)
@@ -104,10 +103,9 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
                 channel=channel,
                 store=store,
                 draft=draft,
-                lm_head=lm_head,
+                parts=parts,
                 section=spec.training,
-                ttt_length=spec.draft.ttt_length,
-                loss=spec.draft.loss,
+                options=spec.draft,
                 total_steps=plan.total_steps,
                 ranks=ranks,
                 checkpoints=plan.dir.checkpoints,
@@ -170,48 +168,38 @@ def _producer_progress(channel: StreamingRefChannel, awaited: Path) -> int:
     return status.claim.progress if status.claim is not None else 0
 
 
-def _build_draft(assignment: RoleAssignment, vocab_map: VocabMap, device: torch.device) -> tuple[Eagle3Draft, Tensor]:
-    """Return the draft, seeded or from `draft.init_from`, with its maps set, and the target's LM head [V, H_t]."""
+def _build_draft(
+    assignment: RoleAssignment, vocab_map: VocabMap, device: torch.device
+) -> tuple[DraftModel, FrozenParts]:
+    """Return the draft, seeded or continued from `draft.init_from`, attached to the target's parts, and these."""
     plan, section = assignment.plan, assignment.plan.spec.draft
+    method = method_of(section.method)
     torch.manual_seed(plan.spec.run.seed)
     if section.init_from is None:
-        draft = Eagle3Draft(
-            Eagle3Config.for_target(plan.target, section.model_copy(update={"vocab_size": plan.draft_vocab_size}))
-        )
+        config = method.config_for(section, plan.target, plan.capture, plan.draft_vocab_size)
+        draft = method.model(config)
     else:
-        draft = _continued(Path(section.init_from).expanduser(), plan.target, vocab_map)
-    draft.set_vocab_map(vocab_map)
+        draft = _continued(Path(section.init_from).expanduser(), plan, vocab_map)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
-    parts = load_target_parts(plan.spec.target, dtype=dtype)
-    if not draft.config.owns_embedding:
-        draft.set_embedding(parts.embedding)
-    return draft, parts.lm_head
+    loaded = load_target_parts(plan.spec.target, dtype=dtype)
+    parts = FrozenParts(loaded.embedding, loaded.lm_head)
+    draft.attach(parts, vocab_map)
+    return draft, parts
 
 
-def _continued(path: Path, target: TargetFacts, vocab_map: VocabMap) -> Eagle3Draft:
-    """Return an exported draft, to be trained on; where its vocabulary is another, LM head rows follow their tokens.
+def _continued(path: Path, plan: RunPlan, vocab_map: VocabMap) -> DraftModel:
+    """Return the draft in `path` to train on.
 
     Raises:
-        IncompatibleDraft: it was made for a target of other sizes or other captured layers.
+        IncompatibleDraft: it is of another method, or was made for a target of other sizes or other captured layers.
     """
-    config, state = import_draft(path)
-    found = (config.target_hidden_size, config.vocab_size, config.aux_layer_ids or target.aux_layers)
-    expected = (target.hidden_size, target.vocab_size, target.aux_layers)
-    if found != expected:
+    published = import_draft(path)
+    if published.method.name != plan.spec.draft.method:
         raise IncompatibleDraft(
-            f"draft.init_from: {path}: expected target width, vocabulary and aux layers {expected}, found {found}"
+            f"draft.init_from: {path}: expected a draft of method {plan.spec.draft.method}, found "
+            f"{published.method.name}"
         )
-    draft = Eagle3Draft(config.model_copy(update={"draft_vocab_size": len(vocab_map.d2t)}))
-    known, wanted = state["t2d"].nonzero().flatten(), vocab_map.target_ids  # target ids, ascending
-    row_of = torch.full((config.vocab_size,), -1, dtype=torch.int64)
-    row_of[known] = torch.arange(len(known))
-    rows = row_of[wanted]  # row of each draft token in the imported LM head; -1 where it had none
-    head = draft.lm_head.weight.detach().clone()
-    head[rows >= 0] = state["lm_head.weight"][rows[rows >= 0]]
-    if not torch.equal(known, wanted):
-        _log.warning("%s has another draft vocabulary; %d rows start afresh", path, int((rows < 0).sum()))
-    draft.load_serving_state_dict(state | {"lm_head.weight": head, "t2d": vocab_map.t2d, "d2t": vocab_map.d2t})
-    return draft
+    return published.method.continued(published.config, published.tensors, plan.target, plan.capture, vocab_map)
 
 
 def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> dict[str, str]:
@@ -223,7 +211,7 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
         "target": identity.target_model_version,
         "tokenizer": identity.tokenizer_version,
         "vocab_map": identity.vocab_map_version,
-        "aux_layers": ",".join(map(str, identity.aux_layers)),
+        "aux_layers": ",".join(map(str, identity.capture.layers)),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
+from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
 from disagg_core.engines.contract import Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
@@ -35,8 +36,8 @@ def vocab_map_of(
     """Return the run's vocabulary map: the one on disk, or a new one, which is saved.
 
     A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted where the loss mask is 1:
-    over the prompts of the first epoch, or, when the target generates, over its continuations of
-    ``draft.vocab_sample`` prompts. A map of another run in the folder `cache` is taken if it was derived from the same
+    over the prompts of the first epoch, or, when the target generates, over its continuations of as many prompts as
+    the draft's method asks for. A map of another run in the folder `cache` is taken if it was derived from the same
     target, tokenizer, prompts and settings. `progress` is told prompts counted so far and in all.
 
     Raises:
@@ -46,7 +47,7 @@ def vocab_map_of(
     if plan.dir.vocab_map.is_file():
         return VocabMap.load(plan.dir.vocab_map)
     generating = plan.spec.data.generate is not None
-    limit = plan.spec.draft.vocab_sample if generating else _MOST_COUNTED
+    limit = _sampled_prompts(plan) if generating else _MOST_COUNTED
     total = limit if pool.end is None else min(limit, pool.end)
     so_far = 0
 
@@ -80,6 +81,11 @@ def vocab_map_of(
     vocab_map.save(plan.dir.vocab_map)
     log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
     return vocab_map
+
+
+def _sampled_prompts(plan: RunPlan) -> int:
+    """Return over how many prompts' continuations the draft's vocabulary is counted."""
+    return method_of(plan.spec.draft.method).vocabulary(plan.spec.draft, plan.target).sampled_prompts
 
 
 def _tasks(pool: PromptPool) -> Iterator[PromptTask]:
@@ -141,7 +147,7 @@ def _inputs_version(plan: RunPlan) -> str:
         plan.tokenizer_version,
         plan.spec.data.model_dump_json(),
         str(plan.spec.run.seed),
-        str(plan.spec.draft.vocab_sample),
+        str(_sampled_prompts(plan)),
         str(plan.draft_vocab_size),
     )
     prompts = Path(plan.spec.data.prompts)

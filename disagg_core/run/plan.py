@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
+from disagg_core.drafts.registry import method_of
 from disagg_core.errors import SpecError
 from disagg_core.run.directory import AttemptDir, RunDir
 from disagg_core.run_spec.document import RunSpec
@@ -36,6 +37,7 @@ class RunPlan(BaseModel):
     root: Path
     spec: RunSpec
     target: TargetFacts
+    capture: Capture
     tokenizer_version: str
     draft_vocab_size: int
     total_prompts: int | None
@@ -52,6 +54,11 @@ class RunPlan(BaseModel):
         """The run's directory."""
         return RunDir(self.root)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored bytes of one token of a sample."""
+        return self.capture.bytes_per_token(self.target.hidden_size, self.target.dtype)
+
     def next_attempt(self) -> int:
         """Return the number of the first attempt that was not begun: 1 unless an earlier process of this run ended."""
         return max(self.dir.begun_attempts(), default=0) + 1
@@ -66,7 +73,7 @@ class RunPlan(BaseModel):
             tokenizer_version=self.tokenizer_version,
             vocab_map_version=vocab_map_version,
             draft_weight_version=0,
-            aux_layers=self.target.aux_layers,
+            capture=self.capture,
             dtype=self.target.dtype,
         )
 
@@ -111,17 +118,20 @@ def make_plan(
     `total_prompts` counts all epochs; None where the prompts cannot be counted beforehand (a streamed dataset).
 
     Raises:
-        SpecError: vocabulary, context, watermarks or store capacity cannot work together; each number is named.
+        BadInput: the draft's options do not fit the target.
+        SpecError: context, watermarks or store capacity cannot work together; each number is named.
     """
-    draft_vocab = spec.draft.vocab_size or target.vocab_size
-    if draft_vocab > target.vocab_size:
-        raise SpecError(f"draft.vocab_size: expected at most the target's {target.vocab_size}, found {draft_vocab}")
+    method = method_of(spec.draft.method)
+    capture = method.capture(spec.draft, target.num_layers, spec.target.aux_layers)
+    draft_vocab = method.vocabulary(spec.draft, target).size
     if spec.data.max_tokens > target.max_position_embeddings:
         raise SpecError(
             f"data.max_tokens: expected at most the target's context of {target.max_position_embeddings}, "
             f"found {spec.data.max_tokens}"
         )
-    sample_bytes = spec.data.max_tokens * target.bytes_per_token + _ALIGNMENT_SLACK
+    method.check(spec.draft, target, max_tokens=spec.data.max_tokens, draft_tokens=spec.evaluation.draft_tokens)
+    bytes_per_token = capture.bytes_per_token(target.hidden_size, target.dtype)
+    sample_bytes = spec.data.max_tokens * bytes_per_token + _ALIGNMENT_SLACK
     high_bytes = spec.rollout.high_watermark_bytes or int(spec.store.capacity * _STORE_SHARE)
     low_bytes = spec.rollout.low_watermark_bytes or max(high_bytes // 2, spec.quantum * sample_bytes)
     high_refs = spec.rollout.high_watermark_refs
@@ -135,6 +145,7 @@ def make_plan(
         root=root,
         spec=spec,
         target=target,
+        capture=capture,
         tokenizer_version=tokenizer_version,
         draft_vocab_size=draft_vocab,
         total_prompts=total_prompts,

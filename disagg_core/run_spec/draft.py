@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from functools import cache, reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
@@ -23,6 +23,8 @@ _SECTIONS = "disagg_core.drafts.registry:SECTIONS"
 class DraftSection(Section):
     """What every draft method has; a method's own section adds to it. Sizes that are not given are the target's."""
 
+    title: ClassVar[str]
+    """The method's name for people."""
     method: str
     init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
-from disagg_core.drafts.eagle3 import Eagle3Draft, Eagle3Loss
-from disagg_core.drafts.eagle3.options import LossSection
-from disagg_core.ordinals import OrdinalSet
+from disagg_core.drafts.method import Batcher, DraftModel, FrozenParts
+from disagg_core.drafts.registry import method_of
 from disagg_core.run_spec.document import TrainingSection
+from disagg_core.run_spec.draft import DraftSection, draft_sections
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
 from disagg_core.training.loader import FeatureDataLoader
@@ -27,11 +25,10 @@ def build_disagg_online_consumer(
     *,
     channel: StreamingRefChannel | None,
     store: MooncakeFeatureStore,
-    draft: Eagle3Draft,
-    lm_head: Tensor,
+    draft: DraftModel,
+    parts: FrozenParts,
     section: TrainingSection,
-    ttt_length: int,
-    loss: LossSection | None = None,
+    options: DraftSection | None = None,
     total_steps: int | None = None,
     ranks: Ranks | None = None,
     checkpoints: Path | None = None,
@@ -48,16 +45,15 @@ def build_disagg_online_consumer(
     Args:
         channel: the attempt's reference channel.
         store: this process's client of the feature store.
-        draft: with its vocabulary map and embedding set, in fp32; sharded in place and moved to the rank's device.
-        lm_head: the target's LM head [V, H_t], frozen.
+        draft: in fp32, attached to the target's parts; sharded in place and moved to the rank's device.
+        parts: the target's frozen embedding and LM head [V, H_t].
         section: batch sizes, steps, rates and precision.
-        ttt_length: test steps L.
-        loss: loss options; by default those of the run document.
+        options: the draft's section of the run document; by default its method's with all defaults.
         total_steps: length of the schedule; `section.max_steps` if that is less; None: constant after warm-up.
         ranks: this process among the trainer's; by default joined as the environment says.
         checkpoints: directory of checkpoints. If it holds one, training continues there. None: nothing is saved.
         keep: checkpoints that stay besides step 0.
-        seed: noted in checkpoints.
+        seed: noted in checkpoints, and what the randomness of a step follows from.
         identity: what must be equal for a checkpoint to be continued.
         observer: is told of every step on rank 0.
 
@@ -65,55 +61,46 @@ def build_disagg_online_consumer(
         CheckpointError: the newest checkpoint belongs to another run or draft.
     """
     ranks = ranks or Ranks.join(section.device)
-    loss = loss or LossSection()
+    options = options or draft_sections()[draft.method].model_validate({})
+    batcher = method_of(draft.method).batcher(options, draft.config, seed=seed)
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
     saving = None
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
-    step = _step(draft, lm_head, ranks, section, loss, ttt_length, steps)
+    step = _step(draft, parts, ranks, section, options, batcher, steps)
     trainer = Trainer(step, draft, ranks=ranks, checkpoints=saving, max_steps=section.max_steps, observer=observer)
     trainer.restore_newest()
-    return trainer, _loader(channel, store, ranks, section, loss, trainer.progress.trained)
-
-
-def _step(
-    draft: Eagle3Draft,
-    lm_head: Tensor,
-    ranks: Ranks,
-    section: TrainingSection,
-    loss: LossSection,
-    ttt_length: int,
-    steps: int | None,
-) -> OptimizerStep:
-    """Return the optimizer step over the loss module, moved to the rank's device and sharded."""
-    recompute = section.activation_checkpointing
-    module = Eagle3Loss(draft, lm_head, loss, ttt_length, activation_checkpointing=recompute).to(ranks.device)
-    sharded = shard(module, ranks, compute_dtype(section.precision, ranks.device))
-    if section.compile:
-        module.compile(dynamic=True)
-    schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
-    return OptimizerStep(module, sharded, draft, ranks=ranks, section=section, loss=loss, schedule=schedule)
-
-
-def _loader(
-    channel: StreamingRefChannel | None,
-    store: MooncakeFeatureStore,
-    ranks: Ranks,
-    section: TrainingSection,
-    loss: LossSection,
-    trained: OrdinalSet,
-) -> FeatureDataLoader:
-    """Return the loader of this rank's samples; `trained` is what the restored weights have seen."""
-    return FeatureDataLoader(
+    loader = FeatureDataLoader(
         StreamingRefQueue(channel) if channel is not None else None,
         store,
+        batcher=batcher,
         channel=channel,
         batch_size=section.batch_size,
         accumulation_steps=section.accumulation_steps,
         ranks=ranks,
-        mask_mode=loss.mask_mode,
-        by_length=loss.normalisation == "valid",
         prefetch_samples=section.prefetch_samples,
         pad_to_multiple_of=COMPILED_MULTIPLE if section.compile else 1,
-        trained=trained,
+        trained=trainer.progress.trained,
+    )
+    return trainer, loader
+
+
+def _step(
+    draft: DraftModel,
+    parts: FrozenParts,
+    ranks: Ranks,
+    section: TrainingSection,
+    options: DraftSection,
+    batcher: Batcher,
+    steps: int | None,
+) -> OptimizerStep:
+    """Return the optimizer step over the loss module, moved to the rank's device and sharded."""
+    method = method_of(draft.method)
+    module = method.loss(draft, parts, options, activation_checkpointing=section.activation_checkpointing)
+    sharded = shard(module.to(ranks.device), ranks, compute_dtype(section.precision, ranks.device))
+    if section.compile:
+        module.compile(dynamic=True)
+    schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
+    return OptimizerStep(
+        module, sharded, draft, method=method, batcher=batcher, ranks=ranks, section=section, schedule=schedule
     )

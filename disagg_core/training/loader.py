@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import SampleRef, ordinal_of
-from disagg_core.drafts.eagle3 import Eagle3Batch, count_valid_positions
-from disagg_core.drafts.eagle3.batch import MaskMode
+from disagg_core.drafts.method import Batch, Batcher, Sample
 from disagg_core.errors import ChannelError, FailureClass, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.store import MooncakeFeatureStore
@@ -39,7 +38,6 @@ KEEPALIVE_S = 10.0
 """Rank 0 talks to the other ranks at least this often while it waits for references."""
 
 EndReason = Literal["end of stream", "stop requested", "stream failed"]
-Samples = Mapping[str, Tensor]
 _log = logging.getLogger(__name__)
 
 
@@ -69,13 +67,15 @@ class TrainingWindow:
 
     `refs` are all of the window, in published order; `own` those that this rank fetched, `given_up` what of
     these could not be used. `batches` are this rank's micro-batches; None weighs zero. Every rank has the
-    same number of them. `live_positions` counts this rank's unmasked positions at test step 0, `tokens` its tokens.
+    same number of them. Of this rank, `live_positions` counts the positions that are trained on, `normalisers` what its
+    batches add to the numbers that the window's loss is divided by, `tokens` its tokens.
     """
 
     refs: list[SampleRef]
     own: list[SampleRef]
-    batches: list[Eagle3Batch | None]
+    batches: list[Batch | None]
     live_positions: int
+    normalisers: dict[str, float]
     tokens: int
     wait_s: float
     given_up: list[GivenUp] = field(default_factory=list)
@@ -117,35 +117,10 @@ def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *
     return shares
 
 
-def collate(samples: Sequence[Samples], *, multiple_of: int = 1) -> Eagle3Batch:
-    """Pad samples on the right to one length, a multiple of `multiple_of`, and return them as one batch.
-
-    Each sample holds `input_ids` [T], `loss_mask` [T], `aux_hidden_states` [T, 3H] and `last_hidden_state` [T, H];
-    padding is zero everywhere. Hidden states keep their dtype.
-    """
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    width = -(-max(lengths) // multiple_of) * multiple_of
-
-    def padded(name: str, dtype: torch.dtype) -> Tensor:
-        rows = torch.zeros(len(samples), width, *samples[0][name].shape[1:], dtype=dtype)
-        for row, sample, length in zip(rows, samples, lengths, strict=True):
-            row[:length] = sample[name]
-        return rows
-
-    attention_mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
-    return Eagle3Batch(
-        input_ids=padded("input_ids", torch.int64),
-        attention_mask=attention_mask,
-        loss_mask=padded("loss_mask", torch.bool),
-        aux_hidden_states=padded("aux_hidden_states", samples[0]["aux_hidden_states"].dtype),
-        last_hidden_state=padded("last_hidden_state", samples[0]["last_hidden_state"].dtype),
-    )
-
-
-def _checked(sample: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `sample` if its hidden states are finite; one that is not would end the run for all others."""
-    for name in ("aux_hidden_states", "last_hidden_state"):
-        if not all(bool(bound.isfinite()) for bound in sample[name].aminmax()):
+def _checked(sample: Sample) -> Sample:
+    """Return `sample` if its states are finite; one that is not would end the run for all others."""
+    for name, tensor in sample.tensors.items():
+        if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
             raise SampleUnusable(f"{name} is not finite: the target overflowed on this prompt")
     return sample
 
@@ -162,18 +137,17 @@ class FeatureDataLoader:
         queue: StreamingRefQueue | None,
         store: MooncakeFeatureStore,
         *,
+        batcher: Batcher,
         batch_size: int,
         accumulation_steps: int = 1,
         channel: StreamingRefChannel | None = None,
         ranks: Ranks | None = None,
-        mask_mode: MaskMode = "aligned",
-        by_length: bool = True,
         prefetch_samples: int = 64,
         prefetch_bytes: int = PREFETCH_BYTES,
         pad_to_multiple_of: int = 1,
         trained: OrdinalSet | None = None,
     ) -> None:
-        """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`.
+        """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`; `batcher` collates them.
 
         `prefetch_samples` and `prefetch_bytes` bound what this rank fetches beyond the window that is trained.
         References to ordinals in `trained`, which the restored weights have seen, are quarantined.
@@ -185,8 +159,7 @@ class FeatureDataLoader:
         assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
         self._batch_size = batch_size
         self._quantum = self._ranks.size * batch_size * accumulation_steps
-        self._mask_mode = mask_mode
-        self._by_length = by_length
+        self._batcher = batcher
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
         self._multiple_of = pad_to_multiple_of
@@ -309,7 +282,7 @@ class FeatureDataLoader:
 
     def _dispatched(self, refs: list[SampleRef]) -> _Pending:
         """Start fetching this rank's share of a window."""
-        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._by_length)
+        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._batcher.by_length)
         own = [[refs[index] for index in share] for share in shares]
         return _Pending(
             refs,
@@ -329,24 +302,31 @@ class FeatureDataLoader:
 
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
         """Collate a window's samples, which have arrived."""
-        given_up: list[GivenUp] = []
-        batches: list[Eagle3Batch | None] = []
-        tokens = live = 0
+        own = [ref for share in pending.shares for ref, _future in share]
+        nothing = dict.fromkeys(self._batcher.normalisers(None), 0.0)
+        window = TrainingWindow(pending.refs, own, [], 0, nothing, 0, 0.0)
         for share in pending.shares:
             samples = []
             for ref, future in share:
                 try:
-                    samples.append(_checked(future.result()))
+                    samples.append(_checked(Sample(ref.sample_id, future.result())))
                 except (SampleLost, SampleUnusable) as error:
                     _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
-                    given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
-            batch = collate(samples, multiple_of=self._multiple_of) if samples else None
-            positions = int(count_valid_positions(batch, self._mask_mode)) if batch is not None else 0
-            batches.append(batch if positions else None)
-            tokens += sum(len(sample["input_ids"]) for sample in samples)
-            live += positions
-        own = [ref for share in pending.shares for ref, _future in share]
-        return TrainingWindow(pending.refs, own, batches, live, tokens, time.monotonic() - started, given_up)
+                    window.given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
+            self._add(window, samples)
+        window.wait_s = time.monotonic() - started
+        return window
+
+    def _add(self, window: TrainingWindow, samples: list[Sample]) -> None:
+        """Add a micro-batch of `samples` to `window`; None where there is nothing in them to train on."""
+        batch = self._batcher.collate(samples, multiple_of=self._multiple_of) if samples else None
+        positions = self._batcher.trainable_positions(batch) if batch is not None else 0
+        batch = batch if positions else None
+        window.batches.append(batch)
+        window.live_positions += positions
+        window.tokens += sum(len(sample) for sample in samples)
+        for name, value in self._batcher.normalisers(batch).items():
+            window.normalisers[name] += value
 
     # --- after the step -----------------------------------------------------------------------------------------
 

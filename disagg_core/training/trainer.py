@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from disagg_core.contracts import ordinal_of
-from disagg_core.drafts.eagle3 import Eagle3Draft
+from disagg_core.drafts.method import DraftModel
 from disagg_core.errors import ChannelError, CheckpointError, Preempted, RoleFailed, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.training.checkpoint import (
@@ -131,7 +131,7 @@ class Trainer:
     def __init__(
         self,
         step: OptimizerStep,
-        draft: Eagle3Draft,
+        draft: DraftModel,
         *,
         ranks: Ranks,
         checkpoints: CheckpointPolicy | None = None,
@@ -344,7 +344,7 @@ class Trainer:
         seconds = max(step_s + window.wait_s, 1e-9)
         return {
             "step": self.progress.step,
-            **asdict(result),
+            **result.record(),
             "samples_per_s": result.samples / seconds,
             "tokens_per_s": result.tokens / seconds,
             "data_wait_s": window.wait_s,

@@ -9,6 +9,7 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.document import TargetSection, TrainingSection
 from disagg_core.store import MooncakeFeatureStore
@@ -26,8 +27,8 @@ def main() -> None:
     facts = read_target_facts(target)
     parts = load_target_parts(target)
     draft = Eagle3Draft(Eagle3Config.for_target(facts, Eagle3Section()))
-    draft.set_vocab_map(VocabMap.identity(facts.vocab_size))
-    draft.set_embedding(parts.embedding)
+    frozen = FrozenParts(parts.embedding, parts.lm_head)
+    draft.attach(frozen, VocabMap.identity(facts.vocab_size))
     with (
         StreamingRefChannel(told["channel"], run_id=told["run_id"]) as channel,
         MooncakeFeatureStore(StoreEndpoints.model_validate(told["store"]), namespace=f"{told['run_id']}/1") as store,
@@ -36,9 +37,9 @@ def main() -> None:
             channel=channel,
             store=store,
             draft=draft,
-            lm_head=parts.lm_head,
+            parts=frozen,
             section=TrainingSection(batch_size=1, accumulation_steps=4, device="cpu"),
-            ttt_length=3,
+            options=Eagle3Section(ttt_length=3),
         )
         outcome = trainer.fit(loader)
     Path(told["outcome"]).write_text(

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from disagg_core.drafts.eagle3.layers import default_layers
 from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
@@ -66,6 +67,11 @@ class Eagle3Config(BaseModel):
         if self.rope_parameters["rope_type"] not in ROPE_TYPES:
             raise ValueError(f"rope_type: expected one of {ROPE_TYPES}, found {self.rope_parameters['rope_type']!r}")
         return self
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The target's layers that the draft reads, as the seam asks for them."""
+        return self.aux_layer_ids
 
     @property
     def owns_embedding(self) -> bool:
@@ -130,10 +136,13 @@ class Eagle3Config(BaseModel):
         return values
 
     @classmethod
-    def for_target(cls, facts: TargetFacts, draft: Eagle3Section) -> Eagle3Config:
+    def for_target(
+        cls, facts: TargetFacts, draft: Eagle3Section, layers: tuple[int, ...] | None = None
+    ) -> Eagle3Config:
         """Return the config of a fresh draft for a target; sizes that `draft` leaves out are the target's.
 
-        With another `hidden_size` the head width stays the target's and the MLP keeps its proportion.
+        With another `hidden_size` the head width stays the target's and the MLP keeps its proportion. `layers` are the
+        captured ones; by default chosen from the target's depth.
 
         Raises:
             IncompatibleDraft: the sizes do not fit each other, or the target's RoPE is not among `ROPE_TYPES`.
@@ -159,7 +168,7 @@ class Eagle3Config(BaseModel):
                 "rms_norm_eps": facts.rms_norm_eps,
                 "rope_parameters": facts.rope_parameters,
                 "fc_norm": draft.fc_norm,
-                "aux_layer_ids": facts.aux_layers,
+                "aux_layer_ids": layers or default_layers(facts.num_layers),
                 "bos_token_id": facts.bos_token_id,
                 "eos_token_id": facts.eos_token_ids[0]
                 if len(facts.eos_token_ids) == 1

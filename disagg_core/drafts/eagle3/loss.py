@@ -103,7 +103,9 @@ def training_time_test(
 
     Raises:
         BadInput: tensors are missing or misshapen.
+        IncompatibleDraft: the draft has no embedding or no vocabulary map.
     """
+    draft.require_complete()
     section = LossSection(type=loss) if isinstance(loss, str) else loss
     batch = Eagle3Batch.of(batch)
     _check_widths(draft, batch, lm_head)

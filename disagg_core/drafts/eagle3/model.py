@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.eagle3.linear import Linear
 from disagg_core.drafts.eagle3.rope import RotaryEmbedding, rotate
+from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
 
@@ -103,12 +104,13 @@ class DraftCache:
         self.positions = self.positions[:, :length]
 
 
-class Eagle3Draft(nn.Module):
+class Eagle3Draft(DraftModel):
     """An EAGLE-3 draft model.
 
     Buffers ``t2d`` (bool [V]) and ``d2t`` (int64 offsets [K]) are the vocabulary map: identity when K == V, unset (all
-    false) otherwise until `set_vocab_map` or a state dict fills them. `embed_tokens` is zero until `set_embedding` or a
-    state dict fills it; it takes gradients until `set_embedding` freezes it.
+    false) otherwise until `attach`, `set_vocab_map` or a state dict fills them. `embed_tokens` is zero until `attach`,
+    `set_embedding` or a state dict fills it; it takes gradients until `set_embedding` freezes it. A draft that lacks
+    either refuses to compute.
 
     Args:
         config: an `Eagle3Config`, or a dict in serving format.
@@ -117,6 +119,8 @@ class Eagle3Draft(nn.Module):
         IncompatibleDraft: the config cannot be used.
     """
 
+    method = "eagle3"
+    config: Eagle3Config
     t2d: Tensor
     d2t: Tensor
 
@@ -138,6 +142,7 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("t2d", torch.full((config.vocab_size,), identity, dtype=torch.bool))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.rotary = RotaryEmbedding(config)
+        self._complete = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,6 +152,28 @@ class Eagle3Draft(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
         if self.config.owns_embedding:
             nn.init.normal_(self.embed_tokens.weight, std=self.config.initializer_range)
+
+    def attach(self, parts: FrozenParts, vocab_map: VocabMap | None = None) -> None:
+        """Take the vocabulary map and, unless the draft has an embedding of its own, the target's; see `DraftModel`."""
+        if not self.config.owns_embedding:
+            self.set_embedding(parts.embedding)
+        if vocab_map is not None:
+            self.set_vocab_map(vocab_map)
+
+    def require_complete(self) -> None:
+        """Raise `IncompatibleDraft` if the embedding or the vocabulary map was never set."""
+        if self._complete:
+            return
+        if not bool(self.t2d.any()):
+            raise IncompatibleDraft(
+                "the draft has no vocabulary map: expected the ids of its tokens, found an empty map; call attach() or "
+                "set_vocab_map() first"
+            )
+        if not bool(self.embed_tokens.weight.any()):
+            raise IncompatibleDraft(
+                "the draft has no embedding: expected the target's, found zeros; call attach() or set_embedding() first"
+            )
+        self._complete = True
 
     def set_embedding(self, weight: Tensor) -> None:
         """Use `weight` ``[V, H]`` as the embedding, without a copy, and freeze it.
@@ -234,6 +261,7 @@ class Eagle3Draft(nn.Module):
         Returns:
             Logits ``[batch, n, K]`` and the next state ``[batch, n, H]`` (before the final norm).
         """
+        self.require_complete()
         layer, config = self.midlayer, self.config
         batch, new = input_ids.shape
         embedded = F.embedding(input_ids, self.embed_tokens.weight).to(state.dtype)

@@ -26,6 +26,7 @@ class LossSection(Section):
 class Eagle3Section(ReducedVocabulary, DraftSection):
     """An EAGLE-3 draft. Sizes that are not given are the target's."""
 
+    title = "EAGLE-3"
     method: Literal["eagle3"] = Field("eagle3", description="Draft method.")
     hidden_size: int | None = Field(None, ge=2, description="Width of the draft's layer.")
     intermediate_size: int | None = Field(None, ge=2, description="Width of the draft's MLP.")

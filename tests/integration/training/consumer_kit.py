@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.contracts import RunIdentity, SampleRef, StreamTotals, sample_id_of
+from disagg_core.contracts import Capture, RunIdentity, SampleRef, StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from disagg_core.drafts.eagle3.options import LossSection
+from disagg_core.drafts.eagle3.options import Eagle3Section, LossSection
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.store import MooncakeFeatureStore
@@ -34,7 +35,7 @@ def identity_of(run_id: str, attempt: int = 1) -> RunIdentity:
         tokenizer_version="tokenizer",
         vocab_map_version="map",
         draft_weight_version=0,
-        aux_layers=(0, 1, 2),
+        capture=Capture((0, 1, 2), last_hidden_state=True),
         dtype="float32",
     )
 
@@ -149,10 +150,9 @@ def consumer(
         channel=channel,
         store=store,
         draft=draft,
-        lm_head=head,
+        parts=FrozenParts(draft.embed_tokens.weight, head),
         section=training or section(),
-        ttt_length=TTT,
-        loss=options.pop("loss", LossSection()),
+        options=Eagle3Section(ttt_length=TTT, loss=options.pop("loss", LossSection())),
         total_steps=total_steps,
         ranks=ranks,
         checkpoints=checkpoints,

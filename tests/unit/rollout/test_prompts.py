@@ -185,7 +185,7 @@ def test_a_missing_split_is_named(tmp_path):
 
 
 def encoder(tokenizer, **data):
-    return PromptEncoder(spec_of("p.jsonl", data=data).data, tokenizer)
+    return PromptEncoder(spec_of("p.jsonl", data=data), tokenizer)
 
 
 def live(tokenizer, encoded):
