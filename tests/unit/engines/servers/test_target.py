@@ -26,7 +26,7 @@ from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetS
 from disagg_core.settings import Settings
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
-from tests.unit.rollout_sglang.kit import IDENTITY
+from tests.unit.engines.kit import IDENTITY
 
 pytestmark = pytest.mark.unit
 

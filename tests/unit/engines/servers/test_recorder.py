@@ -28,7 +28,7 @@ from disagg_core.engines.servers.wire import (
 from disagg_core.errors import StoreFull
 from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
-from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
+from tests.unit.engines.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
 

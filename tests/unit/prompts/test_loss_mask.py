@@ -16,7 +16,7 @@ from disagg_core.prompts.loss_mask import (
     mask_of_spans,
 )
 from disagg_core.prompts.records import Conversation, parse_record
-from tests.unit.rollout import templates
+from tests.unit.prompts import templates
 
 pytestmark = pytest.mark.unit
 

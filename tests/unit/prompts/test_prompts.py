@@ -28,7 +28,7 @@ from disagg_core.prompts.records import (
 )
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
-from tests.unit.rollout import templates
+from tests.unit.prompts import templates
 
 pytestmark = pytest.mark.unit
 

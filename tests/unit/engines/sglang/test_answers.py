@@ -28,7 +28,7 @@ from disagg_core.engines.servers.wire import (
 from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, SglangClient
 from disagg_core.errors import TargetError
 from disagg_core.target.facts import TargetFacts
-from tests.unit.rollout_sglang.kit import ADDRESS, IDENTITY
+from tests.unit.engines.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
 
