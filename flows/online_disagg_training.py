@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import State, flow, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -23,13 +25,13 @@ from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
 from tasks.completion import verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
-from tasks.mooncake import feature_store_services
+from tasks.mooncake import feature_store_services, ready_store
 from tasks.preflight import preflight
 from tasks.reporting import RunRecord, emit, publish_report
 from tasks.roles import run_roles
 
 
-async def cancel_children(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
     """Cancel every unfinished role of a parent that ended badly: GPUs must not run on for nobody.
 
     A worker whose run was killed calls this by keyword: the parameters' names are Prefect's.
@@ -46,7 +48,7 @@ async def cancel_children(flow: Flow[..., object], flow_run: FlowRun, state: Sta
                 await client.set_flow_run_state(child.id, Cancelling(message=f"the parent ended as {state.name}"))
 
 
-def report_interruption(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+def report_interruption(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
     """Leave a report of a run that was cancelled, or whose process died. Called as `cancel_children` is."""
     spec = RunSpec.model_validate(flow_run.parameters["spec"])
     run_dir = RunDir.of(get_settings().runs_dir, run_id_of(spec, flow_run.id))
@@ -69,7 +71,7 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
     try:
         async with feature_store_services(plan) as store:
             for attempt in record.attempts:
-                endpoints = await store.ready(attempt)
+                endpoints = await ready_store(store, attempt)
                 assignment = RoleAssignment(plan=plan, attempt=attempt, store=endpoints)
                 outcome, roles = await run_roles(assignment, store.require_alive)
                 record.attempt_ended(outcome, roles)

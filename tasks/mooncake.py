@@ -26,7 +26,6 @@ class FeatureStoreServices:
         self._endpoints: StoreEndpoints | None = None
         self._managed: StoreServices | None = None
 
-    @task(name="feature-store", task_run_name="feature store, attempt {attempt}", cache_policy=NO_CACHE)
     async def ready(self, attempt: int) -> StoreEndpoints:
         """Return the endpoints of a store that answers and has room; start a managed one anew if it was lost."""
         if self._endpoints is not None:
@@ -80,6 +79,12 @@ async def feature_store_services(plan: RunPlan) -> AsyncIterator[FeatureStoreSer
         yield services
     finally:
         services.stop()
+
+
+@task(name="feature-store", task_run_name="feature store, attempt {attempt}", cache_policy=NO_CACHE)
+async def ready_store(services: FeatureStoreServices, attempt: int) -> StoreEndpoints:
+    """Return the endpoints of the run's store for an attempt, as `FeatureStoreServices.ready` does."""
+    return await services.ready(attempt)
 
 
 async def sweep(plan: RunPlan, endpoints: StoreEndpoints, prefix: str) -> int:

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -144,7 +145,8 @@ class _ProgressArtifact:
         share = 100.0 * float(done) / self._total if self._total and isinstance(done, (int, float)) else 0.0
         try:
             if self._artifact is None:
-                self._artifact = create_progress_artifact(progress=0.0, key=self._key, description=self._role)
+                created = create_progress_artifact(progress=0.0, key=self._key, description=self._role)
+                self._artifact = cast(UUID, created)  # a coroutine only inside an event loop
             update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
         except httpx.HTTPError as error:
             get_run_logger().warning("the progress of the %s was not shown: %s", self._role, error)

@@ -17,11 +17,12 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import TERMINAL_STATES, ConcurrencyLimitConfig, FlowRun, StateType
-from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
@@ -136,7 +137,8 @@ async def _cancel_active_runs(timeout_s: float) -> int:
         runs = await client.read_flow_runs(flow_run_filter=active)
         for run in runs:
             started = run.start_time is not None
-            state = Cancelling(message="draftline down") if started else Cancelled(message="draftline down")
+            end = Cancelling if started else Cancelled
+            state: State[Any] = end(message="draftline down")
             await client.set_flow_run_state(run.id, state)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -172,6 +174,7 @@ async def _crash_leftovers(pools: PoolsSection) -> int:
 def _lives(run: FlowRun) -> bool:
     """Tell whether the process of a run of this machine is alive."""
     try:
-        return psutil.Process(int(run.infrastructure_pid or 0)).environ().get("PREFECT__FLOW_RUN_ID") == str(run.id)
+        environment: dict[str, str] = psutil.Process(int(run.infrastructure_pid or 0)).environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
+    return environment.get("PREFECT__FLOW_RUN_ID") == str(run.id)

@@ -63,7 +63,9 @@ async def _read_state(flow_run_id: UUID) -> RunState:
         state = (await client.read_flow_run(flow_run_id)).state
     if state is None:
         return RunState("Pending", "", final=False, completed=False)
-    return RunState(state.name, state.message or "", final=state.is_final(), completed=state.is_completed())
+    return RunState(
+        state.name or state.type.value, state.message or "", final=state.is_final(), completed=state.is_completed()
+    )
 
 
 def cancel(flow_run_id: UUID, timeout_s: float = 60.0) -> None:
