@@ -12,15 +12,10 @@ import pytest
 import redis
 
 from disagg_core.channel import StreamingRefChannel
+from tests.ports import free_port
 from tests.unit.channel.kit import wait_for
 
 _names = count(1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.channel.redis.backend import RedisBackend
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
-from tests.integration.channel.conftest import free_port
+from tests.ports import free_port
 from tests.unit.channel.kit import ids, make_ref, make_refs, names, totals_of
 
 pytestmark = pytest.mark.integration

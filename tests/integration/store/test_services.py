@@ -22,6 +22,7 @@ from disagg_core.store.capacity import available_bytes
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import ENVIRONMENT
 from disagg_core.store.master import MasterView
+from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -99,8 +100,7 @@ def test_a_port_in_use_is_named(tmp_path: Path, which: str) -> None:
 
 
 def test_a_given_port_is_used(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with managed_store(16 * MIB, log_dir=tmp_path, master_port=port) as endpoints:
         assert endpoints.master_address == f"127.0.0.1:{port}"
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from disagg_core.checks.doctor import Finding, machine_findings
 from disagg_core.cli.doctor import doctor
-from disagg_core.processes.tree import free_port
 from disagg_core.settings import Settings
+from tests.ports import free_port
 
 cli = Typer()
 cli.command()(doctor)
@@ -19,7 +19,7 @@ cli.command()(doctor)
 
 @pytest.mark.integration
 def test_the_machine_is_checked_with_a_real_store(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path / "home", prefect_port=free_port("127.0.0.1"), sglang_python=tmp_path / "none")
+    settings = Settings(home=tmp_path / "home", prefect_port=free_port(), sglang_python=tmp_path / "none")
 
     findings = {finding.what: finding for finding in machine_findings(settings)}
 

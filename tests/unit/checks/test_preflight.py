@@ -9,11 +9,11 @@ import pytest
 
 from disagg_core.checks.preflight import _pinned, check_channel, check_run, prepare_run
 from disagg_core.errors import BadInput, TargetError
-from disagg_core.processes.tree import free_port
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
 from disagg_core.target.facts import read_target_facts
+from tests.ports import free_port
 
 pytestmark = pytest.mark.unit
 
@@ -53,7 +53,7 @@ def test_checking_writes_nothing(settings: Settings, tmp_path: Path) -> None:
 def test_a_channel_whose_server_is_not_there_is_refused(settings: Settings) -> None:
     check_channel(a_spec(), settings)
     with pytest.raises(BadInput, match=r"channel.url: redis://127.0.0.1:\d+/0 cannot be used"):
-        check_channel(a_spec(f"channel.url=redis://127.0.0.1:{free_port('127.0.0.1')}/0"), settings)
+        check_channel(a_spec(f"channel.url=redis://127.0.0.1:{free_port()}/0"), settings)
     with pytest.raises(BadInput, match="no valid host and port"):
         check_run(a_spec("channel.url=redis://127.0.0.1:port/0"), settings)
 
