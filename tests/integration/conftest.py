@@ -35,8 +35,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def endpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreEndpoints]:
-    """A store of 64 MiB that lives as long as the tests."""
-    with managed_store(64 << 20, host="127.0.0.1", log_dir=tmp_path_factory.mktemp("mooncake")) as found:
+    """A store of 128 MiB that lives as long as the tests of this process; each uses namespaces of its own."""
+    with managed_store(128 << 20, log_dir=tmp_path_factory.mktemp("mooncake")) as found:
         yield found
 
 

@@ -1,4 +1,4 @@
-"""A real store for the tests of this room: one for all that only read and write, their own for those that kill."""
+"""Clients of the store that all tests share; those that kill or stop its processes start a store of their own."""
 
 import threading
 import time
@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.store import MooncakeFeatureStore, managed_store
+from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def endpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreEndpoints]:
-    """A store of 128 MiB that lives as long as the tests."""
-    with managed_store(128 << 20, log_dir=tmp_path_factory.mktemp("store")) as running:
-        yield running
 
 
 @pytest.fixture
