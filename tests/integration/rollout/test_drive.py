@@ -97,19 +97,24 @@ def test_an_unusable_sample_is_rejected_at_once(bench):
 
 
 def test_a_poisonous_prompt_does_not_take_its_neighbours_along(bench):
-    """Prompt 9 kills its server: everything that is in flight with it fails too."""
-    poisoned = threading.Event()
+    """Prompt 9 kills its server: everything that is in flight with it at that moment fails too."""
+    lock, in_flight, killed = threading.Lock(), set(), set()
 
     def before(tasks):
-        if any(task.ordinal == 9 for task in tasks):
-            poisoned.set()
+        with lock:
+            in_flight.update(task.ordinal for task in tasks)
         time.sleep(0.005)
+        with lock:
+            if 9 in (task.ordinal for task in tasks):
+                killed.update(in_flight)
+            in_flight.difference_update(task.ordinal for task in tasks)
 
     def script(task, tries):
-        if task.ordinal == 9:
-            poisoned.clear()
-            return "the server died"
-        return "the server died" if poisoned.is_set() else None
+        with lock:
+            if task.ordinal in killed:
+                killed.remove(task.ordinal)
+                return "the server died"
+        return None
 
     target = ScriptedTarget(script, concurrency=8, before=before)
     drive = producer(bench, tasks_of(60), target, high_watermark_refs=64)
