@@ -132,8 +132,16 @@ class StreamingRefChannel:
         """Iterate over the sample ids in the stream, in order: what a restarted producer has to leave out."""
         return self._backend.sample_ids()
 
+    def consumed_remote(self) -> int:
+        """References that the reader acknowledged in this attempt, from what the cursor says.
+
+        Quarantined and dropped references are among them. The same from either side and right after a restart of
+        either; it never goes back.
+        """
+        return self._writer.consumed()
+
     def in_flight_remote(self) -> int:
-        """References published and not acknowledged, from what the stream and the cursor say."""
+        """References published and not acknowledged (`published` - `consumed_remote`), from stream and cursor."""
         return self._writer.in_flight()[0]
 
     def in_flight_bytes_remote(self) -> int:
@@ -161,10 +169,14 @@ class StreamingRefChannel:
         """Become the reader now, behind what is acknowledged. `ChannelBusy` if there is a live one."""
         self._reader.claim()
 
-    def poll(self, max_n: int) -> list[SampleRef]:
-        """Return up to `max_n` new references without waiting, in published order, each once.
+    def poll(self, max_n: int | None = None) -> list[SampleRef]:
+        """Return the new references without waiting, in published order, each once.
+
+        Without `max_n` all that is published comes at once: with a producer held to its watermarks, no more than those
+        allow. References read before something goes wrong are returned; the next call raises.
 
         Raises:
+            ValueError: `max_n` is less than 1.
             ProducerFailed: everything before the failure was delivered.
             ChannelStalled: nothing has come for the idle timeout, and the writer made no progress either.
             IdentityMismatch: the next reference is not of this run's target (see `refused`).

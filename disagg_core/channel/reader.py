@@ -26,6 +26,7 @@ from disagg_core.errors import (
     ChannelClosed,
     ChannelDamaged,
     ChannelError,
+    ChannelUnavailable,
     FailureClass,
     IdentityMismatch,
     ProducerFailed,
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 Settled = Literal["trained", "quarantined", "dropped"]
 _STREAM_BATCH = 256
+_READ_AT_ONCE = 1024
+"""Records asked of the backend at a time, however many references are wanted."""
 
 
 class _Delivered(msgspec.Struct, gc=False):
@@ -108,18 +111,13 @@ class Reader:
 
     # --- delivery ---
 
-    def poll(self, max_n: int) -> list[SampleRef]:
-        """Return up to `max_n` new references at once. See `StreamingRefChannel.poll`."""
-        if max_n < 1:
+    def poll(self, max_n: int | None = None) -> list[SampleRef]:
+        """Return the new references at once, or up to `max_n` of them. See `StreamingRefChannel.poll`."""
+        if max_n is not None and max_n < 1:
             raise ValueError(f"expected to be asked for at least 1 reference, found {max_n}")
         with self._lock:
             heartbeat = self.claim()
-            refs: list[SampleRef] = []
-            while self._end is None and len(refs) < max_n:
-                wanted = max_n - len(refs)
-                entries = self._backend.read(self._position, wanted)
-                if not self._take(entries, refs) or len(entries) < wanted:
-                    break
+            refs = self._read_new(max_n)
             if refs:
                 self._idle.stop_waiting()
                 heartbeat.progressed(f"took record {self._position.seq}", self._refs)
@@ -127,8 +125,27 @@ class Reader:
                 raise ProducerFailed(self._end.reason, self._end.failure_class)
             elif self._end is None:
                 self._check_writer()
-            self._store_if_moved()
+            try:
+                self._store_if_moved()
+            except ChannelUnavailable:
+                if not refs:
+                    raise  # with references in hand the cursor can wait for the next call; they would not come again
             return refs
+
+    def _read_new(self, max_n: int | None) -> list[SampleRef]:
+        """Read and accept what is new, up to `max_n` references, in bounded reads."""
+        refs: list[SampleRef] = []
+        while self._end is None and (max_n is None or len(refs) < max_n):
+            wanted = _READ_AT_ONCE if max_n is None else min(_READ_AT_ONCE, max_n - len(refs))
+            try:
+                entries = self._backend.read(self._position, wanted)
+            except ChannelError:
+                if refs:
+                    break  # they are accepted and would not come again; the next call meets the error
+                raise
+            if not self._take(entries, refs) or len(entries) < wanted:
+                break
+        return refs
 
     def _take(self, entries: list[Entry], refs: list[SampleRef]) -> bool:
         """Accept entries in order; return False at one that is refused, raising if nothing precedes it."""

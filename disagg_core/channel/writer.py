@@ -232,6 +232,11 @@ class Writer:
             )
         return refs, size
 
+    def consumed(self) -> int:
+        """Return how many references the reader acknowledged. `wait_for_reader_change` does not take it for a look."""
+        cursor = self._backend.load_cursor()
+        return 0 if cursor is None else cursor.refs
+
     # --- the reader, as seen from here ---
 
     def reader_status(self) -> PeerStatus:

@@ -6,12 +6,13 @@ import time
 import pytest
 
 from disagg_core.channel import StreamingRefQueue
-from disagg_core.contracts import RunIdentity, StreamTotals
+from disagg_core.contracts import Capture, RunIdentity, StreamTotals
 from disagg_core.errors import (
     BadInput,
     ChannelBusy,
     ChannelClosed,
     ChannelStalled,
+    ChannelUnavailable,
     ForeignChannel,
     IdentityMismatch,
     ProducerFailed,
@@ -137,6 +138,45 @@ def test_poll_returns_no_more_than_asked_for(place: Place) -> None:
         reader.poll(0)
 
 
+def test_poll_without_a_bound_returns_everything_that_is_there(place: Place) -> None:
+    writer, reader = place.open(), place.open()
+    assert reader.poll() == []
+    writer.publish_many(make_refs(2500))
+    assert reader.poll(100) == make_refs(100)
+    assert reader.poll() == make_refs(100, 2500)
+    assert reader.poll() == []
+    writer.publish_many(make_refs(2500, 2503))
+    assert ids(reader.poll()) == names(2500, 2503)
+
+
+def test_poll_without_a_bound_meets_the_end_after_everything_before_it(place: Place) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(5))
+    writer.close(totals_of(make_refs(5)))
+    assert ids(reader.poll()) == names(5)
+    assert reader.is_closed()
+    assert reader.poll() == []
+
+
+def test_references_read_before_the_channel_fails_are_returned_before_the_error(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(1500))
+    read, calls = reader._backend.read, []
+
+    def unreachable_at_second(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise ChannelUnavailable("no answer")
+        return read(*given)
+
+    monkeypatch.setattr(reader._backend, "read", unreachable_at_second)
+    first = reader.poll()
+    assert 0 < len(first) < 1500
+    assert first + reader.poll() == make_refs(1500)
+
+
 # --- counts, acknowledgement, restarts ---
 
 
@@ -156,6 +196,26 @@ def test_in_flight_is_published_minus_acknowledged_also_right_after_restarts(pla
     reader.disconnect()
     assert place.open().poll(1)
     assert again.in_flight_remote() == 7
+
+
+def test_both_sides_see_how_much_is_consumed_also_right_after_restarts(place: Place) -> None:
+    writer, reader = place.open(), place.open()
+    assert (writer.consumed_remote(), reader.consumed_remote()) == (0, 0)
+    writer.publish_many(make_refs(10))
+    refs = reader.poll()
+    assert writer.consumed_remote() == 0  # delivered is not consumed
+    reader.ack(refs[:4], step=1)
+    reader.quarantine(refs[4:5])
+    for channel in (writer, reader):
+        assert channel.consumed_remote() == 5
+        assert channel.consumed_remote() + channel.in_flight_remote() == channel.published == 10
+
+    writer.disconnect()
+    reader.disconnect()
+    again = place.open()
+    assert again.consumed_remote() == 5
+    again.ack(again.poll(2), step=2)
+    assert place.open().consumed_remote() == 7
 
 
 def test_a_restarted_producer_learns_what_is_in_the_stream(place: Place) -> None:
@@ -493,7 +553,7 @@ def identity(**changes: object) -> RunIdentity:
         "tokenizer_version": "tok-1",
         "vocab_map_version": "vocab-1",
         "draft_weight_version": 0,
-        "aux_layers": (1,),
+        "capture": Capture(layers=(1,), last_hidden_state=True),
         "dtype": "bfloat16",
     }
     return RunIdentity(**{**fields, **changes})  # type: ignore[arg-type]
@@ -526,6 +586,27 @@ def test_references_of_an_old_draft_are_dropped_counted_handed_on_and_acknowledg
     assert writer.in_flight_remote() == 0
     reader.disconnect()
     assert reader._backend.load_cursor().dropped == 3
+
+
+def test_a_drop_that_cannot_be_acknowledged_at_once_loses_no_reference(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = place.open(), place.open(max_draft_lag=2, draft_version=lambda: 5)
+    refs = [make_ref(0, draft_weight_version=1), make_ref(1, draft_weight_version=5)]
+    writer.publish_many(refs)
+
+    def unreachable(cursor: object) -> None:
+        raise ChannelUnavailable("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader._backend, "store_cursor", unreachable)
+        kept = reader.poll()
+        with pytest.raises(ChannelUnavailable):
+            reader.poll()
+    assert ids(kept) == [refs[1].sample_id]
+    assert writer.consumed_remote() == 0
+    reader.ack(kept)
+    assert writer.consumed_remote() == 2
 
 
 def test_a_draft_limit_without_a_version_is_refused(place: Place) -> None:
