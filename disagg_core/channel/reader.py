@@ -151,18 +151,15 @@ class Reader:
         """Accept entries in order; return False at one that is refused, raising if nothing precedes it."""
         for entry in entries:
             record = entry.record
-            if type(record) is RefRecord:
-                try:
+            try:
+                if type(record) is RefRecord:
                     self._accept(record.ref, entry.after, refs)
-                except (IdentityMismatch, ChannelDamaged):
-                    if refs:
-                        return False
-                    raise
-            elif isinstance(record, EndRecord):
-                self._check_totals(record)
-                self._end = record
-            elif isinstance(record, FailRecord):
-                self._end = record
+                elif isinstance(record, (EndRecord, FailRecord)):
+                    self._note_end(record)
+            except (IdentityMismatch, ChannelDamaged):
+                if refs:
+                    return False
+                raise
             self._position = entry.after
         return True
 
@@ -180,12 +177,13 @@ class Reader:
         if not dropped:
             refs.append(ref)
 
-    def _check_totals(self, end: EndRecord) -> None:
-        if (end.totals.refs, end.totals.bytes) != (self._refs, self._bytes):
+    def _note_end(self, end: EndRecord | FailRecord) -> None:
+        if isinstance(end, EndRecord) and (end.totals.refs, end.totals.bytes) != (self._refs, self._bytes):
             raise ChannelDamaged(
                 f"{self._backend.where}: the end-of-stream record says {end.totals.refs} references of "
                 f"{end.totals.bytes} bytes, but {self._refs} of {self._bytes} bytes were read; start a new attempt"
             )
+        self._end = end
 
     def wait(self, timeout_s: float) -> None:
         """Return when there may be something to poll, or after `timeout_s` seconds."""

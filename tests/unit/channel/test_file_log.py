@@ -11,7 +11,7 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.channel.file.backend import FileBackend
 from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.channel.file.log import CHUNK, SETTLE_S
-from disagg_core.channel.records import MAX_FRAME
+from disagg_core.channel.records import MAX_FRAME, EndRecord, frame
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
 from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of, wait_for
 
@@ -50,6 +50,17 @@ def test_a_line_torn_before_its_newline_only_is_not_read_twice(log: Path) -> Non
         writer.publish(make_ref(9))
         assert ids(reader.poll(10)) == names(9, 10)
         assert writer.published == 5
+
+
+def test_an_end_that_counts_otherwise_is_damage_after_what_was_read(log: Path) -> None:
+    end = EndRecord(seq=7, attempt=1, epoch=1, totals=totals_of(make_refs(6)))
+    log.write_bytes(log.read_bytes() + frame(end))
+    with StreamingRefChannel(log.parent) as reader:
+        assert ids(reader.poll()) == names(5)
+        for _ in range(2):
+            with pytest.raises(ChannelDamaged, match=r"says 6 references of .* but 5 of"):
+                reader.poll()
+        assert not reader.is_closed()
 
 
 def test_damage_in_the_middle_names_the_place_and_swallows_no_neighbour(log: Path) -> None:
