@@ -40,7 +40,8 @@ class StepSums:
     """Sums over the live positions of each test step, fp32 (fp64 for fp64 drafts), ``[L]``."""
 
     cross_entropy: Tensor  # soft cross entropy
-    accepted: Tensor  # sum_v min(p_full, q)
+    accepted: Tensor  # a(t) = sum_v min(p_full, q)
+    log_accepted: Tensor  # log a(t)
     correct: Tensor  # argmax of the draft is the target's
     live: Tensor  # positions counted: loss mask and the target's argmax in the draft vocabulary
 
@@ -51,13 +52,12 @@ class Slopes:
 
     cross_entropy: Tensor | None
     accepted: Tensor | None
+    log_accepted: Tensor | None
 
     def of_step(self, k: int) -> Slopes:
         """Return those of step k, scalars."""
-        return Slopes(
-            None if self.cross_entropy is None else self.cross_entropy[k],
-            None if self.accepted is None else self.accepted[k],
-        )
+        slopes = (self.cross_entropy, self.accepted, self.log_accepted)
+        return Slopes(*(None if slope is None else slope[k] for slope in slopes))
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ class Objective:
 
     section: LossSection
     normaliser: Tensor  # N, scalar
-    share: Tensor  # weight of this batch's LK terms, scalar: its part of N in `valid` mode, else 1
+    share: Tensor  # weight of this batch's means over m, scalar: its part of N in `valid` mode, else 1
 
     def step_losses(self, sums: StepSums) -> Tensor:
         """Return the loss of each step, ``[L]``."""
         cross_entropy = sums.cross_entropy / self.normaliser
         if self.section.type == "soft_cross_entropy":
             return cross_entropy
-        rate, some = self._rate(sums)
+        counted = sums.live.clamp(min=1)
         if self.section.type == "lk_alpha":
-            return torch.where(some, -rate.log() * self.share, 0)
-        weight = self._weight(rate)
-        return weight * cross_entropy + torch.where(some, (1 - weight) * (1 - rate) * self.share, 0)
+            return -sums.log_accepted / counted * self.share
+        weight = self._weight(sums)
+        return weight * cross_entropy + (1 - weight) * (sums.live - sums.accepted) / counted * self.share
 
     def decays(self, like: Tensor) -> Tensor:
         """Return the weight of each step in the total, ``[L]``."""
@@ -87,19 +87,16 @@ class Objective:
         """Return the derivatives of the total by the sums."""
         decays = self.decays(sums.live)
         if self.section.type == "soft_cross_entropy":
-            return Slopes(decays / self.normaliser, None)
-        rate, some = self._rate(sums)
+            return Slopes(decays / self.normaliser, None, None)
+        by_mean = -decays * self.share / sums.live.clamp(min=1)
         if self.section.type == "lk_alpha":
-            return Slopes(None, torch.where(some, -decays * self.share / (rate * sums.live), 0))
-        weight = self._weight(rate)
-        by_accepted = torch.where(some, -decays * self.share * (1 - weight) / sums.live, 0)
-        return Slopes(decays * weight / self.normaliser, by_accepted)
+            return Slopes(None, None, by_mean)
+        weight = self._weight(sums)
+        return Slopes(decays * weight / self.normaliser, (1 - weight) * by_mean, None)
 
-    def _rate(self, sums: StepSums) -> tuple[Tensor, Tensor]:
-        some = sums.live > 0
-        return torch.where(some, sums.accepted / sums.live, 1), some
-
-    def _weight(self, rate: Tensor) -> Tensor:
+    def _weight(self, sums: StepSums) -> Tensor:
+        """Return w of LK lambda; it is a constant to `slopes`."""
+        rate = sums.accepted / sums.live.clamp(min=1)
         return self.section.kl_scale * (-self.section.kl_decay * rate).exp()
 
 
@@ -138,7 +135,7 @@ class _LmLoss(torch.autograd.Function):
         *normed: Tensor,
     ) -> tuple[Tensor, ...]:
         work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
-        empty = StepSums(*torch.zeros(4, plan.ttt_length, dtype=work, device=lm_head.device))
+        empty = StepSums(*torch.zeros(5, plan.ttt_length, dtype=work, device=lm_head.device))
         gradients = _Gradients.like(lm_head, normed) if any(ctx.needs_input_grad) else None
         walk = _Walk(plan, teacher, lm_head, normed, work, compiled)
         if objective.section.type == "soft_cross_entropy":
@@ -152,7 +149,7 @@ class _LmLoss(torch.autograd.Function):
                 gradients.lm_head.t().to(lm_head.dtype), *(g.to(lm_head.dtype) for g in gradients.normed)
             )
         total = (objective.decays(sums.live) * objective.step_losses(sums)).sum()
-        figures = (sums.cross_entropy, sums.accepted, sums.correct, sums.live)
+        figures = (sums.cross_entropy, sums.accepted, sums.log_accepted, sums.correct, sums.live)
         ctx.mark_non_differentiable(*figures)
         return (total, *figures)
 
@@ -215,7 +212,7 @@ class _Walk:
     def run(self, slopes: Slopes | None, gradients: _Gradients | None) -> StepSums:
         """Return the sums of all slices; with `slopes`, add the gradients of ``slopes . sums``."""
         steps = self._plan.ttt_length
-        sums = torch.zeros(steps, 4, dtype=self._work, device=self._lm_head.device)
+        sums = torch.zeros(steps, 5, dtype=self._work, device=self._lm_head.device)
         for start in range(0, self._plan.teacher_flat.numel(), self._slice_rows):
             at = slice(start, start + self._slice_rows)
             teacher = self._teach(at)
@@ -261,7 +258,7 @@ class _Walk:
 
 
 def _figures(logits: Tensor, teacher: _TeacherSlice, weight: Tensor) -> Tensor:
-    """Return the weighted sums of one step, ``[4]``, and leave ``q = softmax(logits)`` in the memory of `logits`.
+    """Return the weighted sums of one step, ``[5]``, and leave ``q = softmax(logits)`` in the memory of `logits`.
 
     ``logits`` is ``[n, K]``; ``weight`` ``[n]`` is 1 for live positions and 0 for dead ones.
     """
@@ -271,22 +268,30 @@ def _figures(logits: Tensor, teacher: _TeacherSlice, weight: Tensor) -> Tensor:
     q = logits.exp_()
     total = q.sum(-1)
     q.div_(total.unsqueeze(-1))
-    accepted = torch.minimum(teacher.full, q).sum(-1)
+    accepted = _accepted(q, teacher)
     correct = (token == teacher.target).to(weight.dtype)
-    return torch.stack((total.log() - agreement, accepted, correct, torch.ones_like(correct))) @ weight
+    return torch.stack((total.log() - agreement, accepted, accepted.log(), correct, torch.ones_like(correct))) @ weight
+
+
+def _accepted(q: Tensor, teacher: _TeacherSlice) -> Tensor:
+    """Return ``a = sum_v min(p_full, q)`` of each position, ``[n]``, kept above zero for its logarithm."""
+    return torch.minimum(teacher.full, q).sum(-1).clamp(min=torch.finfo(q.dtype).tiny)
 
 
 def _to_slope(q: Tensor, teacher: _TeacherSlice, weight: Tensor, slopes: Slopes) -> None:
     """Turn `q` ``[n, K]`` into the slope of the total by the logits of one step, in place.
 
-    Cross entropy by logits: ``q - p``. Accepted mass ``sum_v min(p_full, q)`` by logits, with ``below = [q < p_full]``:
-    ``q (below - sum_v below q)``.
+    Cross entropy by logits: ``q - p``. Accepted mass ``a = sum_v min(p_full, q)`` by logits, with
+    ``below = [q < p_full]``: ``q (below - sum_v below q)``, and that over ``a`` for its logarithm.
     """
+    by_mass = slopes.accepted
+    if slopes.log_accepted is not None:
+        by_mass = slopes.log_accepted / _accepted(q, teacher)
     by_accepted: Tensor | None = None
-    if slopes.accepted is not None:
+    if by_mass is not None:
         below = q.lt(teacher.full)
         kept = torch.where(below, q, 0)
-        by_accepted = kept.sub_(q * kept.sum(-1, keepdim=True)).mul_((slopes.accepted * weight).unsqueeze(-1))
+        by_accepted = kept.sub_(q * kept.sum(-1, keepdim=True)).mul_((by_mass * weight).unsqueeze(-1))
     if slopes.cross_entropy is None:
         q.zero_()
     else:

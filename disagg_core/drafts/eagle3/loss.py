@@ -5,13 +5,14 @@ token ``t + k + 2``. With teacher ``p = softmax(z[t2d])``, draft ``q = softmax(l
 (loss mask, and the target's argmax is in the draft vocabulary):
 
 - soft cross entropy: ``loss_k = sum m (-sum_v p_v log q_v) / N``
-- acceptance: ``a_k`` = mean over m of ``sum_v min(p_full_v, q_v)``, with ``p_full = exp(z[t2d] - logsumexp_V z)``
-- LK alpha: ``-log a_k``
+- acceptance: ``a_k(t) = sum_v min(p_full_v, q_v)`` with ``p_full = exp(z[t2d] - logsumexp_V z)``; ``a_k``, its mean
+  over m
+- LK alpha: the mean over m of ``-log a_k(t)``; an ``a_k(t)`` below the smallest normal number counts as that number
 - LK lambda: ``w loss_k + (1 - w) (1 - a_k)`` with ``w = kl_scale exp(-kl_decay a_k)``, w without gradient
 - total: ``sum_k step_decay^k loss_k``
 
 N is the number of live positions of test step 0 (``valid``) or ``batch * tokens`` (``compat``). When N is that of a
-window of several batches, the LK terms of a batch weigh its share of N.
+window of several batches, the LK losses take each mean over m within a batch, weighted by the batch's share of N.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class LossSection(Section):
     mask_mode: Literal["aligned", "compat"] = Field("aligned", description="aligned: the mask follows the token.")
     normalisation: Literal["valid", "compat"] = Field("valid", description="valid: divide by unmasked positions.")
     kl_scale: float = Field(1.0, ge=0, description="LK lambda: weight of the divergence at zero acceptance.")
-    kl_decay: float = Field(3.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
+    kl_decay: float = Field(1.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
 
 
 class Eagle3Section(ReducedVocabulary, DraftSection):

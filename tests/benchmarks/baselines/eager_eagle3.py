@@ -58,7 +58,7 @@ def eager_training_time_test(
     loss: str = "soft_cross_entropy",
     step_decay: float = 0.8,
     kl_scale: float = 1.0,
-    kl_decay: float = 3.0,
+    kl_decay: float = 1.0,
     keep_logits: bool = False,
 ) -> EagerOutput:
     """Return losses and counts of a batch of unshifted inputs."""
@@ -87,10 +87,11 @@ def eager_training_time_test(
         logits = F.linear(rms_norm(state, draft.norm), draft.lm_head.weight).to(work)
         step_loss = -(position_mask * (p * logits.log_softmax(-1)).sum(-1)).sum() / n
         q = logits.softmax(-1)
-        accepted = (torch.minimum(p_full, q).sum(-1) * position_mask).sum()
-        rate = accepted / position_mask.sum().clamp(min=1)
+        accepted = torch.minimum(p_full, q).sum(-1)
+        rate = (accepted * position_mask).sum() / position_mask.sum().clamp(min=1)
         if loss == "lk_alpha":
-            step_loss = -rate.log()
+            log_accepted = accepted.clamp(min=torch.finfo(work).tiny).log()
+            step_loss = -(log_accepted * position_mask).sum() / position_mask.sum().clamp(min=1)
         elif loss == "lk_lambda":
             weight = kl_scale * (-kl_decay * rate.detach()).exp()
             step_loss = weight * step_loss + (1 - weight) * (1 - rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from disagg_core.drafts.eagle3 import (
     simulated_accept_length,
     training_time_test,
 )
+from disagg_core.drafts.eagle3.batch import shift_left, step_mask
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.errors import BadInput
 from tests.benchmarks.baselines.eager_eagle3 import eager_training_time_test
@@ -92,7 +94,7 @@ def masks(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(masks(), st.sampled_from(LOSSES[:1] + LOSSES[2:]), st.sampled_from(["aligned", "compat"]))
+@given(masks(), st.sampled_from(LOSSES), st.sampled_from(["aligned", "compat"]))
 def test_any_masks_are_the_plain_formula(drawn: tuple[list[list[int]], list[int]], loss: str, mask_mode: str) -> None:
     """Empty samples, holes, live padding, single tokens: whatever rows are left out, nothing changes."""
     bits, lengths = drawn
@@ -108,7 +110,7 @@ def test_any_masks_are_the_plain_formula(drawn: tuple[list[list[int]], list[int]
     assert found.denominators.tolist() == expected.denominators.tolist()
     assert found.correct.tolist() == expected.correct.tolist()
     assert int(count_valid_positions(batch, mask_mode)) == int(found.denominators[0])
-    some = found.live > 0  # a plain LK loss of no positions is not zero
+    some = found.live > 0  # a plain LK lambda of no positions is not zero
     torch.testing.assert_close(found.step_losses[some], expected.step_losses[some])
     assert torch.isfinite(found.total)
     assert all(torch.isfinite(g).all() for g in gradients(draft, found.total).values())
@@ -123,7 +125,7 @@ def test_gradients_agree_with_finite_differences(loss: str) -> None:
 
     def total() -> Tensor:
         return training_time_test(
-            draft, batch, lm_head=head, ttt_length=3, loss=LossSection(type=loss, kl_decay=0)
+            draft, batch, lm_head=head, ttt_length=3, loss=LossSection(type=loss, kl_scale=0.5, kl_decay=0)
         ).total
 
     found = gradients(draft, total())
@@ -138,6 +140,50 @@ def test_gradients_agree_with_finite_differences(loss: str) -> None:
             parameter.add_(direction, alpha=1e-6)
         numeric = float((above - below) / 2e-6)
         assert float((found[name] * direction).sum()) == pytest.approx(numeric, rel=1e-5, abs=1e-7), name
+
+
+def acceptance_of_each_position(draft: Eagle3Draft, batch: dict[str, Tensor], logits: Tensor) -> list[Tensor]:
+    """Return ``a_k(t)`` of the live positions of each step, from the logits of an ``aligned`` step."""
+    mask = step_mask(batch["loss_mask"], batch["attention_mask"], "aligned")
+    target = shift_left(batch["last_hidden_state"] @ target_head(draft, torch.float64).T, 1)
+    full = target.softmax(-1)[..., draft.t2d]
+    live = mask & draft.t2d[target.argmax(-1)]
+    return [
+        torch.minimum(shift_left(full, k), row.softmax(-1)).sum(-1)[shift_left(live, k)] for k, row in enumerate(logits)
+    ]
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_an_acceptance_loss_is_made_of_the_acceptance_of_each_position(loss: str) -> None:
+    draft = small_draft(dtype=torch.float64)
+    batch = small_batch(draft, [12, 7], dtype=torch.float64)
+    options: dict[str, Any] = {"lm_head": target_head(draft, torch.float64), "ttt_length": 3}
+    found = training_time_test(draft, batch, loss=loss, return_logits=True, **options)
+    divergences = training_time_test(draft, batch, **options).step_losses
+    assert found.logits is not None
+    for k, accepted in enumerate(acceptance_of_each_position(draft, batch, found.logits)):
+        rate = accepted.mean()
+        torch.testing.assert_close(found.acceptance_rates[k], rate)
+        weight = (-rate).exp()  # kl_scale and kl_decay are 1
+        expected = {
+            "lk_alpha": -accepted.log().mean(),  # more than -log of the mean
+            "lk_lambda": weight * divergences[k] + (1 - weight) * (1 - rate),
+        }
+        torch.testing.assert_close(found.step_losses[k], expected[loss])
+
+
+def test_positions_where_nothing_is_accepted_cost_a_bounded_amount() -> None:
+    """Teacher and draft are certain, of different tokens: log 0 counts as the log of the smallest normal number."""
+    draft = small_draft()
+    with torch.no_grad():
+        draft.norm.weight.mul_(1e5)
+    batch = small_batch(draft, [12, 7])
+    head = 1e5 * target_head(draft)
+    output = training_time_test(draft, batch, lm_head=head, ttt_length=3, loss="lk_alpha")
+    assert (output.acceptance_rates < 0.5).all()
+    at_zero = -math.log(torch.finfo(torch.float32).tiny)
+    torch.testing.assert_close(output.step_losses, (1 - output.acceptance_rates) * at_zero)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(draft, output.total).values())
 
 
 def test_padding_and_bucketing_change_nothing() -> None:
@@ -192,14 +238,15 @@ def test_lk_terms_of_a_window_weigh_by_their_positions() -> None:
         torch.testing.assert_close(inside.total, alone.total * share)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("attention", ["chunked", "flash"])
-def test_small_slices_give_what_one_slice_gives(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_slices_give_what_one_slice_gives(attention: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from disagg_core.drafts.eagle3 import attention as attention_module
     from disagg_core.drafts.eagle3 import lm_loss as loss_module
 
     draft = small_draft()
     batch = small_batch(draft, [60, 45])
-    options: dict[str, Any] = {"lm_head": target_head(draft), "ttt_length": 5, "attention": attention}
+    options: dict[str, Any] = {"lm_head": target_head(draft), "ttt_length": 5, "attention": attention, "loss": loss}
     one = training_time_test(draft, batch, **options)
     expected = gradients(draft, one.total)
     monkeypatch.setattr(attention_module, "_SCORE_BYTES", {"cpu": 1})
@@ -221,7 +268,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["soft_cross_entropy", "lk_lambda"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_compiling_changes_neither_loss_nor_gradients(loss: str) -> None:
     draft = small_draft()
     batch = small_batch(draft, [12, 7])
