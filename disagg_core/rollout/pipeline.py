@@ -119,12 +119,15 @@ class Pipeline:
             self.blocked_s += (self._clock() - began) if waiting_for_consumer else 0.0
 
     def _has_room(self) -> bool:
+        # Reservations first: a reference that is published between the two looks then counts twice, which only delays.
+        # The other way round it would count in neither, and more would be admitted than the watermark allows.
+        with self.changed:
+            refs, size = len(self._reserved), self._reserved_bytes
         try:
             remote_refs, remote_bytes = self._in_flight()
         except ChannelUnavailable:  # nothing is admitted meanwhile; for how long that may last, the drive loop says
             return False
-        with self.changed:
-            refs, size = remote_refs + len(self._reserved), remote_bytes + self._reserved_bytes
+        refs, size = refs + remote_refs, size + remote_bytes
         if not self._flow.may_publish(refs, size):
             return False
         marks = self._marks
