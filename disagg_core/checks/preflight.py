@@ -13,7 +13,6 @@ import msgspec
 from disagg_core.channel.redis.address import RedisAddress, check_server
 from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
 from disagg_core.files import write_atomically
-from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run.directory import RunDir
 from disagg_core.run.plan import RunPlan, make_plan
@@ -23,6 +22,7 @@ from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
 from disagg_core.target.facts import TargetFacts, read_target_facts
+from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:

@@ -7,7 +7,7 @@ from typing import Any
 
 from disagg_core.drafts.registry import method_of
 from disagg_core.errors import PromptError, PromptRejected
-from disagg_core.prompts.chat import ChatTemplate, template_text
+from disagg_core.prompts.chat import ChatTemplate
 from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
 from disagg_core.prompts.records import (
     Conversation,
@@ -19,6 +19,7 @@ from disagg_core.prompts.records import (
     context_length,
 )
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.target.tokenizer import template_text
 
 
 @dataclass(frozen=True)

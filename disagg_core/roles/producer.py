@@ -26,7 +26,6 @@ from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.stop_signal import StopSignal
-from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.roles.producer_files import RejectedFile, Reporter
@@ -43,6 +42,7 @@ from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.outgoing import allocate_plain
 from disagg_core.target.facts import TargetFacts
+from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 log = logging.getLogger(__name__)
 

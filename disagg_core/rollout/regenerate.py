@@ -24,11 +24,11 @@ from disagg_core.engines.contract import Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.files import write_atomically
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.prompts.chat import load_tokenizer, template_text, tokenizer_version
 from disagg_core.prompts.files import file_hash
 from disagg_core.rollout.prompt_source import PromptBatch, PromptSource, Rejection
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
+from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 log = logging.getLogger(__name__)
 

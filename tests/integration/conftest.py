@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import RunIdentity
-from disagg_core.prompts.chat import template_text, tokenizer_version
 from disagg_core.prompts.checks import validate_prompts
 from disagg_core.run.plan import RoleAssignment, RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
+from disagg_core.target.tokenizer import template_text, tokenizer_version
 from tests.integration.rollout.rollout_kit import write_prompts
 
 TEMPLATE = (
@@ -85,7 +85,7 @@ def make_assignment(model_dir: Path, tmp_path: Path, endpoints: StoreEndpoints) 
 
 
 def plan_of(spec: RunSpec, root: Path) -> RunPlan:
-    from disagg_core.prompts.chat import load_tokenizer
+    from disagg_core.target.tokenizer import load_tokenizer
 
     facts = read_target_facts(spec.target)
     tokenizer = load_tokenizer(spec.target)

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.prompts.chat import template_text, tokenizer_version
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import JsonlFile
@@ -29,6 +28,7 @@ from disagg_core.prompts.records import (
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
 from tests.unit.prompts import templates
+from disagg_core.target.tokenizer import template_text, tokenizer_version
 
 pytestmark = pytest.mark.unit
 
