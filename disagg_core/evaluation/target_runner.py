@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from disagg_core.contracts import Capture
 from disagg_core.errors import TargetError
-from disagg_core.target.facts import check_aux_layers, default_aux_layers
+from disagg_core.target.layers import LayerStates
 
 _CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -27,7 +28,7 @@ class TargetStep:
     """What a target says about the tokens it was given."""
 
     logits: Tensor  # [batch, tokens, V]; after a prefill of the last token only: [batch, 1, V]
-    aux: Tensor  # [batch, tokens, 3 * H_t], the three captured layers, low to high
+    aux: Tensor  # [batch, tokens, layers * H_t], the captured layers side by side, low to high
 
 
 class TargetRunner:
@@ -35,14 +36,14 @@ class TargetRunner:
 
     Args:
         target: the model; it is not changed (the hooks that read its layers are removed by `close`).
-        aux_layers: decoder layers whose outputs are captured; by default chosen from the depth.
+        layers: decoder layers whose outputs are captured; none for plain decoding.
 
     Raises:
-        TargetError: no decoder layers are found, they lack an aux layer, or the model keeps a recurrent state, which
+        TargetError: no decoder layers are found, they lack one to capture, or the model keeps a recurrent state, which
             cannot be rolled back to the accepted prefix.
     """
 
-    def __init__(self, target: nn.Module, aux_layers: Sequence[int] | None = None) -> None:
+    def __init__(self, target: nn.Module, layers: Sequence[int] | None = None) -> None:
         model: Any = target
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -53,14 +54,7 @@ class TargetRunner:
             )
         self.one_by_one = kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
         self._target = target
-        self._decoder_layers = _decoder_layers(model)
-        depth = len(self._decoder_layers)
-        low, middle, high = aux_layers or default_aux_layers(depth)
-        self._aux_layers = check_aux_layers((low, middle, high), depth)
-        self._captured: dict[int, Tensor] = {}
-        self._hooks = [
-            self._decoder_layers[layer].register_forward_hook(self._keeper(layer)) for layer in self._aux_layers
-        ]
+        self._states = LayerStates(target, Capture(tuple(layers or ()), last_hidden_state=False))
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._cache = DynamicCache()
@@ -69,14 +63,7 @@ class TargetRunner:
 
     def close(self) -> None:
         """Remove the hooks from the target's layers."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keeper(self, layer: int) -> Any:
-        def keep(_module: nn.Module, _args: object, output: Any) -> None:
-            self._captured[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+        self._states.close()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> TargetStep:
         """Start over with `prompts`; the aux states are padded on the left as they are."""
@@ -107,7 +94,7 @@ class TargetRunner:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these `rows` [remaining] of the batch only."""
-        self._cache.batch_select_indices(rows)
+        self._cache.batch_select_indices(rows.cpu())  # of a target on several GPUs, each holds its layers' part
         self._mask, self.lengths = self._mask[rows], self.lengths[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **options: int) -> TargetStep:
@@ -119,16 +106,7 @@ class TargetRunner:
             use_cache=True,
             **options,
         )
-        aux = torch.cat([self._captured[layer].to(self.device) for layer in self._aux_layers], dim=-1)
-        self._captured.clear()
+        states = [state.to(self.device) for state in self._states.layers]
+        aux = torch.cat(states, dim=-1) if states else output.logits.new_empty(*ids.shape, 0)
+        self._states.clear()
         return TargetStep(output.logits[:, -1:] if options else output.logits, aux)
-
-
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise TargetError(
-            f"evaluation: expected a decoder with a list of layers called 'layers', found {type(decoder).__name__}"
-        )
-    return layers

@@ -19,18 +19,17 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import nn
 
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.export import import_draft
-from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError, TargetError
+from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError
 from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.files import write_atomically
 from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.run_spec.section import is_local
+from disagg_core.target.loading import load_target
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,8 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     if request.threads is not None and device.type == "cpu":
         torch.set_num_threads(request.threads)
     drafts = [(name, checkpoint, read_draft(checkpoint, plan)) for name, checkpoint in request.checkpoints]
-    target = load_target(plan, device)
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
+    target = load_target(plan.spec.target, plan.target, dtype=dtype)
     progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
     results = []
     for name, checkpoint, draft in drafts:
@@ -157,27 +157,6 @@ def read_prompts(path: Path, limit: int) -> list[list[int]]:
     if not prompts[:limit]:
         raise PromptError(f"{path}: expected at least one prompt, found {len(prompts)} and a limit of {limit}")
     return prompts[:limit]
-
-
-def load_target(plan: RunPlan, device: torch.device) -> nn.Module:
-    """Return the run's target with a causal head, frozen, in eval mode; in fp32 on a CPU, in its own dtype elsewhere.
-
-    Raises:
-        TargetError: the weights cannot be read.
-    """
-    from transformers import AutoModelForCausalLM
-
-    section = plan.spec.target
-    source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
-    try:
-        target = AutoModelForCausalLM.from_pretrained(
-            source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        raise TargetError(f"target.model: cannot load {source!r}: {str(error).splitlines()[0]}") from error
-    model: nn.Module = target.to(device).eval().requires_grad_(False)
-    return model
 
 
 def read_draft(path: Path, plan: RunPlan) -> Eagle3Draft:

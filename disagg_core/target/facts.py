@@ -1,4 +1,4 @@
-"""What is known about a target from its config alone: sizes, dtype, default capture layers, fingerprints.
+"""What is known about a target from its config alone: sizes, dtype, fingerprints.
 
 Needs no weights and imports transformers only when called, so that planning works before a GPU is held.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from disagg_core.contracts import DTYPE_BYTES
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TargetFacts(BaseModel):
-    """The sizes of a target's text model and how it is captured; `commit` is the hub's, None for a directory."""
+    """The sizes of a target's text model; `commit` is the hub's, None for a directory."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,14 +42,8 @@ class TargetFacts(BaseModel):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     dtype: str
-    aux_layers: tuple[int, int, int]
     version: str
     commit: str | None = None
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Stored bytes of one token: int32 id, uint8 mask, three aux states and the last hidden state."""
-        return 4 + 1 + 4 * self.hidden_size * _DTYPE_BYTES[self.dtype]
 
     def describe(self) -> str:
         """Return one line about the target, for people."""
@@ -59,45 +53,11 @@ class TargetFacts(BaseModel):
         )
 
 
-def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """Return the three decoder layers (0-based outputs) that are captured by default, ascending.
-
-    ``[1, n//2 - 1, n - 4]`` for n layers; where these collide or go negative, three spread ids before the last layer,
-    which is never captured because SGLang cannot.
-
-    Raises:
-        TargetError: the target has fewer than four layers.
-    """
-    chosen = (1, num_layers // 2 - 1, num_layers - 4)
-    if 0 <= chosen[0] < chosen[1] < chosen[2]:
-        return chosen
-    if num_layers < 4:
-        raise TargetError(
-            f"expected a target of at least 4 decoder layers (three are captured, never the last), found {num_layers}"
-        )
-    last = num_layers - 2
-    return (0, last // 2, last)
-
-
-def check_aux_layers(aux_layers: tuple[int, int, int], num_layers: int) -> tuple[int, int, int]:
-    """Return `aux_layers` if the target has them.
-
-    Raises:
-        TargetError: not ascending and distinct, out of range, or the last layer.
-    """
-    if not (0 <= aux_layers[0] < aux_layers[1] < aux_layers[2] <= num_layers - 2):
-        raise TargetError(
-            f"target.aux_layers: expected three ascending layer ids from 0 to {num_layers - 2} "
-            f"(the target has {num_layers} layers and the last cannot be captured), found {list(aux_layers)}"
-        )
-    return aux_layers
-
-
 def read_target_facts(target: TargetSection) -> TargetFacts:
     """Read the target's config and return its facts.
 
     Raises:
-        TargetError: there is no such model or config, it is no causal language model, or lacks the layers.
+        TargetError: there is no such model or config, or it is no causal language model.
     """
     config = load_target_config(target)
     text = config.get_text_config()
@@ -106,17 +66,15 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
     dtype: str = target.dtype
     if dtype == "auto":
         dtype = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    if dtype not in _DTYPE_BYTES:
-        raise TargetError(f"target.dtype: expected one of {sorted(_DTYPE_BYTES)}, found {dtype} in the model's config")
-    layers = text.num_hidden_layers
-    aux = check_aux_layers(target.aux_layers, layers) if target.aux_layers else default_aux_layers(layers)
+    if dtype not in DTYPE_BYTES:
+        raise TargetError(f"target.dtype: expected one of {sorted(DTYPE_BYTES)}, found {dtype} in the model's config")
     commit = getattr(config, "_commit_hash", None)
     return TargetFacts(
         model=target.model,
         model_type=text.model_type,
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
-        num_layers=layers,
+        num_layers=text.num_hidden_layers,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -129,7 +87,6 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
         pad_token_id=text.pad_token_id,
         dtype=dtype,
-        aux_layers=aux,
         version=target_version(target, config.to_dict(), commit=commit),
         commit=commit,
     )

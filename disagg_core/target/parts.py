@@ -24,12 +24,13 @@ from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
 from disagg_core.target.facts import load_target_config
+from disagg_core.target.layers import NORM_NAMES
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
-_FINAL_NORM = ("norm.weight", "final_layernorm.weight", "ln_f.weight", "final_layer_norm.weight", "norm_f.weight")
+_FINAL_NORM = tuple(f"{name}.weight" for name in NORM_NAMES)
 _PREFIXES = (
     "",
     "model.",

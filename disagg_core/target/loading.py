@@ -1,0 +1,77 @@
+"""The one way to load a target: on the CPU, on one GPU, or spread over several that together can hold it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from disagg_core.errors import MissingLibrary, TargetError
+from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.section import is_local
+from disagg_core.target.facts import TargetFacts
+
+_USABLE_MEMORY = 0.8
+"""Part of a GPU's free memory that weights may take; the rest is for activations."""
+
+
+def load_target(
+    section: TargetSection, facts: TargetFacts, *, dtype: torch.dtype | None = None, num_layers: int | None = None
+) -> nn.Module:
+    """Return the target with its causal head, frozen and in eval mode, on the device that `section` asks for.
+
+    Args:
+        section: the model, its revision and where to put it; `auto` is a GPU where there is one.
+        facts: its sizes, by which is decided whether one GPU can hold it.
+        dtype: by default the target's own.
+        num_layers: load only the first so many decoder layers, to look at a model that this machine cannot hold.
+
+    Raises:
+        TargetError: the weights cannot be read, or there is no such device.
+        MissingLibrary: the target has to be spread over several GPUs, and accelerate is not installed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
+    dtype = dtype or getattr(torch, facts.dtype)
+    placement = _placement(section, facts, dtype)
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if num_layers is not None:
+            config.get_text_config().num_hidden_layers = num_layers
+        device_map = {"device_map": "auto"} if placement == "spread" else {}
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options, **device_map)
+    except (OSError, ValueError) as error:
+        raise TargetError(f"target.model: cannot load {section.model!r}: {str(error).splitlines()[0]}") from error
+    placed: nn.Module = model if placement == "spread" else model.to(placement)
+    return placed.eval().requires_grad_(False)
+
+
+def _placement(section: TargetSection, facts: TargetFacts, dtype: torch.dtype) -> str:
+    """Return ``cpu``, ``cuda``, or ``spread`` for a model that one GPU cannot hold."""
+    available = torch.cuda.is_available()
+    if section.device == "cuda" and not available:
+        raise TargetError("target.device: expected a CUDA device, found none; use cpu or auto")
+    if section.device == "cpu" or not available:
+        return "cpu"
+    free, _ = torch.cuda.mem_get_info()
+    if _weight_bytes(facts, dtype) <= free * _USABLE_MEMORY:
+        return "cuda"
+    try:
+        import accelerate  # type: ignore[import-not-found] # noqa: F401
+    except ImportError as error:
+        raise MissingLibrary(
+            f"target {facts.model} does not fit one GPU ({free >> 30} GiB free); to spread it over "
+            f"{torch.cuda.device_count()}: pip install accelerate"
+        ) from error
+    return "spread"
+
+
+def _weight_bytes(facts: TargetFacts, dtype: torch.dtype) -> int:
+    """Return an estimate of the weights' size from the config (dense layers)."""
+    heads = (2 * facts.num_attention_heads + 2 * facts.num_key_value_heads) * facts.head_dim
+    layer = facts.hidden_size * (heads + 3 * facts.intermediate_size)
+    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    return (facts.num_layers * layer + embeddings) * dtype.itemsize
