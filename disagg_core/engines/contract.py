@@ -12,19 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
+from disagg_core.contracts import Capture, PromptTask, RunIdentity, SampleRef
+from disagg_core.store.outgoing import Shapes
+from disagg_core.store.packing import DTYPES
 
 
 @dataclass(frozen=True)
 class Captured:
     """A sample whose tensors are in this process.
 
-    `tensors` for T tokens (prompt, and continuation when the target generates), on the CPU and owned by the receiver:
-    ``input_ids`` [T] int32, ``loss_mask`` [T] uint8, ``aux_hidden_states`` [T, 3*H] and ``last_hidden_state`` [T, H]
-    in the target's dtype. `capture_s` and `copy_s` are this sample's share of the forward pass and of the copy to the
-    CPU, in seconds.
+    `tensors` are those of `Capture.features` for all tokens (prompt, and continuation when the target generates), on
+    the CPU and owned by the receiver. `capture_s` and `copy_s` are this sample's share of the forward pass and of the
+    copy to the CPU, in seconds.
     """
 
     task: PromptTask
@@ -92,6 +94,18 @@ class ServerHealth:
     events: list[str] = field(default_factory=list)
 
 
+def shapes_of(capture: Capture, tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
+    """Return `Capture.features` of a sample with torch's dtypes, as the store allocates them."""
+    features = capture.features(tokens, hidden_size, str(dtype).removeprefix("torch."))
+    return {name: (shape, DTYPES[kind]) for name, (shape, kind) in features.items()}
+
+
+def is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether the states of a sample are finite: a value that is not makes all later layers' not finite too."""
+    states = tensors.get("last_hidden_state", tensors["aux_hidden_states"])
+    return bool(states.sum(dtype=torch.float32).isfinite())
+
+
 class Target(Protocol):
     """The frozen model, wherever it runs. This protocol is the whole of that surface.
 
@@ -112,7 +126,7 @@ class Target(Protocol):
     concurrency: int
 
     def prepare(self, identity: RunIdentity) -> None:
-        """Load or start the model and prove that it is the one of `identity` and captures its layers and dtype.
+        """Load or start the model and prove that it is the one of `identity` and captures its states in its dtype.
 
         Every server is checked before the first sample; `identity` is what references written by a server carry.
         Called again on a prepared target it replaces the identity and starts nothing: the vocabulary map, whose hash is

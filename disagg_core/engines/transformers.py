@@ -1,8 +1,7 @@
 """A target that runs in this process: any causal language model of transformers, on CPU, one GPU or several.
 
-Hidden states are taken by forward hooks on the chosen decoder layers and the final norm, nothing else is kept; the
-LM head is not run for a capture. Batches are padded on the right and need no attention mask: attention is causal, so
-no real token sees the padding behind it.
+Hidden states are taken by `LayerStates`; the LM head is not run for a capture. Batches are padded on the right and need
+no attention mask: attention is causal, so no real token sees the padding behind it.
 """
 
 from __future__ import annotations
@@ -11,25 +10,31 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disagg_core.contracts import PromptTask, RunIdentity
-from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Generated, ServerHealth
+from disagg_core.contracts import Capture, PromptTask, RunIdentity
+from disagg_core.engines.contract import (
+    Captured,
+    CaptureOutcome,
+    Failed,
+    Generated,
+    ServerHealth,
+    is_finite,
+    shapes_of,
+)
 from disagg_core.engines.generation import Sampling, continue_tasks
-from disagg_core.errors import MissingLibrary, TargetError
+from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.run_spec.section import is_local
 from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target.facts import TargetFacts
+from disagg_core.target.layers import LayerStates, find_decoder
+from disagg_core.target.loading import load_target
 
 log = logging.getLogger(__name__)
 
-_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-_USABLE_MEMORY = 0.8
 _TOKENS_PER_PLACE = 64  # of shorter prompts a batch could hold more than a group, of longer ones a group is several
 _LARGEST_GROUP = 64
 _DECODE_FACTOR = 4  # a decoding step holds keys and values of its tokens only, and is the cheaper the wider it is
@@ -43,8 +48,9 @@ def group_for(batch_tokens: int) -> int:
 class TransformersTarget:
     """The `Target` that runs transformers itself. See `disagg_core.engines.contract` for the contract.
 
-    `sampling` switches generation on. `model` is a loaded causal LM to use instead of loading `section.model`.
-    `allocate` makes the tensors that samples are handed over in; a store's own is for samples that it will be given.
+    `capture` says which states a sample holds; `sampling` switches generation on. `model` is a loaded causal LM to use
+    instead of loading `section.model`. `allocate` makes the tensors that samples are handed over in; a store's own is
+    for samples that it will be given.
     """
 
     concurrency = 1
@@ -53,6 +59,7 @@ class TransformersTarget:
         self,
         section: TargetSection,
         facts: TargetFacts,
+        capture: Capture,
         *,
         batch_tokens: int = 8192,
         sampling: Sampling | None = None,
@@ -62,13 +69,13 @@ class TransformersTarget:
         self.batch_size = group_for(batch_tokens)
         self._section = section
         self._facts = facts
+        self._capture = capture
         self._batch_tokens = batch_tokens
         self._sampling = sampling
         self._allocate = allocate
         self._model: Any = model
         self._device = torch.device("cpu")
-        self._states: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._states: LayerStates | None = None
         self._lock = threading.Lock()
         self._health = ServerHealth("local")
 
@@ -78,40 +85,34 @@ class TransformersTarget:
         """Load the model and check it against `identity`; on a prepared target check the new identity only."""
         for name, expected, found in (
             ("model", identity.target_model_version, self._facts.version),
-            ("capture layers", identity.aux_layers, self._facts.aux_layers),
+            ("states", identity.capture, self._capture),
             ("dtype", identity.dtype, self._facts.dtype),
         ):
             if expected != found:
                 raise TargetError(f"target {self._facts.model}: expected {name} {expected}, found {found}")
-        if self._hooks:
+        if self._states is not None:
             return
-        if self._model is None:
-            self._model = _load(self._section, self._facts)
-        self._model.eval().requires_grad_(False)
-        self._device = next(self._model.parameters()).device
-        decoder, layers, norm = decoder_parts(self._model, self._facts)
-        self._decoder = decoder
-        self._names = [f"layer {layer}" for layer in self._facts.aux_layers]
-        for name, module in [
-            *zip(self._names, (layers[i] for i in self._facts.aux_layers), strict=True),
-            ("last", norm),
-        ]:
-            self._hooks.append(module.register_forward_hook(self._keep(name)))
+        model = load_target(self._section, self._facts) if self._model is None else self._model
+        self._check_sizes(model)
+        self._model = model.eval().requires_grad_(False)
+        self._states = LayerStates(model, self._capture)
+        self._device = next(model.parameters()).device
         self._health.state = "closed"
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._states[name] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
+    def _check_sizes(self, model: Any) -> None:
+        expected = (self._facts.num_layers, self._facts.hidden_size)
+        found = (len(find_decoder(model).layers), model.get_input_embeddings().weight.shape[1])
+        if expected != found:
+            raise TargetError(
+                f"target {self._facts.model}: expected {expected[0]} layers of hidden size {expected[1]}, found "
+                f"{found[0]} of {found[1]}; was it replaced after the run was planned?"
+            )
 
     def close(self) -> None:
         """Remove the hooks and let the model go."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._states.clear()
-        self._model = self._decoder = None
+        if self._states is not None:
+            self._states.close()
+        self._model = self._states = None
 
     def health(self) -> list[ServerHealth]:
         """Return the one entry of this process."""
@@ -193,23 +194,24 @@ class TransformersTarget:
             yield Generated(task, tokens)
 
     def _captured(self, batch: list[PromptTask], originals: Mapping[int, PromptTask]) -> Iterator[Captured | Failed]:
+        states = self._prepared()
         try:
             with self._lock:
                 started = time.perf_counter()
-                self._forward(batch)
+                self._forward(states, batch)
                 forwarded = time.perf_counter()
-                samples = self._trimmed(batch)
+                samples = self._trimmed(states, batch)
                 copied = time.perf_counter()
         except (RuntimeError, IndexError) as error:
             yield from self._one_by_one(batch, error, lambda part: self._captured(part, originals))
             return
         finally:
-            self._states.clear()
+            states.clear()
         share = 1 / len(batch)
         for task, tensors in zip(batch, samples, strict=True):
             original = originals[task.ordinal]
-            if not bool(tensors["last_hidden_state"].sum(dtype=torch.float32).isfinite()):
-                yield Failed(original, "the target's last hidden states are not finite", retryable=False)
+            if not is_finite(tensors):
+                yield Failed(original, "the target's hidden states are not finite", retryable=False)
                 continue
             yield Captured(
                 task=original,
@@ -231,36 +233,34 @@ class TransformersTarget:
         yield from again(batch[:middle])
         yield from again(batch[middle:])
 
-    def _forward(self, batch: list[PromptTask]) -> None:
+    def _prepared(self) -> LayerStates:
+        if self._states is None:
+            raise TargetError(f"target {self._facts.model} was used before prepare() or after close()")
+        return self._states
+
+    def _forward(self, states: LayerStates, batch: list[PromptTask]) -> None:
         longest = max(len(task.input_ids) for task in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, task in enumerate(batch):
             ids[row, : len(task.input_ids)] = torch.tensor(task.input_ids)
         with torch.inference_mode():
-            self._decoder(input_ids=ids.to(self._device), use_cache=False)
+            states.decoder.module(input_ids=ids.to(self._device), use_cache=False)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _trimmed(self, batch: list[PromptTask]) -> list[Mapping[str, Tensor]]:
+    def _trimmed(self, states: LayerStates, batch: list[PromptTask]) -> list[Mapping[str, Tensor]]:
         """Return the tensors of each sample without padding, on the CPU."""
-        width, dtype = self._facts.hidden_size, self._states["last"].dtype
+        width, dtype = self._facts.hidden_size, getattr(torch, self._facts.dtype)
         samples = []
         for row, task in enumerate(batch):
             tokens = len(task.input_ids)
-            sample = self._allocate(
-                {
-                    "input_ids": ((tokens,), torch.int32),
-                    "loss_mask": ((tokens,), torch.uint8),
-                    "aux_hidden_states": ((tokens, 3 * width), dtype),
-                    "last_hidden_state": ((tokens, width), dtype),
-                }
-            )
+            sample = self._allocate(shapes_of(self._capture, tokens, width, dtype))
             sample["input_ids"].copy_(torch.tensor(task.input_ids, dtype=torch.int32))
             sample["loss_mask"].copy_(torch.tensor(task.loss_mask, dtype=torch.uint8))
-            for third, name in enumerate(self._names):
-                part = sample["aux_hidden_states"][:, third * width : (third + 1) * width]
-                part.copy_(self._states[name][row, :tokens])
-            sample["last_hidden_state"].copy_(self._states["last"][row, :tokens])
+            for place, state in enumerate(states.layers):
+                sample["aux_hidden_states"][:, place * width : (place + 1) * width].copy_(state[row, :tokens])
+            if states.last is not None:
+                sample["last_hidden_state"].copy_(states.last[row, :tokens])
             samples.append(sample)
         return samples
 
@@ -289,69 +289,3 @@ def token_batches(tasks: Sequence[PromptTask], budget: int, *, room: int = 0) ->
         else:
             batches.append([task])
     return batches
-
-
-def decoder_parts(model: Any, facts: TargetFacts) -> tuple[Any, nn.ModuleList, nn.Module]:
-    """Return the decoder of a causal LM, its layers and its final norm.
-
-    Raises:
-        TargetError: the model is not of the sizes in `facts`, or is built in a way that is not known.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    stacks = [part for part in decoder.children() if isinstance(part, nn.ModuleList) and len(part) == facts.num_layers]
-    norms = [part for name, part in decoder.named_children() if name in _NORM_NAMES]
-    if len(stacks) != 1 or len(norms) != 1:
-        raise TargetError(
-            f"target {facts.model}: expected a decoder with one stack of {facts.num_layers} layers and one final norm "
-            f"({', '.join(_NORM_NAMES)}), found {', '.join(name for name, _ in decoder.named_children())}"
-        )
-    width = model.get_input_embeddings().weight.shape[1]
-    if width != facts.hidden_size:
-        raise TargetError(f"target {facts.model}: expected hidden size {facts.hidden_size}, found {width}")
-    return decoder, stacks[0], norms[0]
-
-
-def _load(section: TargetSection, facts: TargetFacts) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
-    placement = _placement(section, facts)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            dtype=getattr(torch, facts.dtype),
-            **({"device_map": "auto"} if placement == "spread" else {}),
-        )
-    except (OSError, ValueError) as error:
-        raise TargetError(f"target.model: cannot load {section.model!r}: {str(error).splitlines()[0]}") from error
-    return model if placement == "spread" else model.to(placement)
-
-
-def _placement(section: TargetSection, facts: TargetFacts) -> str:
-    """Return ``cpu``, ``cuda``, or ``spread`` for a model that one GPU cannot hold."""
-    available = torch.cuda.is_available()
-    if section.device == "cuda" and not available:
-        raise TargetError("target.device: expected a CUDA device, found none; use cpu or auto")
-    if section.device == "cpu" or not available:
-        return "cpu"
-    free, _ = torch.cuda.mem_get_info()
-    if _weight_bytes(facts) <= free * _USABLE_MEMORY:
-        return "cuda"
-    try:
-        import accelerate  # type: ignore[import-not-found] # noqa: F401
-    except ImportError as error:
-        raise MissingLibrary(
-            f"target {facts.model} does not fit one GPU ({free >> 30} GiB free); to spread it over "
-            f"{torch.cuda.device_count()}: pip install accelerate"
-        ) from error
-    return "spread"
-
-
-def _weight_bytes(facts: TargetFacts) -> int:
-    """Return an estimate of the weights' size from the config (dense layers)."""
-    heads = (2 * facts.num_attention_heads + 2 * facts.num_key_value_heads) * facts.head_dim
-    layer = facts.hidden_size * (heads + 3 * facts.intermediate_size)
-    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
-    return (facts.num_layers * layer + embeddings) * (4 if facts.dtype == "float32" else 2)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.contracts import Capture, PromptTask, RunIdentity
 from disagg_core.engines.contract import Captured, Failed, Generated
 from disagg_core.engines.generation import Sampling, choose_tokens
 from disagg_core.engines.transformers import TransformersTarget, group_for
@@ -29,6 +29,7 @@ SIZES = {
     "eos_token_id": 3,
     "pad_token_id": None,
 }
+CAPTURE = Capture((0, 1, 3), last_hidden_state=True)
 GREEDY = Sampling(max_new_tokens=12, max_tokens=60, temperature=0.0, top_p=1.0, seed=5)
 
 
@@ -49,11 +50,11 @@ def model_dir(request, tmp_path_factory):
 def make_target(model_dir):
     made = []
 
-    def make(dtype="float32", **options):
+    def make(dtype="float32", capture=CAPTURE, **options):
         section = TargetSection(model=str(model_dir), dtype=dtype, device="cpu")
         facts = read_target_facts(section)
-        target = TransformersTarget(section, facts, **options)
-        target.prepare(identity_of(facts))
+        target = TransformersTarget(section, facts, capture, **options)
+        target.prepare(identity_of(facts, capture=capture))
         made.append(target)
         return target
 
@@ -71,7 +72,7 @@ def identity_of(facts, **changes):
         "tokenizer_version": "",
         "vocab_map_version": "",
         "draft_weight_version": 0,
-        "aux_layers": facts.aux_layers,
+        "capture": CAPTURE,
         "dtype": facts.dtype,
     }
     return RunIdentity(**{**fields, **changes})
@@ -105,13 +106,25 @@ def test_ragged_prompts_in_one_batch_equal_plain_forwards(make_target, model_dir
     found = captured(target, tasks)
     for task in tasks:
         sample = found[task.ordinal]
-        aux, last, _ = plain(model_dir, task.input_ids, target._facts.aux_layers, getattr(torch, dtype))
+        aux, last, _ = plain(model_dir, task.input_ids, CAPTURE.layers, getattr(torch, dtype))
         assert sample.tensors["aux_hidden_states"].shape == (len(task.input_ids), 96)
         assert sample.tensors["aux_hidden_states"].dtype == getattr(torch, dtype)
         torch.testing.assert_close(sample.tensors["aux_hidden_states"], aux, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(sample.tensors["last_hidden_state"], last, atol=tolerance, rtol=tolerance)
         assert sample.tensors["input_ids"].tolist() == task.input_ids
         assert sample.num_tokens == len(task.input_ids)
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 3), (0, 1, 2, 3)])
+def test_any_layers_are_captured_with_or_without_the_last_hidden_state(make_target, model_dir, layers):
+    tasks = tasks_of(5, 17, 9)
+    bare = captured(make_target(capture=Capture(layers, last_hidden_state=False)), tasks)
+    full = captured(make_target(capture=Capture(layers, last_hidden_state=True)), tasks)
+    for task in tasks:
+        aux, last, _ = plain(model_dir, task.input_ids, layers)
+        assert list(bare[task.ordinal].tensors) == ["input_ids", "loss_mask", "aux_hidden_states"]
+        torch.testing.assert_close(bare[task.ordinal].tensors["aux_hidden_states"], aux, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(full[task.ordinal].tensors["last_hidden_state"], last, atol=1e-5, rtol=1e-5)
 
 
 def test_the_tensors_own_their_memory(make_target):
@@ -128,7 +141,7 @@ def test_continuations_are_what_the_model_says_next(make_target, model_dir):
     for task in tasks:
         sample = captured(target, tasks)[task.ordinal]
         ids, start = sample.tensors["input_ids"].tolist(), len(task.input_ids)
-        aux, _, logits = plain(model_dir, ids, target._facts.aux_layers)
+        aux, _, logits = plain(model_dir, ids, CAPTURE.layers)
         assert ids[:start] == task.input_ids
         assert ids[start:] == logits[start - 1 : -1].argmax(-1).tolist()
         assert len(ids) <= 60
@@ -178,22 +191,24 @@ def test_unusable_prompts_are_told_apart_and_the_others_captured(make_target):
 
 def test_a_batch_that_fails_is_split_down_to_the_prompt_at_fault(make_target):
     target = make_target()
-    decoder = target._decoder.forward
+    module = target._states.decoder.module
+    decoder = module.forward
 
     def choke(input_ids, **options):
         if (input_ids == 63).any():
             raise RuntimeError("choked")
         return decoder(input_ids=input_ids, **options)
 
-    target._decoder.forward = choke
+    module.forward = choke
     tasks = [PromptTask(ordinal=n, source="", input_ids=[63 if n == 2 else 5] * 6, loss_mask=[1] * 6) for n in range(5)]
     outcomes = {outcome.task.ordinal: outcome for outcome in target.capture(tasks, avoid={})}
     assert [n for n, outcome in outcomes.items() if isinstance(outcome, Failed)] == [2]
     assert (outcomes[2].retryable, outcomes[2].reason) == (True, "RuntimeError: choked")
 
 
-def test_hidden_states_that_are_not_finite_are_rejected(make_target):
-    target = make_target()
+@pytest.mark.parametrize("last", [True, False])
+def test_hidden_states_that_are_not_finite_are_rejected(make_target, last):
+    target = make_target(capture=Capture((0, 1, 3), last_hidden_state=last))
     with torch.no_grad():
         target._model.get_input_embeddings().weight[7] = float("nan")
     task = PromptTask(ordinal=0, source="", input_ids=[7, 7, 7], loss_mask=[1] * 3)
@@ -202,33 +217,29 @@ def test_hidden_states_that_are_not_finite_are_rejected(make_target):
     assert not outcome.retryable
 
 
-def test_a_target_of_another_identity_is_refused(model_dir):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_model_version": "other"},
+        {"capture": Capture((0, 1, 2), last_hidden_state=True)},
+        {"capture": Capture((0, 1, 3), last_hidden_state=False)},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_a_target_of_another_identity_is_refused(model_dir, change):
     section = TargetSection(model=str(model_dir), dtype="float32", device="cpu")
     facts = read_target_facts(section)
-    for change in ({"target_model_version": "other"}, {"aux_layers": (0, 1, 2)}, {"dtype": "bfloat16"}):
-        if change.get("aux_layers") != facts.aux_layers:
-            with pytest.raises(TargetError, match="expected"):
-                TransformersTarget(section, facts).prepare(identity_of(facts, **change))
+    with pytest.raises(TargetError, match="expected"):
+        TransformersTarget(section, facts, CAPTURE).prepare(identity_of(facts, **change))
 
 
 def test_a_model_that_is_not_the_planned_one_is_refused(model_dir):
     section = TargetSection(model=str(model_dir), dtype="float32", device="cpu")
     facts = read_target_facts(section)
     other = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 6}))
-    with pytest.raises(TargetError, match="one stack of 5 layers"):
-        TransformersTarget(section, facts, model=other).prepare(identity_of(facts))
+    with pytest.raises(TargetError, match="expected 5 layers of hidden size 32, found 6 of 32"):
+        TransformersTarget(section, facts, CAPTURE, model=other).prepare(identity_of(facts))
 
 
 def test_groups_fill_the_token_budget_and_no_more():
     assert [group_for(tokens) for tokens in (8, 1024, 8192, 10**6)] == [1, 16, 64, 64]
-
-
-def test_other_families_have_known_parts():
-    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=64)
-    model = AutoModelForCausalLM.from_config(config)
-    from disagg_core.engines.transformers import decoder_parts
-    from disagg_core.target.facts import TargetFacts
-
-    facts = TargetFacts.model_construct(model="gpt2", num_layers=4, hidden_size=32)
-    decoder, layers, norm = decoder_parts(model, facts)
-    assert (len(layers), norm) == (4, decoder.ln_f)
