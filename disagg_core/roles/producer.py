@@ -21,8 +21,7 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, StreamTotals
 from disagg_core.engines.contract import Target
-from disagg_core.engines.generation import Sampling
-from disagg_core.engines.transformers import TransformersTarget
+from disagg_core.engines.registry import target_of
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.stop_signal import StopSignal
@@ -37,11 +36,9 @@ from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_code_of, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.run_spec.document import RolloutSection, RunSpec
+from disagg_core.run_spec.document import RolloutSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.store.outgoing import allocate_plain
-from disagg_core.target.facts import TargetFacts
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 log = logging.getLogger(__name__)
@@ -128,7 +125,9 @@ def _assemble(
     enter("reading prompts", prompts=0, total_prompts=plan.total_prompts)
     pool = _open_prompts(plan, stack)
     enter("loading the target")
-    target = target_of(spec, plan.target, store=store, log_dir=assignment.dir.logs, while_waiting=stop.check)
+    target = target_of(
+        spec, plan.target, plan.capture, store=store, log_dir=assignment.dir.logs, while_waiting=stop.check
+    )
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
@@ -195,47 +194,6 @@ def _open_source(
     return source
 
 
-def target_of(
-    spec: RunSpec,
-    facts: TargetFacts,
-    *,
-    store: MooncakeFeatureStore | None,
-    log_dir: Path,
-    while_waiting: Callable[[], None] = lambda: None,
-) -> Target:
-    """Return the target that a run document asks for; nothing is loaded or started yet.
-
-    Its samples are for `store`; without one it can only generate. Servers log to `log_dir`; `while_waiting` is called
-    while they start, and raises what is to end that.
-    """
-    if spec.target.backend == "sglang":
-        from disagg_core.engines.servers.target import SGLangTarget
-
-        assert store is not None, "servers write to a store"
-        return SGLangTarget(
-            spec.target,
-            facts,
-            store=store,
-            store_section=spec.store,
-            max_tokens=spec.data.max_tokens,
-            log_dir=log_dir,
-            settings=get_settings(),
-            generate=spec.data.generate,
-            seed=spec.run.seed,
-            while_waiting=while_waiting,
-        )
-    sampling = None
-    if spec.data.generate is not None:
-        sampling = Sampling.of(spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed)
-    return TransformersTarget(
-        spec.target,
-        facts,
-        batch_tokens=spec.rollout.batch_tokens,
-        sampling=sampling,
-        allocate=store.allocate if store is not None else allocate_plain,
-    )
-
-
 def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
     found = tokenizer_version(tokenizer, template_text(tokenizer, plan.spec.data.chat_template))
     if plan.tokenizer_version and found != plan.tokenizer_version:
@@ -261,11 +219,11 @@ def _sample_bytes(plan: RunPlan) -> Any:
     """Return a function from a task to the most bytes its sample can take."""
     generate = plan.spec.data.generate
     more = generate.max_new_tokens if generate is not None else 0
-    slack = plan.max_sample_bytes - plan.spec.data.max_tokens * plan.target.bytes_per_token
+    slack = plan.max_sample_bytes - plan.spec.data.max_tokens * plan.bytes_per_token
 
     def sample_bytes(task: PromptTask) -> int:
         tokens = min(len(task.input_ids) + more, plan.spec.data.max_tokens)
-        return tokens * plan.target.bytes_per_token + slack
+        return tokens * plan.bytes_per_token + slack
 
     return sample_bytes
 

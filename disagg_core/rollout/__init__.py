@@ -11,7 +11,7 @@ from disagg_core import lazy_names
 
 if TYPE_CHECKING:
     from disagg_core.engines.contract import Target
-    from disagg_core.engines.servers.target import SGLangTarget
+    from disagg_core.engines.sglang.target import SGLangTarget
     from disagg_core.engines.transformers import TransformersTarget
     from disagg_core.rollout.producer import Drive, build_disagg_online_producer
     from disagg_core.rollout.prompt_source import PromptSource
@@ -33,7 +33,7 @@ __getattr__ = lazy_names(
         "Drive": "rollout.producer",
         "PromptSource": "rollout.prompt_source",
         "RolloutWorker": "rollout.worker",
-        "SGLangTarget": "engines.servers.target",
+        "SGLangTarget": "engines.sglang.target",
         "Target": "engines.contract",
         "TransformersTarget": "engines.transformers",
         "build_disagg_online_producer": "rollout.producer",

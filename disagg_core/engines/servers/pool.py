@@ -1,4 +1,4 @@
-"""The SGLang servers of a run as one pool: who may take a request, who is down, and who brings it back.
+"""The servers of a run as one pool: who may take a request, who is down, and who brings it back.
 
 Each server has a supervisor thread. It starts the server (a managed one) or waits for it (an external one), checks it
 before its first request and after every return, notices its death or hanging, and starts it again with growing
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from disagg_core.engines.contract import ServerHealth
 from disagg_core.engines.servers.circuit import CircuitBreakers
-from disagg_core.engines.sglang.client import ServerFailure, SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer
+from disagg_core.engines.servers.contract import ServerClient, ServerFailure
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.errors import TargetError, TargetUnavailable
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _CLOSE_S = 8.0
 class PoolMember:
     """One server: how to reach it, and its process if it is ours."""
 
-    client: SglangClient
+    client: ServerClient
     managed: ManagedServer | None = None
     restarts: int = 0
     captured: int = 0
@@ -65,7 +65,7 @@ class ServerPool:
         members: Sequence[PoolMember],
         *,
         concurrency: int,
-        check: Callable[[SglangClient], None],
+        check: Callable[[ServerClient], None],
         start_timeout_s: float,
         place_timeout_s: float,
         health_timeout_s: float = 20.0,
@@ -102,7 +102,7 @@ class ServerPool:
             raise TargetError("; ".join(refused))
         with self._changed:
             if not self._breakers.any_usable:
-                raise TargetUnavailable(f"no SGLang server could be started or reached: {self._reasons()}")
+                raise TargetUnavailable(f"no server could be started or reached: {self._reasons()}")
 
     def _await_first_checks(self, while_waiting: Callable[[], None]) -> None:
         """Wait until every server is decided; for external ones only a little once another one is usable."""
@@ -115,13 +115,13 @@ class ServerPool:
                 if usable and usable_since is None:
                     usable_since = time.monotonic()
                 if self._stop.is_set():
-                    raise TargetUnavailable("the SGLang servers were stopped while they started")
+                    raise TargetUnavailable("the servers were stopped while they started")
                 late = usable_since is not None and time.monotonic() - usable_since > _LATE_S
                 if late and member.managed is None:
                     logger.warning("%s is not there yet; it will be checked when it comes", member.name)
                     break
 
-    def acquire(self, avoid: Collection[str]) -> SglangClient:
+    def acquire(self, avoid: Collection[str]) -> ServerClient:
         """Wait for a place on a usable server and take it; end it with `succeeded` or `failed`.
 
         Raises:
@@ -131,9 +131,9 @@ class ServerPool:
         with self._changed:
             while True:
                 if time.monotonic() > deadline:
-                    raise TargetUnavailable(f"no SGLang server had a place within {self._place_timeout_s:g} s")
+                    raise TargetUnavailable(f"no server had a place within {self._place_timeout_s:g} s")
                 if not self._breakers.any_usable or self._stop.is_set():
-                    raise TargetUnavailable(f"no SGLang server is usable at present: {self._reasons()}")
+                    raise TargetUnavailable(f"no server is usable at present: {self._reasons()}")
                 name = self._breakers.acquire(avoid)
                 if name is not None:
                     return self._members[name].client

@@ -7,19 +7,20 @@ whatever size the model is; a small model, or a thorough check (`draftline docto
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from disagg_core.contracts import Capture
 from disagg_core.engines.servers.wire import SGLANG_VERSION, ProbeReply, ServerFacts
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
-from disagg_core.run_spec.section import is_local
 from disagg_core.store.packing import unpack
 from disagg_core.target.facts import TargetFacts, model_fingerprint
+from disagg_core.target.layers import LayerStates
+from disagg_core.target.loading import load_target
 
 WHOLE_MODEL_BYTES = 2 * 1024**3
 """Local models with fewer bytes of weights are compared as a whole, larger ones up to the first captured layer."""
@@ -58,49 +59,39 @@ def probe_ids(facts: TargetFacts) -> list[int]:
     return [(3 + position * step) % facts.vocab_size for position in range(length)]
 
 
-def reference_states(section: TargetSection, facts: TargetFacts, *, whole: bool | None = None) -> Reference:
-    """Run the target with transformers on the CPU, in float32 for a float32 target and in its own dtype otherwise.
+def reference_states(
+    section: TargetSection, facts: TargetFacts, capture: Capture, *, whole: bool | None = None
+) -> Reference:
+    """Run the target with transformers on the CPU, in its own dtype.
 
     Without `whole` it is decided by `WHOLE_MODEL_BYTES`. Otherwise only the embedding and the layers up to the first
     captured one are loaded.
+
+    Raises:
+        TargetError: the weights cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    source = str(Path(facts.model).expanduser()) if is_local(facts.model) else facts.model
-    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **options)
     if whole is None:
-        whole = _weights_bytes(source) <= WHOLE_MODEL_BYTES
-    if not whole:
-        config.get_text_config().num_hidden_layers = facts.aux_layers[0] + 1
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, facts.dtype), **options)
+        whole = _weights_bytes(section.model) <= WHOLE_MODEL_BYTES
+    wanted = Capture(capture.layers if whole else capture.layers[:1], last_hidden_state=whole)
+    on_cpu = section.model_copy(update={"device": "cpu"})
+    states = LayerStates(load_target(on_cpu, facts, num_layers=None if whole else wanted.layers[0] + 1), wanted)
     ids = probe_ids(facts)
-    wanted = facts.aux_layers if whole else facts.aux_layers[:1]
-    outputs: dict[int, Tensor] = {}
-    handles = [model.get_decoder().layers[layer].register_forward_hook(_keep(outputs, layer)) for layer in wanted]
     with torch.inference_mode():
-        last = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
-    for handle in handles:
-        handle.remove()
-    return Reference(ids, outputs, last if whole else None)
+        states.decoder.module(input_ids=torch.tensor([ids]))
+    layers = {layer: state[0] for layer, state in zip(wanted.layers, states.layers, strict=True)}
+    last = None if states.last is None else states.last[0]
+    states.close()
+    return Reference(ids, layers, last)
 
 
-def _keep(outputs: dict[int, Tensor], layer: int) -> Callable[..., None]:
-    def hook(_module: object, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        outputs[layer] = hidden.detach()[0].clone()
-
-    return hook
-
-
-def _weights_bytes(source: str) -> float:
-    directory = Path(source)
+def _weights_bytes(model: str) -> float:
+    directory = Path(model).expanduser()
     if not directory.is_dir():
         return float("inf")
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def identity_differences(found: ServerFacts, facts: TargetFacts, section: TargetSection) -> list[str]:
+def identity_differences(found: ServerFacts, section: TargetSection, facts: TargetFacts, capture: Capture) -> list[str]:
     """Return, in words, in what a server differs from the run's target; empty if in nothing."""
     expected = {
         "sglang": (SGLANG_VERSION, found.sglang_version),
@@ -109,21 +100,23 @@ def identity_differences(found: ServerFacts, facts: TargetFacts, section: Target
         "hidden size": (facts.hidden_size, found.hidden_size),
         "vocabulary": (facts.vocab_size, found.vocab_size),
         "dtype": (facts.dtype, found.dtype),
-        "captured layers": (list(facts.aux_layers), found.aux_layers),
+        "captured layers": (list(capture.layers), found.aux_layers),
         "config and weights": (model_fingerprint(facts.model, section.revision), found.fingerprint),
         **{name.replace("_", " "): (True, value) for name, value in found.settings.items()},
     }
     return [f"{what}: expected {want}, found {have}" for what, (want, have) in expected.items() if want != have]
 
 
-def compare_states(reply: ProbeReply, facts: TargetFacts, reference: Reference) -> list[Comparison]:
+def compare_states(reply: ProbeReply, facts: TargetFacts, capture: Capture, reference: Reference) -> list[Comparison]:
     """Return the error of each compared state of a probe against `reference`.
+
+    A server sends its last hidden state whether `capture` wants it or not: it proves the whole model.
 
     Raises:
         TargetError: the reply does not hold the states that it says it holds, or they have another shape.
     """
     width, tokens = facts.hidden_size, len(reference.input_ids)
-    expected = {"aux_hidden_states": (tokens, 3 * width), "last_hidden_state": (tokens, width)}
+    expected = {"aux_hidden_states": (tokens, len(capture.layers) * width), "last_hidden_state": (tokens, width)}
     found = {name: spec.shape for name, spec in reply.tensors.items()}
     if found != expected:
         raise TargetError(f"the probe's states: expected {expected}, found {found}")
@@ -133,7 +126,7 @@ def compare_states(reply: ProbeReply, facts: TargetFacts, reference: Reference) 
         raise TargetError(f"the probe's states cannot be read ({error}) from {len(reply.data)} bytes") from error
     aux, last = states["aux_hidden_states"], states["last_hidden_state"]
     compared = []
-    for place, layer in enumerate(facts.aux_layers):
+    for place, layer in enumerate(capture.layers):
         if layer in reference.layers:
             states_of_layer = aux[:, place * width : (place + 1) * width]
             compared.append(_compare(f"output of layer {layer}", states_of_layer, reference.layers[layer]))
@@ -149,16 +142,21 @@ def _compare(name: str, found: Tensor, expected: Tensor) -> Comparison:
 
 
 def check_probe(
-    server: str, reply: ProbeReply, section: TargetSection, facts: TargetFacts, reference: Reference
+    server: str,
+    reply: ProbeReply,
+    section: TargetSection,
+    facts: TargetFacts,
+    capture: Capture,
+    reference: Reference,
 ) -> list[Comparison]:
     """Return the comparisons of a server that is the run's target.
 
     Raises:
         TargetError: it is not; the message names the server and everything that differs.
     """
-    differences = identity_differences(reply.facts, facts, section)
+    differences = identity_differences(reply.facts, section, facts, capture)
     if not differences:
-        compared = compare_states(reply, facts, reference)
+        compared = compare_states(reply, facts, capture, reference)
         limit = TOLERANCE[facts.dtype]
         differences = [
             f"{entry.name}: expected transformers' within {limit:g}, found a relative error of {entry.relative:.3g}"

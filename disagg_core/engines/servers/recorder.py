@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.engines.contract import is_finite, shapes_of
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -89,12 +90,17 @@ class Recording:
     """One request's capture, from its first chunk to its reply."""
 
     order: CaptureOrder | ProbeOrder | None = None  # None: unreadable, and refused for it
-    aux: list[Tensor] = field(default_factory=list)  # each [rows, 3 * hidden]
-    last: list[Tensor] = field(default_factory=list)  # each [rows, hidden]
+    aux: list[Tensor] = field(default_factory=list)  # each [rows, layers * hidden]
+    last: list[Tensor] = field(default_factory=list)  # each [rows, hidden]; empty where the sample has none
     input_ids: list[int] = field(default_factory=list)
     handed_over: bool = False
     abandoned: bool = False
     reply: Reply | None = None
+
+    @property
+    def wants_last(self) -> bool:
+        """Whether the last hidden state is kept: a probe looks at all that the server captures."""
+        return not isinstance(self.order, CaptureOrder) or self.order.identity.capture.last_hidden_state
 
     @property
     def nbytes(self) -> int:
@@ -127,9 +133,10 @@ class Recorder:
         return len(self._held)
 
     def collect(self, recording: Recording, *, aux: Tensor, last: Tensor) -> None:
-        """Add the rows of one chunk: `aux` [rows, 3 * hidden] and `last` [rows, hidden], on any device."""
+        """Add the rows of one chunk: `aux` [rows, layers * hidden] and `last` [rows, hidden], on any device."""
         recording.aux.append(aux)
-        recording.last.append(last)
+        if recording.wants_last:
+            recording.last.append(last)
 
     def restart(self, recording: Recording) -> None:
         """Forget the chunks of a request that SGLang took back and will run again from its first token."""
@@ -153,24 +160,18 @@ class Recorder:
         """
         order = recording.order
         assert order is not None
-        rows = sum(len(part) for part in recording.last)
-        width, hidden = recording.aux[0].shape[1], recording.last[0].shape[1]
+        rows = sum(len(part) for part in recording.aux)
         ordered = order.num_tokens if isinstance(order, CaptureOrder) else len(input_ids)
         if rows != len(input_ids) or ordered != len(input_ids):
             reason = f"expected {ordered} rows of states for {len(input_ids)} prompt tokens, found {rows}"
             self.refuse(recording, f"{reason}; is --disable-radix-cache set?", retryable=False)
-            return
-        if width != 3 * hidden:
-            self.refuse(
-                recording, f"expected three layers of {hidden}, found {width} values per token", retryable=False
-            )
             return
         recording.input_ids = input_ids
         recording.handed_over = True
         if isinstance(order, ProbeOrder):
             recording.reply = _probe_reply(recording, facts(), self._clock())
             return
-        if (mismatch := _mismatch(order, recording.aux[0].dtype, facts())) is not None:
+        if (mismatch := _mismatch(order, recording.aux[0], facts())) is not None:
             self.refuse(recording, mismatch, retryable=False)
             return
         self._hand_over(recording)
@@ -266,20 +267,16 @@ class _Writer:
             return RefusedReply(reason="the request's time was over before its sample was written", retryable=True)
         store = self._store(order.store)
         started = time.perf_counter()
-        tensors = store.allocate(
-            {
-                "input_ids": ((order.num_tokens,), torch.int32),
-                "loss_mask": ((order.num_tokens,), torch.uint8),
-                "aux_hidden_states": _whole_of(recording.aux),
-                "last_hidden_state": _whole_of(recording.last),
-            }
-        )
+        capture, aux = order.identity.capture, recording.aux[0]
+        hidden_size = aux.shape[1] // len(capture.layers)
+        tensors = store.allocate(shapes_of(capture, order.num_tokens, hidden_size, aux.dtype))
         tensors["input_ids"].copy_(torch.tensor(recording.input_ids, dtype=torch.int32))
         tensors["loss_mask"].copy_(torch.tensor(mask_of(order.loss_spans, order.num_tokens), dtype=torch.uint8))
         _gather(recording.aux, tensors["aux_hidden_states"])
-        _gather(recording.last, tensors["last_hidden_state"])
-        if not bool(torch.isfinite(tensors["last_hidden_state"]).all()):
-            return RefusedReply(reason="the target's last hidden states are not finite", retryable=False)
+        if capture.last_hidden_state:
+            _gather(recording.last, tensors["last_hidden_state"])
+        if not is_finite(tensors):
+            return RefusedReply(reason="the target's hidden states are not finite", retryable=False)
         copied = time.perf_counter()
         ref = store.put(
             order.sample_id,
@@ -305,11 +302,6 @@ class _Writer:
         return store
 
 
-def _whole_of(parts: list[Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return shape and dtype of the rows of all chunks."""
-    return (sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype
-
-
 def _gather(parts: list[Tensor], whole: Tensor) -> None:
     """Copy the rows of all chunks into `whole`, on the CPU; waits for the copies from the device."""
     begin = 0
@@ -323,13 +315,16 @@ def _attach(recording: Recording, request: CapturableRequest) -> None:
         request.customized_info = {**(request.customized_info or {}), WIRE_KEY: [encode_reply(recording.reply)]}
 
 
-def _mismatch(order: CaptureOrder, dtype: torch.dtype, facts: ServerFacts) -> str | None:
-    """Return what of the order's identity this server does not fulfil, if anything."""
+def _mismatch(order: CaptureOrder, aux: Tensor, facts: ServerFacts) -> str | None:
+    """Return what of the order's identity this server does not fulfil, if anything; `aux` [rows, layers * hidden]."""
+    layers = list(order.identity.capture.layers)
     if order.fingerprint != facts.fingerprint:
         return f"expected the model {order.fingerprint}, this server runs {facts.fingerprint} ({facts.model_path})"
-    if list(order.identity.aux_layers) != facts.aux_layers:
-        return f"expected states of layers {list(order.identity.aux_layers)}, this server captures {facts.aux_layers}"
-    found = str(dtype).removeprefix("torch.")
+    if layers != facts.aux_layers:
+        return f"expected states of layers {layers}, this server captures {facts.aux_layers}"
+    if aux.shape[1] != len(layers) * facts.hidden_size:
+        return f"expected {len(layers)} layers of {facts.hidden_size}, found {aux.shape[1]} values per token"
+    found = str(aux.dtype).removeprefix("torch.")
     if order.identity.dtype != found:
         return f"expected states in {order.identity.dtype}, this server's are {found}"
     return None

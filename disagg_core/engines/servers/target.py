@@ -1,23 +1,23 @@
-"""`SGLangTarget`: the target run by SGLang servers, which write the samples themselves; only references come back."""
+"""The target run by servers of any engine, which write the samples themselves; only references come back."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
+from disagg_core.contracts import Capture, PromptTask, RunIdentity, SampleRef
 from disagg_core.engines.contract import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.engines.generation import Sampling
+from disagg_core.engines.servers.contract import PromptRefused, ServerClient, ServerFailure, ServerUnreachable
 from disagg_core.engines.servers.pool import PoolMember, ServerPool
 from disagg_core.engines.servers.probe import Reference, check_probe, probe_ids, reference_states
 from disagg_core.engines.servers.wire import CaptureOrder, StoreAddress, spans_of
-from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
 from disagg_core.errors import TargetError, TargetUnavailable
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
@@ -46,17 +46,20 @@ class SweepableStore(Protocol):
         ...
 
 
-class SGLangTarget:
-    """A `disagg_core.engines.contract.Target` over one or more SGLang servers, ours or external ones.
+class ServedTarget(ABC):
+    """A `disagg_core.engines.contract.Target` over one or more servers, ours or external ones.
+
+    An engine adds how its servers are reached and started, and how they are told to sample.
 
     Args:
         section: the run's target; `server_urls` name external servers, otherwise `servers` are started here.
         facts: what is known of the model.
+        capture: which states the samples hold.
         store: the attempt's store; the servers write into its namespace.
         store_section: protocol and checksum of the samples, for the servers.
         max_tokens: longest sample, prompt and continuation together.
         log_dir: where the log files of our servers go.
-        settings: the machine's settings: the SGLang environment and the address to bind to.
+        settings: the machine's settings: the engine's environment and the address to bind to.
         generate: how to continue prompts before they are captured; None captures them as they are.
         seed: the run's seed.
         health_timeout_s: a suspected server that does not answer its health check for so long hangs.
@@ -69,6 +72,7 @@ class SGLangTarget:
         self,
         section: TargetSection,
         facts: TargetFacts,
+        capture: Capture,
         *,
         store: SweepableStore,
         store_section: StoreSection,
@@ -82,6 +86,7 @@ class SGLangTarget:
     ) -> None:
         self._section = section
         self._facts = facts
+        self._wanted = capture
         self._store = store
         self._address = StoreAddress(
             master_address=store.endpoints.master_address,
@@ -105,7 +110,7 @@ class SGLangTarget:
         self._reference_lock = threading.Lock()
         servers = len(section.server_urls) or section.servers
         self.concurrency = servers * section.server_concurrency
-        self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="sglang-request")
+        self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="server-request")
         self._closed = False
 
     def prepare(self, identity: RunIdentity) -> None:
@@ -114,8 +119,10 @@ class SGLangTarget:
         Raises:
             TargetError: a server is not the run's target or cannot capture; all such servers are named.
             TargetUnavailable: no server could be started or reached.
-            MissingLibrary: servers are to be started, and there is no SGLang environment.
+            MissingLibrary: servers are to be started, and the engine's environment is not there.
         """
+        if identity.capture != self._wanted:
+            raise TargetError(f"target {self._facts.model}: expected {identity.capture}, found {self._wanted}")
         if self._pool is None:
             self._pool = ServerPool(
                 self._members(),
@@ -153,31 +160,24 @@ class SGLangTarget:
 
     # --- servers --------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _members(self) -> list[PoolMember]:
-        timeout_s = self._section.request_timeout_s
-        if self._section.server_urls:
-            return [PoolMember(SglangClient(url, url, timeout_s=timeout_s)) for url in self._section.server_urls]
-        launch = ServerLaunch(
-            python=find_sglang_python(self._settings),
-            section=self._section,
-            facts=self._facts,
-            longest=min(self._max_tokens, self._facts.max_position_embeddings),
-            cpu=_without_gpu(self._section),
-            host=self._settings.host,
-            seed=self._seed,
-            sampled=self._sampling is not None and self._sampling.temperature > 0,
-        )
-        servers = [ManagedServer(launch, index=index, log_dir=self._log_dir) for index in range(self._section.servers)]
-        return [
-            PoolMember(SglangClient(server.name, server.url, timeout_s=timeout_s), managed=server) for server in servers
-        ]
+        """Return the servers, ours or external ones; none is started yet.
 
-    def _check(self, client: SglangClient) -> None:
+        Raises:
+            MissingLibrary: servers are to be started, and the engine's environment is not there.
+        """
+
+    @abstractmethod
+    def _sampling_parameters(self, task: PromptTask, sampling: Sampling) -> dict[str, Any]:
+        """Return how the engine is told to continue `task`."""
+
+    def _check(self, client: ServerClient) -> None:
         reply = client.probe(probe_ids(self._facts))
         with self._reference_lock:
             if self._reference is None:
-                self._reference = reference_states(self._section, self._facts)
-        for entry in check_probe(client.name, reply, self._section, self._facts, self._reference):
+                self._reference = reference_states(self._section, self._facts, self._wanted)
+        for entry in check_probe(client.name, reply, self._section, self._facts, self._wanted, self._reference):
             logger.info("%s: %s differs from transformers by %.3g", client.name, entry.name, entry.relative)
 
     # --- tasks ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class SGLangTarget:
         self,
         tasks: Sequence[PromptTask],
         avoid: Mapping[int, frozenset[str]],
-        work: Callable[[SglangClient, PromptTask], _Outcome],
+        work: Callable[[ServerClient, PromptTask], _Outcome],
         drop: Callable[[_Outcome], None],
     ) -> Iterator[_Outcome]:
         """Run `work` for every task at once and yield the outcomes as they come; `drop` those nobody takes."""
@@ -225,10 +225,10 @@ class SGLangTarget:
 
     def _prepared(self) -> ServerPool:
         if self._pool is None or self._identity is None:
-            raise TargetError("the SGLang target was used before prepare()")
+            raise TargetError("the target was used before prepare()")
         return self._pool
 
-    def _capture(self, client: SglangClient, task: PromptTask) -> Stored | Failed:
+    def _capture(self, client: ServerClient, task: PromptTask) -> Stored | Failed:
         def work() -> Stored | Failed:
             input_ids, loss_mask = task.input_ids, task.loss_mask
             if self._sampling is not None:
@@ -238,7 +238,7 @@ class SGLangTarget:
 
         return self._attempt(client, task, work)
 
-    def _continue(self, client: SglangClient, task: PromptTask) -> Generated | Failed:
+    def _continue(self, client: ServerClient, task: PromptTask) -> Generated | Failed:
         sampling = self._sampling
         if sampling is None:
             raise ValueError("this target was made without sampling; give it the run's data.generate section")
@@ -246,7 +246,7 @@ class SGLangTarget:
             client, task, lambda: Generated(task, self._continuation(client, task, sampling), client.name)
         )
 
-    def _attempt(self, client: SglangClient, task: PromptTask, work: Callable[[], _Outcome]) -> _Outcome | Failed:
+    def _attempt(self, client: ServerClient, task: PromptTask, work: Callable[[], _Outcome]) -> _Outcome | Failed:
         """Run `work` on the place that was taken on `client`, and say whose failure a failure is.
 
         Raises:
@@ -285,16 +285,8 @@ class SGLangTarget:
         if self._sampling is not None and self._sampling.room(task) < 1:
             raise PromptRefused(f"no room for a continuation after {len(task.input_ids)} tokens", retryable=False)
 
-    def _continuation(self, client: SglangClient, task: PromptTask, sampling: Sampling) -> list[int]:
-        parameters: dict[str, Any] = {
-            "max_new_tokens": sampling.room(task),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "stop_token_ids": list(self._facts.eos_token_ids),
-        }
-        if sampling.temperature > 0:
-            parameters["sampling_seed"] = sampling.seed_for(task.ordinal) % 2**31
-        tokens = client.generate(task.input_ids, parameters)
+    def _continuation(self, client: ServerClient, task: PromptTask, sampling: Sampling) -> list[int]:
+        tokens = client.generate(task.input_ids, self._sampling_parameters(task, sampling))
         if len(tokens) > sampling.room(task) or not all(0 <= token < self._facts.vocab_size for token in tokens):
             raise ServerFailure(
                 f"expected at most {sampling.room(task)} token ids of {self._facts.vocab_size} from {client.name}, "
@@ -305,7 +297,7 @@ class SGLangTarget:
         return tokens
 
     def _store_sample(
-        self, client: SglangClient, task: PromptTask, input_ids: list[int], loss_mask: list[int]
+        self, client: ServerClient, task: PromptTask, input_ids: list[int], loss_mask: list[int]
     ) -> Stored:
         assert self._identity is not None
         timeout_s = self._section.request_timeout_s
@@ -338,11 +330,3 @@ class SGLangTarget:
 
 
 _Outcome = TypeVar("_Outcome")
-
-
-def _without_gpu(section: TargetSection) -> bool:
-    if section.device != "auto":
-        return section.device == "cpu"
-    import torch
-
-    return not torch.cuda.is_available()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from disagg_core.engines.servers.contract import PromptRefused, ServerFailure, ServerUnreachable
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -25,31 +26,13 @@ from disagg_core.engines.servers.wire import (
     encode_order,
     find_reply,
 )
-from disagg_core.errors import DraftlineError, TargetError, Transient
+from disagg_core.errors import TargetError
 
 _CONNECT_TIMEOUT_S = 10.0
 _REFUSALS = frozenset({400, 413, 422})
 """What a server answers to a prompt it will not run. Any other error is the server's, or of a proxy before it."""
 
 _Body = TypeVar("_Body")
-
-
-class ServerFailure(Transient):
-    """The server did not answer, answered that something broke inside it, or answered what makes no sense."""
-
-    failure_class = "target_unavailable"
-
-
-class ServerUnreachable(ServerFailure):
-    """Nobody took the request: whatever it asked for was not tried."""
-
-
-class PromptRefused(DraftlineError):
-    """The server answered that it will not run this prompt; `retryable`: another server may."""
-
-    def __init__(self, message: str, *, retryable: bool) -> None:
-        super().__init__(message)
-        self.retryable = retryable
 
 
 class _FinishReason(msgspec.Struct):

@@ -1,29 +1,20 @@
-"""SGLang servers that we start ourselves: the command line, the process, its end, and starting it again.
-
-A server runs in the SGLang environment (another Python than ours), in its own process group with its own log file,
-and is killed by the kernel when we die. SGLang's own children die with their parent in the same way.
-"""
+"""SGLang servers that we start ourselves: the environment that they run in, their command line and variables."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import subprocess
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from disagg_core.contracts import Capture
 from disagg_core.engines.servers.wire import SGLANG_VERSION
 from disagg_core.errors import MissingLibrary
-from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target.facts import TargetFacts
 
-logger = logging.getLogger(__name__)
-
-_STOP_GRACE_S = 3.0
+_CONTEXT_ROOM = 2
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-server-warmup"),
@@ -37,11 +28,22 @@ class ServerLaunch:
     python: Path
     section: TargetSection
     facts: TargetFacts
+    capture: Capture
     longest: int
     cpu: bool
     host: str
     seed: int = 0
     sampled: bool = False
+
+    @property
+    def engine(self) -> str:
+        """What its servers are called."""
+        return "sglang"
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        return self.section.tensor_parallel
 
     def command(self, *, port: int, base_gpu: int) -> list[str]:
         """Return the command line of one server; the run's `target.server_args` come last and so win."""
@@ -50,8 +52,9 @@ class ServerLaunch:
         command += ["--model-path", str(Path(facts.model).expanduser()) if _is_directory(facts.model) else facts.model]
         command += ["--host", self.host, "--port", str(port), "--dtype", facts.dtype]
         command += ["--tp", str(section.tensor_parallel), "--random-seed", str(self.seed)]
+        # The algorithm only names SGLang's way of counting layers; no draft is loaded.
         command += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
-        command += ["--return-aux-hidden-state-layer-ids", *(str(layer) for layer in facts.aux_layers)]
+        command += ["--return-aux-hidden-state-layer-ids", *(str(layer) for layer in self.capture.layers)]
         command += ["--disable-radix-cache", "--chunked-prefill-size", "-1", "--sleep-on-idle"]
         if section.revision is not None:
             command += ["--revision", section.revision]
@@ -95,63 +98,6 @@ class ServerLaunch:
     def _needs_room(self) -> bool:
         """SGLang wants a prompt shorter than the context by two: one token is generated and thrown away."""
         return self.longest + _CONTEXT_ROOM > self.facts.max_position_embeddings
-
-
-_CONTEXT_ROOM = 2
-
-
-class ManagedServer:
-    """One server process at a time, under one name and URL; started again on demand. Safe across threads."""
-
-    def __init__(self, launch: ServerLaunch, *, index: int, log_dir: Path) -> None:
-        self._launch = launch
-        self._index = index
-        self.name = f"sglang-{index}"
-        self.log = log_dir / f"{self.name}.log"
-        self.port = free_port(launch.host)
-        self.url = f"http://{launch.host}:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    @property
-    def pid(self) -> int | None:
-        """The process id of the running server, None before the first start."""
-        process = self._process
-        return None if process is None else process.pid
-
-    def start(self) -> None:
-        """Start the server; it is not ready yet. Call from a thread that lives as long as the server may."""
-        command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.section.tensor_parallel)
-        environment = self._launch.environment()
-        with self._lock:
-            if self._closed:
-                return
-            logger.info("starting %s: %s", self.name, " ".join(command))
-            self._process = spawn(command, self.log, environment=environment, death_signal=signal.SIGKILL)
-
-    def exit_reason(self) -> str | None:
-        """Return how the server ended, with the end of its log; None while it runs."""
-        process = self._process
-        if process is None:
-            return "not started"
-        code = process.poll()
-        if code is None:
-            return None
-        return f"{describe_exit(code)}; the end of {self.log}:\n{tail(self.log)}"
-
-    def stop(self, *, at_once: bool = False) -> None:
-        """End the server and all of its processes; `at_once` for one that hangs."""
-        with self._lock:
-            if self._process is not None:
-                first = signal.SIGKILL if at_once else signal.SIGTERM
-                stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
-                self._process = None
-
-    def close(self) -> None:
-        """End the server for good: `start` does nothing from now on."""
-        self._closed = True
-        self.stop()
 
 
 def find_sglang_python(settings: Settings, checkout: Path = CHECKOUT) -> Path:

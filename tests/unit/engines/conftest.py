@@ -130,6 +130,5 @@ def facts() -> TargetFacts:
         eos_token_ids=(2,),
         pad_token_id=0,
         dtype="float32",
-        aux_layers=(0, 2, 4),
         version="v",
     )

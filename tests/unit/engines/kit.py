@@ -1,8 +1,9 @@
-"""What the tests of the SGLang side have in common: the identity of a run, and a store's address."""
+"""What the tests of the SGLang side have in common: what is captured, the identity of a run, and a store's address."""
 
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.engines.servers.wire import StoreAddress
 
+CAPTURE = Capture((0, 2, 4), last_hidden_state=True)
 IDENTITY = RunIdentity(
     run_id="run",
     attempt=1,
@@ -11,7 +12,7 @@ IDENTITY = RunIdentity(
     tokenizer_version="k",
     vocab_map_version="m",
     draft_weight_version=0,
-    aux_layers=(0, 2, 4),
+    capture=CAPTURE,
     dtype="float32",
 )
 ADDRESS = StoreAddress(

@@ -96,7 +96,7 @@ def test_places_are_bounded_and_given_back(scripted: Callable[[], Any], pool_of:
     pool.acquire(frozenset())
     pool.acquire(frozenset())
 
-    with pytest.raises(TargetUnavailable, match="no SGLang server had a place"):
+    with pytest.raises(TargetUnavailable, match="no server had a place"):
         pool.acquire(frozenset())
     pool.succeeded(first.name, captured=True)
     assert pool.acquire(frozenset()).name == "server-0"

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from disagg_core.contracts import RunIdentity, SampleRef
+from disagg_core.contracts import Capture, RunIdentity, SampleRef
 from disagg_core.engines.servers.recorder import Recorder, Recording
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
@@ -167,6 +168,35 @@ def test_chunks_become_one_sample_and_the_reply_its_reference(recorder: Recorder
     assert reply.ref.metadata["server"] == "sglang-0"
 
 
+def test_a_sample_holds_what_is_wanted_of_what_the_server_captures(recorder: Recorder, shelf: Shelf) -> None:
+    facts = msgspec.structs.replace(FACTS, aux_layers=[1, 3])
+    capture = Capture((1, 3), last_hidden_state=False)
+    recording = Recording(order_of(4, identity=msgspec.structs.replace(IDENTITY, capture=capture)))
+    aux = torch.randn(4, 2 * HIDDEN)
+    for rows in (slice(0, 3), slice(3, 4)):
+        recorder.collect(recording, aux=aux[rows], last=torch.ones(4, HIDDEN)[rows])
+    held = recording.nbytes
+    recorder.finish(recording, [5, 6, 7, 8], lambda: facts)
+
+    assert isinstance(settled(recorder, recording), StoredReply)
+    sample = shelf.samples["s000000001"]
+    assert list(sample) == ["input_ids", "loss_mask", "aux_hidden_states"]
+    assert torch.equal(sample["aux_hidden_states"], aux)
+    assert held == aux.nbytes, "states that no sample wants are not kept"
+
+
+def test_states_of_another_width_are_refused(recorder: Recorder, shelf: Shelf) -> None:
+    recording = Recording(order_of(3))
+    recorder.collect(recording, aux=torch.zeros(3, 2 * HIDDEN), last=torch.zeros(3, HIDDEN))
+    recorder.finish(recording, [5, 6, 7], lambda: FACTS)
+
+    reply = settled(recorder, recording)
+
+    assert isinstance(reply, RefusedReply)
+    assert reply.reason == "expected 3 layers of 4, found 8 values per token"
+    assert shelf.samples == {}
+
+
 def test_a_reply_waits_for_its_own_sample_only(recorder: Recorder, shelf: Shelf) -> None:
     shelf.gate.clear()
     slow = capture(recorder, order_of(3), 3, 3)
@@ -195,15 +225,13 @@ def test_rows_that_are_not_the_prompts_tokens_are_refused(recorder: Recorder, sh
 @pytest.mark.parametrize(
     ("identity", "reason"),
     [
-        ({"aux_layers": (1, 3, 5)}, r"layers [1, 3, 5], this server captures [0, 2, 4]"),
+        ({"capture": Capture((1, 3, 5), True)}, r"layers [1, 3, 5], this server captures [0, 2, 4]"),
         ({"dtype": "bfloat16"}, "expected states in bfloat16, this server's are float32"),
     ],
 )
 def test_an_order_for_another_target_is_refused(
     recorder: Recorder, shelf: Shelf, identity: dict[str, Any], reason: str
 ) -> None:
-    import msgspec
-
     order = order_of(3, identity=msgspec.structs.replace(IDENTITY, **identity))
     reply = settled(recorder, capture(recorder, order, 3, 3))
 
@@ -279,16 +307,18 @@ def test_a_request_that_was_taken_back_starts_anew(recorder: Recorder, shelf: Sh
     assert isinstance(settled(recorder, recording), StoredReply)
 
 
-def test_states_that_are_not_finite_are_refused(recorder: Recorder, shelf: Shelf) -> None:
-    recording = Recording(order_of(2))
+@pytest.mark.parametrize("last_hidden_state", [True, False])
+def test_states_that_are_not_finite_are_refused(recorder: Recorder, shelf: Shelf, last_hidden_state: bool) -> None:
+    capture = Capture((0, 2, 4), last_hidden_state)
+    recording = Recording(order_of(2, identity=msgspec.structs.replace(IDENTITY, capture=capture)))
     aux, last = states(2)
-    last[1, 1] = float("nan")
+    (last if last_hidden_state else aux)[1, 1] = float("nan")
     recorder.collect(recording, aux=aux, last=last)
     recorder.finish(recording, [0, 1], lambda: FACTS)
 
     reply = settled(recorder, recording)
 
-    assert reply == RefusedReply(reason="the target's last hidden states are not finite", retryable=False)
+    assert reply == RefusedReply(reason="the target's hidden states are not finite", retryable=False)
 
 
 def test_a_probe_brings_its_states_back(recorder: Recorder, shelf: Shelf) -> None:

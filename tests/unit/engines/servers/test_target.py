@@ -11,7 +11,6 @@ import pytest
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
 from disagg_core.engines.contract import Failed, Generated, Stored
-from disagg_core.engines.servers.target import SGLangTarget
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -21,12 +20,13 @@ from disagg_core.engines.servers.wire import (
     encode_reply,
 )
 from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.target import SGLangTarget
 from disagg_core.errors import StoreUnavailable, TargetUnavailable
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import Settings
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
-from tests.unit.engines.kit import IDENTITY
+from tests.unit.engines.kit import CAPTURE, IDENTITY
 
 pytestmark = pytest.mark.unit
 
@@ -100,6 +100,7 @@ def target_over(
         target = Trusting(
             changed,
             facts,
+            CAPTURE,
             store=ledger,
             store_section=StoreSection(),
             max_tokens=16,
@@ -206,7 +207,7 @@ def test_without_a_server_that_can_be_reached_the_target_is_unavailable(
     list(target.capture([task(0)], avoid={}))
     server.close()
 
-    with pytest.raises(TargetUnavailable, match="no SGLang server is usable at present"):
+    with pytest.raises(TargetUnavailable, match="no server is usable at present"):
         list(target.capture([task(1)], avoid={}))
 
 
@@ -288,7 +289,7 @@ def test_without_a_usable_server_nothing_is_attempted(
     list(target.capture([task(0)], avoid={}))  # the first failure of a server on probation takes it out
     requests = server.requests
 
-    with pytest.raises(TargetUnavailable, match="no SGLang server is usable at present"):
+    with pytest.raises(TargetUnavailable, match="no server is usable at present"):
         list(target.capture([task(1), task(2)], avoid={}))
     assert server.requests == requests
 

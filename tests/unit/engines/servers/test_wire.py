@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_core.contracts import Capture
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
+    CaptureOrder,
     ProbeOrder,
     RefusedReply,
     decode_order,
@@ -20,6 +22,7 @@ from disagg_core.engines.servers.wire import (
     mask_of,
     spans_of,
 )
+from tests.unit.engines.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
 
@@ -43,6 +46,27 @@ def test_orders_and_replies_travel_as_text() -> None:
 
     assert decode_order(encode_order(ProbeOrder())[WIRE_KEY]) == ProbeOrder()
     assert find_reply([None, encode_reply(refusal)]) == refusal
+
+
+@pytest.mark.parametrize("capture", [Capture((0, 2, 4), True), Capture((5,), False)])
+def test_what_is_to_be_captured_travels_with_the_identity(capture: Capture) -> None:
+    order = CaptureOrder(
+        sample_id="s000000001",
+        source_task_id="prompts:1",
+        server="sglang-0",
+        fingerprint="f",
+        num_tokens=3,
+        loss_spans=[(1, 3)],
+        identity=msgspec.structs.replace(IDENTITY, capture=capture),
+        store=ADDRESS,
+        deadline=1.0,
+    )
+
+    found = decode_order(encode_order(order)[WIRE_KEY])
+
+    assert found == order
+    assert isinstance(found, CaptureOrder)
+    assert hash(found.identity.capture) == hash(capture), "the layers are a tuple again"
 
 
 def test_no_plugin_no_reply() -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_core.contracts import FeatureSpec, SampleRef
+from disagg_core.engines.servers.contract import PromptRefused, ServerFailure
 from disagg_core.engines.servers.probe import Reference, compare_states
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
@@ -25,10 +26,10 @@ from disagg_core.engines.servers.wire import (
     StoredReply,
     encode_reply,
 )
-from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, SglangClient
+from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import TargetError
 from disagg_core.target.facts import TargetFacts
-from tests.unit.engines.kit import ADDRESS, IDENTITY
+from tests.unit.engines.kit import ADDRESS, CAPTURE, IDENTITY
 
 pytestmark = pytest.mark.unit
 
@@ -244,7 +245,7 @@ def test_states_are_compared_or_said_to_be_unreadable(
     reference = Reference([1, 2, 3], {0: torch.zeros(3, 4)}, torch.zeros(3, 4))
 
     try:
-        compared = [entry.name for entry in compare_states(reply, facts, reference)]
+        compared = [entry.name for entry in compare_states(reply, facts, CAPTURE, reference)]
     except TargetError as error:
         compared = [str(error)[:18]]
 

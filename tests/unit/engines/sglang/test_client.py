@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from disagg_core.engines.servers.contract import PromptRefused, ServerFailure, ServerUnreachable
 from disagg_core.engines.servers.wire import WIRE_KEY, RefusedReply, encode_reply
-from disagg_core.engines.sglang.client import PromptRefused, ServerFailure, ServerUnreachable, SglangClient
+from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import TargetError
 
 pytestmark = pytest.mark.unit

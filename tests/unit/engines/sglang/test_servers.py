@@ -13,18 +13,20 @@ import psutil
 import pytest
 
 from disagg_core.engines.servers.pool import PoolMember, ServerPool
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.launch import ServerLaunch, find_sglang_python
 from disagg_core.errors import MissingLibrary, TargetUnavailable
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts
+from tests.unit.engines.kit import CAPTURE
 
 pytestmark = pytest.mark.unit
 
 
 def launch(section: TargetSection, facts: TargetFacts, **changes: object) -> ServerLaunch:
-    fields: dict[str, object] = {"longest": 32, "cpu": False, "host": "10.0.0.5", **changes}
+    fields: dict[str, object] = {"capture": CAPTURE, "longest": 32, "cpu": False, "host": "10.0.0.5", **changes}
     return ServerLaunch(Path("/sglang/bin/python"), section, facts, **fields)
 
 
@@ -36,7 +38,7 @@ def test_layers_are_always_named_and_nothing_is_cached(section: TargetSection, f
     command = launch(section, facts).command(port=30000, base_gpu=4)
 
     start = command.index("--return-aux-hidden-state-layer-ids")
-    assert command[start + 1 : start + 4] == ["0", "2", "4"]
+    assert command[start + 1 : start + 5] == ["0", "2", "4", "--disable-radix-cache"]
     assert {"--disable-radix-cache", "--enable-return-aux-hidden-states", "--disable-prefill-cuda-graph"} <= {*command}
     assert value(command, "--speculative-algorithm") == "EAGLE3"
     assert (value(command, "--host"), value(command, "--port")) == ("10.0.0.5", "30000")
@@ -103,7 +105,7 @@ class Stubborn(ServerLaunch):
 @pytest.fixture
 def stubborn(section: TargetSection, facts: TargetFacts, tmp_path: Path) -> Callable[[int], ManagedServer]:
     def make(index: int) -> ManagedServer:
-        launch = Stubborn(Path(sys.executable), section, facts, longest=32, cpu=True, host="127.0.0.1")
+        launch = Stubborn(Path(sys.executable), section, facts, CAPTURE, longest=32, cpu=True, host="127.0.0.1")
         return ManagedServer(launch, index=index, log_dir=tmp_path)
 
     return make

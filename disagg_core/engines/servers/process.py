@@ -1,0 +1,101 @@
+"""A server that we start ourselves, whatever engine it runs: the process, its end, and starting it again.
+
+A server runs in its engine's environment (another Python than ours), in its own process group with its own log file,
+and is killed by the kernel when we die.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 3.0
+
+
+class Launch(Protocol):
+    """How the servers of an engine are started, but for a server's place among several (port, GPUs, log)."""
+
+    @property
+    def engine(self) -> str:
+        """What its servers are called."""
+        ...
+
+    @property
+    def host(self) -> str:
+        """The address to bind to."""
+        ...
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        ...
+
+    def command(self, *, port: int, base_gpu: int) -> list[str]:
+        """Return the command line of one server, whose GPUs are those from `base_gpu` on."""
+        ...
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a server's process besides ours."""
+        ...
+
+
+class ManagedServer:
+    """One server process at a time, under one name and URL; started again on demand. Safe across threads."""
+
+    def __init__(self, launch: Launch, *, index: int, log_dir: Path) -> None:
+        self._launch = launch
+        self._index = index
+        self.name = f"{launch.engine}-{index}"
+        self.log = log_dir / f"{self.name}.log"
+        self.port = free_port(launch.host)
+        self.url = f"http://{launch.host}:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the running server, None before the first start."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def start(self) -> None:
+        """Start the server; it is not ready yet. Call from a thread that lives as long as the server may."""
+        command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.gpus)
+        environment = self._launch.environment()
+        with self._lock:
+            if self._closed:
+                return
+            logger.info("starting %s: %s", self.name, " ".join(command))
+            self._process = spawn(command, self.log, environment=environment, death_signal=signal.SIGKILL)
+
+    def exit_reason(self) -> str | None:
+        """Return how the server ended, with the end of its log; None while it runs."""
+        process = self._process
+        if process is None:
+            return "not started"
+        code = process.poll()
+        if code is None:
+            return None
+        return f"{describe_exit(code)}; the end of {self.log}:\n{tail(self.log)}"
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End the server and all of its processes; `at_once` for one that hangs."""
+        with self._lock:
+            if self._process is not None:
+                first = signal.SIGKILL if at_once else signal.SIGTERM
+                stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
+                self._process = None
+
+    def close(self) -> None:
+        """End the server for good: `start` does nothing from now on."""
+        self._closed = True
+        self.stop()
