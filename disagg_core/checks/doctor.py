@@ -20,6 +20,7 @@ from typing import Literal
 
 import psutil
 
+from disagg_core.contracts import Capture
 from disagg_core.engines.servers.probe import (
     TOLERANCE,
     compare_states,
@@ -27,8 +28,9 @@ from disagg_core.engines.servers.probe import (
     probe_ids,
     reference_states,
 )
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.launch import ServerLaunch, find_sglang_python
 from disagg_core.errors import DraftlineError, TargetUnavailable
 from disagg_core.processes.tree import check_port
 from disagg_core.run_spec.document import TargetSection
@@ -68,7 +70,9 @@ def machine_findings(settings: Settings) -> Iterator[Finding]:
     yield from _tried("sglang environment", lambda: str(find_sglang_python(settings)), level="warning")
 
 
-def server_findings(client: SglangClient, section: TargetSection, facts: TargetFacts) -> Iterator[Finding]:
+def server_findings(
+    client: SglangClient, section: TargetSection, facts: TargetFacts, capture: Capture
+) -> Iterator[Finding]:
     """Probe one server: health, version, identity, capture, its layers against transformers' on a sample, memory."""
     if not client.healthy(_HEALTH_TIMEOUT_S):
         yield Finding(
@@ -86,14 +90,15 @@ def server_findings(client: SglangClient, section: TargetSection, facts: TargetF
     found = reply.facts
     yield Finding("ok", "version", f"sglang {found.sglang_version}, tensor parallel {found.tensor_parallel}")
     yield Finding("ok", "capture", f"layers {found.aux_layers} in {found.dtype}, {spent * 1000:.0f} ms for one probe")
-    differences = identity_differences(found, facts, section)
+    differences = identity_differences(found, section, facts, capture)
     for difference in differences:
         yield Finding("failed", "identity", difference)
     if differences:
         return
     yield Finding("ok", "identity", f"{found.model_path}, config and weights {found.fingerprint}")
     limit = TOLERANCE[facts.dtype]
-    for entry in compare_states(reply, facts, reference_states(section, facts, whole=True)):
+    reference = reference_states(section, facts, capture, whole=True)
+    for entry in compare_states(reply, facts, capture, reference):
         level: Level = "ok" if entry.relative <= limit else "failed"
         text = f"relative error {entry.relative:.2g} (limit {limit:g}), largest difference {entry.largest:.2g}"
         yield Finding(level, entry.name, text)
@@ -102,7 +107,7 @@ def server_findings(client: SglangClient, section: TargetSection, facts: TargetF
 
 @contextlib.contextmanager
 def started_server(
-    section: TargetSection, facts: TargetFacts, settings: Settings, log_dir: Path
+    section: TargetSection, facts: TargetFacts, capture: Capture, settings: Settings, log_dir: Path
 ) -> Iterator[SglangClient]:
     """Start one server as a run would, wait until it is healthy, and stop it afterwards.
 
@@ -117,6 +122,7 @@ def started_server(
         python=find_sglang_python(settings),
         section=section,
         facts=facts,
+        capture=capture,
         longest=min(2048, facts.max_position_embeddings),
         cpu=cpu,
         host=settings.host,
@@ -194,12 +200,12 @@ def _store(settings: Settings) -> str:
     identity = RunIdentity(
         run_id="doctor",
         attempt=1,
-        strategy="eagle3",
+        strategy="doctor",
         target_model_version="",
         tokenizer_version="",
         vocab_map_version="",
         draft_weight_version=0,
-        aux_layers=(0, 1, 2),
+        capture=Capture(layers=(0,), last_hidden_state=True),
         dtype="float32",
     )
     sample = {"last_hidden_state": torch.arange(4096, dtype=torch.float32).view(64, 64)}

@@ -15,6 +15,7 @@ from rich.markup import escape
 from disagg_core.cli.exits import stop
 from disagg_core.errors import BadInput, DraftlineError
 from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.draft import DraftSection, default_draft
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
 
@@ -38,10 +39,10 @@ def doctor(
     """
     console = Console(soft_wrap=True, highlight=False)
     try:
-        section = _section(spec, server or [], model, start_server)
+        probed = _target(spec, server or [], model, start_server)
         failed = _report(console, _machine()) if machine else 0
-        if section is not None:
-            failed += _probe(console, section, start_server)
+        if probed is not None:
+            failed += _probe(console, *probed, start_server)
     except DraftlineError as error:
         stop(error)
     if failed:
@@ -49,10 +50,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _section(spec: Path | None, servers: list[str], model: str | None, start_server: bool) -> TargetSection | None:
-    """Return the target to probe servers for; None if only the machine is checked."""
+def _target(
+    spec: Path | None, servers: list[str], model: str | None, start_server: bool
+) -> tuple[TargetSection, DraftSection] | None:
+    """Return the target to probe servers for, and the draft it is captured for; None if only the machine is checked."""
+    draft = default_draft()
     if spec is not None:
-        section = load_spec(spec, ()).target
+        document = load_spec(spec, ())
+        section, draft = document.target, document.draft
         if model is not None:
             raise BadInput("give either a run document or --model, not both")
     elif model is not None:
@@ -63,7 +68,7 @@ def _section(spec: Path | None, servers: list[str], model: str | None, start_ser
         return None
     if servers:
         section = section.model_copy(update={"server_urls": tuple(servers)})
-    return section if section.server_urls or start_server else None
+    return (section, draft) if section.server_urls or start_server else None
 
 
 def _machine() -> Iterator[tuple[str, str, str]]:
@@ -73,12 +78,14 @@ def _machine() -> Iterator[tuple[str, str, str]]:
         yield finding.level, finding.what, finding.found
 
 
-def _probe(console: Console, section: TargetSection, start_server: bool) -> int:
+def _probe(console: Console, section: TargetSection, draft: DraftSection, start_server: bool) -> int:
     from disagg_core.checks.doctor import server_findings, started_server
+    from disagg_core.drafts.registry import method_of
     from disagg_core.engines.sglang.client import SglangClient
     from disagg_core.target.facts import read_target_facts
 
     facts = read_target_facts(section)
+    capture = method_of(draft.method).capture(draft, facts.num_layers, section.aux_layers)
     failed = 0
     with contextlib.ExitStack() as stack:
         clients = []
@@ -89,10 +96,10 @@ def _probe(console: Console, section: TargetSection, start_server: bool) -> int:
         if start_server:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="draftline-doctor-")))
             console.print(f"starting a server for {escape(facts.model)}; this takes a minute or more")
-            clients.append(stack.enter_context(started_server(section, facts, get_settings(), logs)))
+            clients.append(stack.enter_context(started_server(section, facts, capture, get_settings(), logs)))
         for client in clients:
             console.print(f"\n{escape(client.name)}")
-            findings = server_findings(client, section, facts)
+            findings = server_findings(client, section, facts, capture)
             failed += _report(console, ((entry.level, entry.what, entry.found) for entry in findings))
     return failed
 

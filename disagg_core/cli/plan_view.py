@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from disagg_core.contracts import Capture
 from disagg_core.run.plan import RunPlan
 
 _GIB = 1024**3
@@ -59,13 +60,13 @@ def _numbers(plan: RunPlan) -> Table:
     table = Table(show_header=False, title="What it needs, checked against each other", title_justify="left")
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("captured layers (0-based outputs)", ", ".join(str(layer) for layer in plan.target.aux_layers))
+    table.add_row("captured layers (0-based outputs)", _captured(plan.capture))
     table.add_row("draft vocabulary", f"{plan.draft_vocab_size} of {plan.target.vocab_size}")
     table.add_row("prompts", "not known before the run" if plan.total_prompts is None else str(plan.total_prompts))
     table.add_row(
         "optimizer steps", "as many as the prompts give" if plan.total_steps is None else str(plan.total_steps)
     )
-    table.add_row("bytes per token", f"{plan.target.bytes_per_token}")
+    table.add_row("bytes per token", f"{plan.bytes_per_token}")
     table.add_row("bytes per sample", f"up to {_size(plan.max_sample_bytes)} ({spec.data.max_tokens} tokens)")
     table.add_row(
         "optimizer window",
@@ -83,6 +84,11 @@ def _numbers(plan: RunPlan) -> Table:
     )
     table.add_row("reference channel", spec.channel.url or "files in the run's directory")
     return table
+
+
+def _captured(capture: Capture) -> str:
+    layers = ", ".join(str(layer) for layer in capture.layers)
+    return f"{layers}; and the last hidden state" if capture.last_hidden_state else layers
 
 
 def _size(count: int) -> str:

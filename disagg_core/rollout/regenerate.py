@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from disagg_core.contracts import RunIdentity
+from disagg_core.drafts.registry import method_of
 from disagg_core.engines.contract import Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.files import write_atomically
@@ -76,7 +77,7 @@ def regenerate(
     known = _repair(out)
     rejections: list[Rejection] = []
     source = PromptSource.from_spec(spec, tokenizer, group=target.batch_size, skip=known, on_reject=rejections.append)
-    target.prepare(_identity(facts, version))
+    target.prepare(_identity(spec, facts, version))
     with out.open("ab", buffering=0) as file:
         writer = _Writer(source, target, tokenizer, file, spec.target.unavailable_timeout_s, len(known), progress)
         writer.run(max(1, target.concurrency))
@@ -128,16 +129,16 @@ def _repair(out: Path) -> OrdinalSet:
     return known
 
 
-def _identity(facts: TargetFacts, tokenizer: str) -> RunIdentity:
+def _identity(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> RunIdentity:
     return RunIdentity(
         run_id="regenerate",
         attempt=1,
-        strategy="eagle3",
+        strategy=spec.draft.method,
         target_model_version=facts.version,
         tokenizer_version=tokenizer,
         vocab_map_version="",
         draft_weight_version=0,
-        aux_layers=facts.aux_layers,
+        capture=method_of(spec.draft.method).capture(spec.draft, facts.num_layers, spec.target.aux_layers),
         dtype=facts.dtype,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from disagg_core.run_spec.draft import DraftSection, default_draft, draft_field
 from disagg_core.run_spec.section import Bytes, ChannelUrl, RunName, SecretFreeUrl, Section
@@ -40,8 +40,8 @@ class TargetSection(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where a transformers target runs.")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of a transformers target on the CPU.")
-    aux_layers: tuple[int, int, int] | None = Field(
-        None, description="Decoder layers (0-based) whose outputs are captured; by default chosen from the depth."
+    aux_layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="Decoder layers (0-based) whose outputs are captured; default: as draft.method."
     )
     server_urls: tuple[SecretFreeUrl, ...] = Field(
         (), description="SGLang servers that run already; empty: start our own."
@@ -54,6 +54,13 @@ class TargetSection(Section):
     unavailable_timeout_s: float = Field(
         600.0, gt=0, description="With no usable server for this long the run fails (target_unavailable)."
     )
+
+    @field_validator("aux_layers")
+    @classmethod
+    def _layers_ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers and (layers[0] < 0 or list(layers) != sorted(set(layers))):
+            raise ValueError(f"expected ascending layer ids from 0, found {list(layers)}")
+        return layers
 
     @model_validator(mode="after")
     def _servers_need_sglang(self) -> TargetSection:
