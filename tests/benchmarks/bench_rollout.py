@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
-from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.contracts import Capture, PromptTask, RunIdentity
 from disagg_core.engines.contract import Captured, ServerHealth
 from disagg_core.engines.generation import Sampling
 from disagg_core.engines.transformers import TransformersTarget
@@ -36,12 +36,13 @@ from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.target.facts import read_target_facts
 
 CAPTURE_S = 0.020
+CAPTURE = Capture((0, 1, 2), last_hidden_state=True)
 
 
-def identity(version: str = "t", aux: tuple[int, ...] = (0, 1, 2), dtype: str = "float32") -> RunIdentity:
+def identity(version: str = "t", dtype: str = "float32") -> RunIdentity:
     return RunIdentity(
         run_id="bench", attempt=1, strategy="eagle3", target_model_version=version, tokenizer_version="",
-        vocab_map_version="", draft_weight_version=0, aux_layers=aux, dtype=dtype,
+        vocab_map_version="", draft_weight_version=0, capture=CAPTURE, dtype=dtype,
     )  # fmt: skip
 
 
@@ -129,8 +130,8 @@ def tiny_target(folder: str, **options: object) -> TransformersTarget:
     LlamaForCausalLM(config).save_pretrained(folder)
     section = TargetSection(model=folder, dtype="float32", device="cpu")
     facts = read_target_facts(section)
-    target = TransformersTarget(section, facts, **options)
-    target.prepare(identity(facts.version, facts.aux_layers))
+    target = TransformersTarget(section, facts, CAPTURE, **options)
+    target.prepare(identity(facts.version))
     return target
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.store import MooncakeFeatureStore, NewSample, managed_store
 from disagg_core.store.outgoing import layout_of
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 Sample = Mapping[str, torch.Tensor]
 IDENTITY = RunIdentity(
     run_id="bench", attempt=1, strategy="eagle3", target_model_version="t", tokenizer_version="k",
-    vocab_map_version="v", draft_weight_version=0, aux_layers=(1, 2, 3), dtype="bfloat16",
+    vocab_map_version="v", draft_weight_version=0, capture=Capture((1, 2, 3), True), dtype="bfloat16",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.contracts import RunIdentity, StreamTotals, sample_id_of
+from disagg_core.contracts import Capture, RunIdentity, StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Loss
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.vocab import VocabMap
@@ -66,7 +66,7 @@ def through_the_system(steps: int, hidden: int, samples: list[dict[str, Tensor]]
         tokenizer_version="",
         vocab_map_version="",
         draft_weight_version=0,
-        aux_layers=(0, 1, 2),
+        capture=Capture((0, 1, 2), last_hidden_state=True),
         dtype="float32",
     )
     with (

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.prompts.checks import validate_prompts
 from disagg_core.run.plan import RoleAssignment, RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
@@ -105,7 +105,7 @@ def bench(tmp_path: Path, endpoints: StoreEndpoints) -> Iterator[SimpleNamespace
     run_id = f"bench-{tmp_path.name}"
     identity = RunIdentity(
         run_id=run_id, attempt=1, strategy="eagle3", target_model_version="t", tokenizer_version="k",
-        vocab_map_version="v", draft_weight_version=0, aux_layers=(0, 1, 2), dtype="float32",
+        vocab_map_version="v", draft_weight_version=0, capture=Capture((0, 1, 2), True), dtype="float32",
     )  # fmt: skip
     with MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1") as store:
         opened: list[StreamingRefChannel] = []

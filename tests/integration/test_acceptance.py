@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.contracts import PromptTask, RunIdentity
+from disagg_core.contracts import Capture, PromptTask, RunIdentity
 from disagg_core.rollout import TransformersTarget, build_disagg_online_producer
 from disagg_core.run_spec.document import RolloutSection, TargetSection
 from disagg_core.store import MooncakeFeatureStore, managed_store
@@ -20,6 +20,7 @@ from disagg_core.target.facts import read_target_facts
 pytestmark = pytest.mark.integration
 
 RUN = "acceptance"
+CAPTURE = Capture((1, 2, 4), last_hidden_state=True)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_eight_prompts_become_two_optimizer_steps_in_another_process(target_dir,
         tokenizer_version="none",
         vocab_map_version="identity",
         draft_weight_version=0,
-        aux_layers=facts.aux_layers,
+        capture=CAPTURE,
         dtype=facts.dtype,
     )
     with (
@@ -68,7 +69,7 @@ def test_eight_prompts_become_two_optimizer_steps_in_another_process(target_dir,
         MooncakeFeatureStore(endpoints, namespace=f"{RUN}/1") as store,
         StreamingRefChannel(tmp_path / "channel", run_id=RUN) as channel,
     ):
-        target = TransformersTarget(section, facts)
+        target = TransformersTarget(section, facts, CAPTURE)
         target.prepare(identity)
         _workers, drive_producer = build_disagg_online_producer(
             prompts=prompts(8),

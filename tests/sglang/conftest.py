@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.contracts import Capture
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.launch import ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.target import SGLangTarget
 from disagg_core.run_spec.document import GenerateSection, StoreSection, TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
-from tests.sglang.support import MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, save_model
+from tests.sglang.support import CAPTURE, MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, save_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +60,7 @@ def served(
             section = TargetSection(model=str(directory), backend="sglang", dtype="float32", device="cpu")
             facts = read_target_facts(section)
             python = find_sglang_python(get_settings())
-            launch = ServerLaunch(python, section, facts, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
+            launch = ServerLaunch(python, section, facts, CAPTURE, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
             server = ManagedServer(launch, index=len(running), log_dir=logs)
             server.start()
             running[family] = Served(directory, section, facts, server)
@@ -103,6 +105,7 @@ def target_of(store: MooncakeFeatureStore, tmp_path: Path) -> Iterator[Callable[
         served: Served,
         urls: tuple[str, ...] | None = None,
         *,
+        capture: Capture = CAPTURE,
         generate: GenerateSection | None = None,
         prepare: bool = True,
         **changes: object,
@@ -111,6 +114,7 @@ def target_of(store: MooncakeFeatureStore, tmp_path: Path) -> Iterator[Callable[
         target = SGLangTarget(
             section,
             served.facts,
+            capture,
             store=store,
             store_section=StoreSection(),
             max_tokens=MAX_TOKENS,
@@ -120,7 +124,7 @@ def target_of(store: MooncakeFeatureStore, tmp_path: Path) -> Iterator[Callable[
         )
         made.append(target)
         if prepare:
-            target.prepare(identity_of(served.facts, store))
+            target.prepare(identity_of(served.facts, store, capture))
         return target
 
     yield make

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from disagg_core.contracts import PromptTask, RunIdentity
-from disagg_core.engines.sglang.launch import ManagedServer
+from disagg_core.contracts import Capture, PromptTask, RunIdentity
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import TargetFacts
@@ -21,6 +21,7 @@ from disagg_core.target.facts import TargetFacts
 MAX_TOKENS = 200
 VOCABULARY = 320
 START_TIMEOUT_S = 240.0
+CAPTURE = Capture((0, 2, 4), last_hidden_state=True)
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -89,7 +90,7 @@ def await_true(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         threading.Event().wait(0.1)
 
 
-def identity_of(facts: TargetFacts, store: MooncakeFeatureStore) -> RunIdentity:
+def identity_of(facts: TargetFacts, store: MooncakeFeatureStore, capture: Capture = CAPTURE) -> RunIdentity:
     return RunIdentity(
         run_id=store.namespace.split("/")[0],
         attempt=1,
@@ -98,7 +99,7 @@ def identity_of(facts: TargetFacts, store: MooncakeFeatureStore) -> RunIdentity:
         tokenizer_version="tokenizer",
         vocab_map_version="vocabulary",
         draft_weight_version=0,
-        aux_layers=facts.aux_layers,
+        capture=capture,
         dtype=facts.dtype,
     )
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from disagg_core.contracts import SampleRef
+from disagg_core.contracts import Capture, SampleRef
 from disagg_core.engines.contract import Captured, Failed, Generated, Stored
-from disagg_core.engines.servers.target import SGLangTarget
 from disagg_core.engines.servers.wire import WIRE_KEY, CaptureOrder, StoreAddress, encode_order
 from disagg_core.engines.sglang.client import SglangClient
+from disagg_core.engines.sglang.target import SGLangTarget
 from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import GenerateSection
 from disagg_core.store import MooncakeFeatureStore, NewSample
 from disagg_core.target.facts import model_fingerprint
-from tests.sglang.support import MAX_TOKENS, VOCABULARY, Served, identity_of, random_tokens, task_of
+from tests.sglang.support import CAPTURE, MAX_TOKENS, VOCABULARY, Served, identity_of, random_tokens, task_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -53,7 +53,7 @@ def test_states_are_those_of_transformers(
     for outcome in outcomes:
         assert isinstance(outcome, Stored), outcome
         sample = store.get(outcome.ref)
-        aux, last = expected_states(server.directory, outcome.task.input_ids, server.facts.aux_layers)
+        aux, last = expected_states(server.directory, outcome.task.input_ids, CAPTURE.layers)
         torch.testing.assert_close(sample["aux_hidden_states"], aux, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(sample["last_hidden_state"], last, atol=1e-5, rtol=1e-5)
         assert sample["input_ids"].tolist() == outcome.task.input_ids
@@ -68,7 +68,7 @@ def test_a_consumer_cannot_tell_the_backends_apart(
 ) -> None:
     server = served("qwen3")
     identity = identity_of(server.facts, store)
-    local = TransformersTarget(server.section, server.facts, batch_tokens=256, sampling=None)
+    local = TransformersTarget(server.section, server.facts, CAPTURE, batch_tokens=256, sampling=None)
     local.prepare(identity)
     task = task_of(3, random_tokens(50, seed=5))
 
@@ -225,8 +225,5 @@ def test_a_server_that_captures_other_layers_is_refused(
     served: ServedOf, target_of: TargetOf, store: MooncakeFeatureStore
 ) -> None:
     llama = served("llama")
-    shifted = tuple(layer + 1 for layer in llama.facts.aux_layers)
-    other = Served(llama.directory, llama.section, llama.facts.model_copy(update={"aux_layers": shifted}), llama.server)
-
     with pytest.raises(TargetError, match=r"captured layers: expected \[1, 3, 5\], found \[0, 2, 4\]"):
-        target_of(other)
+        target_of(llama, capture=Capture((1, 3, 5), last_hidden_state=True))

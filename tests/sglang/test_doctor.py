@@ -10,7 +10,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from disagg_core.cli.doctor import doctor
-from tests.sglang.support import Served
+from tests.sglang.support import CAPTURE, Served
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -24,7 +24,7 @@ def test_a_good_server_passes(served: Callable[[str], Served]) -> None:
     result = CliRunner().invoke(cli, ["--no-machine", "--server", llama.url, "--model", str(llama.directory)])
 
     assert result.exit_code == 0, result.output
-    for layer in llama.facts.aux_layers:
+    for layer in CAPTURE.layers:
         assert f"output of layer {layer}: relative error" in result.output
     assert "last hidden state: relative error" in result.output
     assert "version: sglang 0.5.23" in result.output

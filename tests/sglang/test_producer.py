@@ -14,7 +14,7 @@ import pytest
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, SampleRef, StreamTotals
-from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.sglang.target import SGLangTarget
 from disagg_core.rollout import build_disagg_online_producer
 from disagg_core.rollout.producer import Drive
 from disagg_core.run_spec.document import RolloutSection, StoreSection, TargetSection
@@ -22,6 +22,7 @@ from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import read_target_facts
 from tests.sglang.support import (
+    CAPTURE,
     MAX_TOKENS,
     START_TIMEOUT_S,
     VOCABULARY,
@@ -101,6 +102,7 @@ def managed_target(
         target = kind(
             section,
             read_target_facts(section),
+            CAPTURE,
             store=store,
             store_section=StoreSection(),
             max_tokens=MAX_TOKENS,

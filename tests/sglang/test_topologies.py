@@ -10,15 +10,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from disagg_core.engines.contract import Stored
-from disagg_core.engines.servers.target import SGLangTarget
+from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
-from disagg_core.engines.sglang.launch import ManagedServer, ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.launch import ServerLaunch, find_sglang_python
+from disagg_core.engines.sglang.target import SGLangTarget
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import read_target_facts
-from tests.sglang.support import MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, random_tokens, task_of
+from tests.sglang.support import (
+    CAPTURE,
+    MAX_TOKENS,
+    START_TIMEOUT_S,
+    Served,
+    await_true,
+    identity_of,
+    random_tokens,
+    task_of,
+)
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -48,7 +58,7 @@ def serve(model_of: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[
         )
         facts = read_target_facts(section)
         python = find_sglang_python(get_settings())
-        launch = Unlike(python, section, facts, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
+        launch = Unlike(python, section, facts, CAPTURE, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
         object.__setattr__(launch, "without", without)
         server = ManagedServer(launch, index=0, log_dir=tmp_path)
         server.start()
@@ -76,7 +86,7 @@ def test_two_ranks_and_prompts_in_chunks_give_the_same_states(
         with torch.inference_mode():
             expected = model.model(torch.tensor([outcome.task.input_ids]), output_hidden_states=True)
         sample = store.get(outcome.ref)
-        aux = torch.cat([expected.hidden_states[layer + 1][0] for layer in server.facts.aux_layers], dim=-1)
+        aux = torch.cat([expected.hidden_states[layer + 1][0] for layer in CAPTURE.layers], dim=-1)
         torch.testing.assert_close(sample["aux_hidden_states"], aux, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample["last_hidden_state"], expected.last_hidden_state[0], atol=1e-4, rtol=1e-4)
         store.release(outcome.ref)

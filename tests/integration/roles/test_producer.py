@@ -66,7 +66,7 @@ def test_what_is_stored_is_what_the_target_computes(make_assignment, swept):
 
     refs, _ = read_all(assignment)
     model = AutoModelForCausalLM.from_pretrained(assignment.plan.spec.target.model)
-    layers = assignment.plan.target.aux_layers
+    layers = assignment.plan.capture.layers
     for ref, sample in zip(refs, tensors_of(assignment, refs), strict=True):
         with torch.no_grad():
             plain = model(sample["input_ids"].long()[None], output_hidden_states=True)

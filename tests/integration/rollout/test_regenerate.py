@@ -10,8 +10,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from disagg_core.cli.rollout import regenerate as command
+from disagg_core.engines.registry import target_of
 from disagg_core.errors import BadInput
-from disagg_core.roles.producer import run_producer, target_of
+from disagg_core.roles.producer import run_producer
 from disagg_core.rollout.regenerate import regenerate
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import read_all, tensors_of
@@ -27,7 +28,7 @@ def run(make_assignment, tmp_path):
 
     def run(name, **sections):
         plan = make_assignment(20, **{**GENERATE, **sections}).plan
-        target = target_of(plan.spec, plan.target, store=None, log_dir=tmp_path)
+        target = target_of(plan.spec, plan.target, plan.capture, store=None, log_dir=tmp_path)
         try:
             return regenerate(plan.spec, plan.target, target, tmp_path / name)
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
@@ -60,7 +60,7 @@ def store(open_store: Callable[..., MooncakeFeatureStore]) -> MooncakeFeatureSto
 def identity_of(run_id: str, attempt: int = 1) -> RunIdentity:
     return RunIdentity(
         run_id=run_id, attempt=attempt, strategy="eagle3", target_model_version="target-1", tokenizer_version="tok-1",
-        vocab_map_version="vocab-1", draft_weight_version=0, aux_layers=(1, 2, 3), dtype="bfloat16",
+        vocab_map_version="vocab-1", draft_weight_version=0, capture=Capture((1, 2, 3), True), dtype="bfloat16",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from disagg_core.errors import SpecError, TargetError
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
-from disagg_core.target.facts import default_aux_layers, read_target_facts
+from disagg_core.target.facts import read_target_facts
 
 pytestmark = pytest.mark.unit
 
@@ -85,24 +85,19 @@ def test_the_shipped_documents_can_be_planned_without_weights(name: str) -> None
     spec = load_spec(RUNS / f"{name}.yaml")
     facts = read_target_facts(spec.target)
     plan = make_plan(spec, facts, run_id="x", root=Path("x"), total_prompts=1000)
-    assert plan.target.bytes_per_token == 4 + 1 + 4 * 4096 * 2
+    assert plan.bytes_per_token == 4 + 1 + 4 * 4096 * 2
     assert plan.total_steps == -(-1000 // spec.quantum)
 
 
-def test_capture_layers_are_the_usual_ones_and_never_the_last() -> None:
-    assert default_aux_layers(32) == (1, 15, 28)
-    assert default_aux_layers(36) == (1, 17, 32)
-    for layers in range(4, 40):
-        low, middle, high = default_aux_layers(layers)
-        assert 0 <= low < middle < high <= layers - 2
-    with pytest.raises(TargetError, match="at least 4"):
-        default_aux_layers(3)
+@pytest.mark.parametrize("layers", [[3, 1], [1, 1], [-1, 2], []])
+def test_captured_layers_are_named_in_order(layers: list[int]) -> None:
+    with pytest.raises(SpecError, match=r"target\.aux_layers"):
+        load_spec(RUNS / "qwen3-8b-eagle3.yaml", [f"target.aux_layers={layers}"])
 
 
 def test_layers_that_the_target_does_not_have_are_refused() -> None:
-    spec = load_spec(RUNS / "qwen3-8b-eagle3.yaml", ["target.aux_layers=[1, 17, 35]"])
     with pytest.raises(TargetError, match=r"from 0 to 34 .*found \[1, 17, 35\]"):
-        read_target_facts(spec.target)
+        plan_with(target={"aux_layers": [1, 17, 35]})
 
 
 def plan_with(**changes: dict[str, object]) -> RunPlan:
