@@ -63,6 +63,25 @@ def test_states_are_those_of_transformers(
         store.release(outcome.ref)
 
 
+def test_a_sample_holds_no_last_hidden_state_where_none_is_wanted(
+    served: ServedOf, target_of: TargetOf, store: MooncakeFeatureStore
+) -> None:
+    server = served("llama")
+    capture = Capture(CAPTURE.layers, last_hidden_state=False)
+    task = task_of(0, random_tokens(40, seed=3))
+
+    [outcome] = target_of(server, capture=capture).capture([task], avoid={})
+
+    assert isinstance(outcome, Stored), outcome
+    sample = store.get(outcome.ref)
+    aux, _ = expected_states(server.directory, task.input_ids, CAPTURE.layers)
+    assert {name: (tuple(tensor.shape), str(tensor.dtype)[6:]) for name, tensor in sample.items()} == capture.features(
+        40, server.facts.hidden_size, "float32"
+    )
+    torch.testing.assert_close(sample["aux_hidden_states"], aux, atol=1e-5, rtol=1e-5)
+    store.release(outcome.ref)
+
+
 def test_a_consumer_cannot_tell_the_backends_apart(
     served: ServedOf, target_of: TargetOf, store: MooncakeFeatureStore
 ) -> None:

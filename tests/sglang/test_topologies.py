@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from disagg_core.contracts import Capture
 from disagg_core.engines.contract import Stored
 from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
@@ -46,7 +47,13 @@ class Unlike(ServerLaunch):
 def serve(model_of: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Served]]:
     running: list[ManagedServer] = []
 
-    def start(*, without: tuple[str, ...] = (), tensor_parallel: int = 1, server_args: tuple[str, ...] = ()) -> Served:
+    def start(
+        *,
+        without: tuple[str, ...] = (),
+        tensor_parallel: int = 1,
+        server_args: tuple[str, ...] = (),
+        capture: Capture = CAPTURE,
+    ) -> Served:
         directory = model_of("llama")
         section = TargetSection(
             model=str(directory),
@@ -58,7 +65,7 @@ def serve(model_of: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[
         )
         facts = read_target_facts(section)
         python = find_sglang_python(get_settings())
-        launch = Unlike(python, section, facts, CAPTURE, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
+        launch = Unlike(python, section, facts, capture, longest=MAX_TOKENS, cpu=True, host="127.0.0.1")
         object.__setattr__(launch, "without", without)
         server = ManagedServer(launch, index=0, log_dir=tmp_path)
         server.start()
@@ -90,6 +97,30 @@ def test_two_ranks_and_prompts_in_chunks_give_the_same_states(
         torch.testing.assert_close(sample["aux_hidden_states"], aux, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample["last_hidden_state"], expected.last_hidden_state[0], atol=1e-4, rtol=1e-4)
         store.release(outcome.ref)
+
+
+@pytest.mark.parametrize("layers", [(3,), (0, 1, 2, 3, 4)])
+def test_a_server_captures_any_number_of_layers(
+    serve: Callable[..., Served],
+    target_of: Callable[..., SGLangTarget],
+    store: MooncakeFeatureStore,
+    layers: tuple[int, ...],
+) -> None:
+    capture = Capture(layers, last_hidden_state=False)
+    server = serve(capture=capture)
+    task = task_of(0, random_tokens(30, seed=4))
+    model = AutoModelForCausalLM.from_pretrained(server.directory, dtype=torch.float32)
+
+    [outcome] = target_of(server, capture=capture).capture([task], avoid={})
+
+    assert isinstance(outcome, Stored), outcome
+    with torch.inference_mode():
+        expected = model.model(torch.tensor([task.input_ids]), output_hidden_states=True)
+    sample = store.get(outcome.ref)
+    aux = torch.cat([expected.hidden_states[layer + 1][0] for layer in layers], dim=-1)
+    assert list(sample) == ["input_ids", "loss_mask", "aux_hidden_states"]
+    torch.testing.assert_close(sample["aux_hidden_states"], aux, atol=1e-4, rtol=1e-4)
+    store.release(outcome.ref)
 
 
 def test_a_server_that_caches_prefixes_is_refused(

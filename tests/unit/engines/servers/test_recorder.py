@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.contracts import Capture, RunIdentity, SampleRef
 from disagg_core.engines.servers.recorder import Recorder, Recording
@@ -29,6 +30,7 @@ from disagg_core.engines.servers.wire import (
 from disagg_core.errors import StoreFull
 from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
+from disagg_core.target.layers import LayerStates
 from tests.unit.engines.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
@@ -171,18 +173,27 @@ def test_chunks_become_one_sample_and_the_reply_its_reference(recorder: Recorder
 def test_a_sample_holds_what_is_wanted_of_what_the_server_captures(recorder: Recorder, shelf: Shelf) -> None:
     facts = msgspec.structs.replace(FACTS, aux_layers=[1, 3])
     capture = Capture((1, 3), last_hidden_state=False)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8, vocab_size=100)
+    ).eval()
+    server = LayerStates(model, Capture((1, 3), last_hidden_state=True))
+    with torch.no_grad():
+        plain = model(torch.tensor([[5, 6, 7, 8]]), output_hidden_states=True)
+    collected, expected = torch.cat(server.layers, dim=-1)[0], [plain.hidden_states[n][0] for n in (2, 4)]
+    assert server.last is not None
+
     recording = Recording(order_of(4, identity=msgspec.structs.replace(IDENTITY, capture=capture)))
-    aux = torch.randn(4, 2 * HIDDEN)
     for rows in (slice(0, 3), slice(3, 4)):
-        recorder.collect(recording, aux=aux[rows], last=torch.ones(4, HIDDEN)[rows])
+        recorder.collect(recording, aux=collected[rows], last=server.last[0, rows])
     held = recording.nbytes
     recorder.finish(recording, [5, 6, 7, 8], lambda: facts)
 
     assert isinstance(settled(recorder, recording), StoredReply)
     sample = shelf.samples["s000000001"]
     assert list(sample) == ["input_ids", "loss_mask", "aux_hidden_states"]
-    assert torch.equal(sample["aux_hidden_states"], aux)
-    assert held == aux.nbytes, "states that no sample wants are not kept"
+    assert torch.equal(sample["aux_hidden_states"], torch.cat(expected, dim=-1))
+    assert held == collected.nbytes, "states that no sample wants are not kept"
 
 
 def test_states_of_another_width_are_refused(recorder: Recorder, shelf: Shelf) -> None:
