@@ -27,8 +27,8 @@ from disagg_core.prompts.records import (
 )
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
-from tests.unit.prompts import templates
 from disagg_core.target.tokenizer import template_text, tokenizer_version
+from tests.unit.prompts import templates
 
 pytestmark = pytest.mark.unit
 
