@@ -69,18 +69,19 @@ def _numbers(plan: RunPlan) -> Table:
     table.add_row("bytes per token", f"{plan.bytes_per_token}")
     table.add_row("bytes per sample", f"up to {_size(plan.max_sample_bytes)} ({spec.data.max_tokens} tokens)")
     table.add_row(
-        "optimizer window",
-        f"{spec.quantum} samples = {spec.world_size} ranks x {training.batch_size} x {training.accumulation_steps}, "
-        f"up to {_size(spec.quantum * plan.max_sample_bytes)}",
+        "global batch",
+        f"{spec.global_batch_size} samples = {spec.world_size} ranks x {training.batch_size} x "
+        f"{training.accumulation_steps}, up to {_size(spec.global_batch_size * plan.max_sample_bytes)}",
     )
-    by_bytes = plan.high_watermark_bytes // plan.max_sample_bytes
+    marks = plan.watermarks
+    by_bytes = (marks.high_bytes or 0) // plan.max_sample_bytes
     table.add_row(
         "samples in flight",
-        f"up to {plan.high_watermark_refs} ({by_bytes} of full length), on again at {plan.low_watermark_refs}",
+        f"up to {marks.high_refs} ({by_bytes} of full length), on again at {marks.resume_refs}",
     )
     table.add_row(
         "memory in the store",
-        f"up to {_size(plan.high_watermark_bytes)} in flight, of {_size(plan.store_capacity)}",
+        f"up to {_size(marks.high_bytes or 0)} in flight, of {_size(plan.store_capacity)}",
     )
     table.add_row("reference channel", spec.channel.url or "files in the run's directory")
     return table

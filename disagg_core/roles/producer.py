@@ -29,14 +29,13 @@ from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.roles.producer_files import RejectedFile, Reporter
 from disagg_core.rollout.pipeline import largest_group
-from disagg_core.rollout.producer import Drive, build_disagg_online_producer, watermarks
+from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_code_of, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
-from disagg_core.run_spec.document import RolloutSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
@@ -133,8 +132,7 @@ def _assemble(
     enter("vocabulary map")
     identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter))
     target.prepare(identity)
-    rollout = _with_watermarks(plan)
-    source = _open_source(assignment, pool, target, rollout, stack)
+    source = _open_source(assignment, pool, target, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
     _, drive = build_disagg_online_producer(
         prompts=source,
@@ -142,9 +140,9 @@ def _assemble(
         store=store,
         channel=channel,
         identity=identity,
-        rollout=rollout,
-        window=spec.quantum,
-        max_sample_bytes=plan.max_sample_bytes,
+        rollout=spec.rollout,
+        window=spec.global_batch_size,
+        watermarks=plan.watermarks,
         bytes_of=_sample_bytes(plan),
         unavailable_timeout_s=spec.target.unavailable_timeout_s,
         on_tick=Reporter(assignment, metrics, progress, target, store, covered=source.covered),
@@ -174,19 +172,17 @@ def _open_source(
     assignment: RoleAssignment,
     pool: EncodedPrompts,
     target: Target,
-    rollout: RolloutSection,
     stack: contextlib.ExitStack,
 ) -> PromptSource:
     """Return the prompts without those that are trained or rejected already; further rejected ones go to the file."""
     plan = assignment.plan
-    marks = watermarks(rollout, plan.spec.quantum, plan.max_sample_bytes)
     rejected = stack.enter_context(RejectedFile(assignment.dir.state / "rejected.jsonl"))
     source = PromptSource(
         pool,
-        group=largest_group(marks, target.batch_size),
+        group=largest_group(plan.watermarks, target.batch_size),
         skip=_covered(assignment.dir.state / "skip.json"),
         already_rejected=rejected.ordinals,
-        max_attempts=rollout.max_prompt_attempts,
+        max_attempts=plan.spec.rollout.max_prompt_attempts,
         lease_s=_lease_s(plan),
         on_reject=rejected.write,
     )
@@ -201,18 +197,6 @@ def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
             f"expected tokenizer and chat template {plan.tokenizer_version}, as the plan of {plan.run_id} says, found "
             f"{found}: the target's directory has changed since the run was planned, or differs on this machine"
         )
-
-
-def _with_watermarks(plan: RunPlan) -> RolloutSection:
-    """Return the rollout section with every watermark as the plan has resolved it."""
-    return plan.spec.rollout.model_copy(
-        update={
-            "high_watermark_refs": plan.high_watermark_refs,
-            "low_watermark_refs": plan.low_watermark_refs,
-            "high_watermark_bytes": plan.high_watermark_bytes,
-            "low_watermark_bytes": plan.low_watermark_bytes,
-        }
-    )
 
 
 def _sample_bytes(plan: RunPlan) -> Any:

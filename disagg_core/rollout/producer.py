@@ -270,22 +270,6 @@ class Drive:
             log.exception("could not write the failure into the stream")
 
 
-def watermarks(rollout: RolloutSection, window: int, max_sample_bytes: int) -> Watermarks:
-    """Return the watermarks of a rollout section.
-
-    Raises:
-        BadInput: one is smaller than the window.
-    """
-    return Watermarks(
-        window=window,
-        high_refs=rollout.high_watermark_refs,
-        low_refs=rollout.low_watermark_refs,
-        high_bytes=rollout.high_watermark_bytes,
-        low_bytes=rollout.low_watermark_bytes,
-        max_sample_bytes=max_sample_bytes,
-    )
-
-
 def build_disagg_online_producer(
     *,
     prompts: PromptSource | Sequence[PromptTask],
@@ -296,6 +280,7 @@ def build_disagg_online_producer(
     rollout: RolloutSection,
     window: int,
     max_sample_bytes: int = 0,
+    watermarks: Watermarks | None = None,
     bytes_of: Callable[[PromptTask], int] | None = None,
     unavailable_timeout_s: float = 600.0,
     on_tick: Callable[[DriveState, RolloutMeter], None] = lambda state, meter: None,
@@ -309,18 +294,19 @@ def build_disagg_online_producer(
         channel: what the references are published to; this process becomes its writer when the drive starts.
         identity: what every reference carries.
         rollout: workers, order and watermarks. Byte watermarks are off when `rollout` has none.
-        window: samples of one optimizer step (`RunSpec.quantum`).
+        window: samples of one optimizer step (`RunSpec.global_batch_size`).
         max_sample_bytes: the largest sample, for the byte watermarks.
-        bytes_of: the most bytes that the sample of one task can take; by default `max_sample_bytes` each.
+        watermarks: those that a plan has resolved (`RunPlan.watermarks`), in place of what the three above say.
+        bytes_of: the most bytes that the sample of one task can take; by default those of the largest.
         unavailable_timeout_s: without a usable server for this long the run fails.
         on_tick: called a few times a second from the driving thread.
 
     Raises:
-        BadInput: a watermark is smaller than the window.
+        SpecError: a watermark is smaller than the window.
     """
-    marks = watermarks(rollout, window, max_sample_bytes)
+    marks = watermarks or Watermarks.resolve(rollout, window, max_sample_bytes=max_sample_bytes)
     source = _source_of(prompts, marks, target, rollout)
-    pipeline = _pipeline_of(source, marks, rollout, channel, bytes_of or (lambda task: max_sample_bytes))
+    pipeline = _pipeline_of(source, marks, rollout, channel, bytes_of or (lambda task: marks.max_sample_bytes))
     meter = RolloutMeter()
     putters = Putters(pipeline, store, identity, meter)
     workers = [

@@ -15,12 +15,12 @@ from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.drafts.registry import method_of
 from disagg_core.errors import SpecError
 from disagg_core.run.directory import AttemptDir, RunDir
+from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
 
 _ALIGNMENT_SLACK = 4 * 64
-_STORE_SHARE = 0.8
 
 
 def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
@@ -43,11 +43,7 @@ class RunPlan(BaseModel):
     total_prompts: int | None
     total_steps: int | None
     store_capacity: int
-    max_sample_bytes: int
-    high_watermark_refs: int
-    low_watermark_refs: int
-    high_watermark_bytes: int
-    low_watermark_bytes: int
+    watermarks: Watermarks
 
     @property
     def dir(self) -> RunDir:
@@ -58,6 +54,11 @@ class RunPlan(BaseModel):
     def bytes_per_token(self) -> int:
         """Stored bytes of one token of a sample."""
         return self.capture.bytes_per_token(self.target.hidden_size, self.target.dtype)
+
+    @property
+    def max_sample_bytes(self) -> int:
+        """The most bytes that one sample takes in the store."""
+        return self.watermarks.max_sample_bytes
 
     def next_attempt(self) -> int:
         """Return the number of the first attempt that was not begun: 1 unless an earlier process of this run ended."""
@@ -132,12 +133,10 @@ def make_plan(
     method.check(spec.draft, target, max_tokens=spec.data.max_tokens, draft_tokens=spec.evaluation.draft_tokens)
     bytes_per_token = capture.bytes_per_token(target.hidden_size, target.dtype)
     sample_bytes = spec.data.max_tokens * bytes_per_token + _ALIGNMENT_SLACK
-    high_bytes = spec.rollout.high_watermark_bytes or int(spec.store.capacity * _STORE_SHARE)
-    low_bytes = spec.rollout.low_watermark_bytes or max(high_bytes // 2, spec.quantum * sample_bytes)
-    high_refs = spec.rollout.high_watermark_refs
-    low_refs = spec.rollout.low_watermark_refs or max(high_refs // 2, spec.quantum)
-    _check_watermarks(spec, high_refs, low_refs, high_bytes, low_bytes, sample_bytes)
-    steps = None if total_prompts is None else math.ceil(total_prompts / spec.quantum)
+    watermarks = Watermarks.resolve(
+        spec.rollout, spec.global_batch_size, max_sample_bytes=sample_bytes, store_capacity=spec.store.capacity
+    )
+    steps = None if total_prompts is None else math.ceil(total_prompts / spec.global_batch_size)
     if spec.training.max_steps is not None:
         steps = spec.training.max_steps if steps is None else min(steps, spec.training.max_steps)
     return RunPlan(
@@ -151,48 +150,5 @@ def make_plan(
         total_prompts=total_prompts,
         total_steps=steps,
         store_capacity=spec.store.capacity,
-        max_sample_bytes=sample_bytes,
-        high_watermark_refs=high_refs,
-        low_watermark_refs=low_refs,
-        high_watermark_bytes=high_bytes,
-        low_watermark_bytes=low_bytes,
+        watermarks=watermarks,
     )
-
-
-def _check_watermarks(
-    spec: RunSpec, high_refs: int, low_refs: int, high_bytes: int, low_bytes: int, sample_bytes: int
-) -> None:
-    """Refuse flow control under which the roles would wait for each other for ever, or that overruns the store."""
-    window = spec.quantum
-    shape = (
-        f"{window} samples (training processes x nodes x batch_size x accumulation_steps = "
-        f"{spec.training.processes} x {spec.training.nodes} x {spec.training.batch_size} x "
-        f"{spec.training.accumulation_steps})"
-    )
-    for name, refs in (("high_watermark_refs", high_refs), ("low_watermark_refs", low_refs)):
-        if refs < window:
-            raise SpecError(
-                f"rollout.{name}: expected at least one optimizer window of {shape}, found {refs}: "
-                "producer and trainer would wait for each other for ever"
-            )
-    needed = window * sample_bytes
-    if spec.store.capacity < needed:
-        raise SpecError(
-            f"store.capacity: expected at least {needed} bytes, one optimizer window of {shape} of up to "
-            f"{sample_bytes} bytes each, found {spec.store.capacity}"
-        )
-    for name, size in (("high_watermark_bytes", high_bytes), ("low_watermark_bytes", low_bytes)):
-        if size < needed:
-            raise SpecError(
-                f"rollout.{name}: expected at least {needed} bytes, one optimizer window of {shape} of up to "
-                f"{sample_bytes} bytes each, found {size}; raise it or store.capacity, or lower data.max_tokens"
-            )
-    if low_refs > high_refs or low_bytes > high_bytes:
-        raise SpecError(
-            f"rollout: expected low watermarks at or below the high ones, found refs {low_refs} > {high_refs} "
-            f"or bytes {low_bytes} > {high_bytes}"
-        )
-    if high_bytes > spec.store.capacity:
-        raise SpecError(
-            f"rollout.high_watermark_bytes: expected at most store.capacity ({spec.store.capacity}), found {high_bytes}"
-        )

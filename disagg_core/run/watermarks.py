@@ -1,19 +1,25 @@
-"""The limits on what is in flight between producer and consumer."""
+"""The limits on what is in flight between producer and consumer: resolved and checked here, once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg_core.errors import BadInput
+from disagg_core.errors import SpecError
+from disagg_core.run_spec.document import RolloutSection
+
+_STORE_SHARE = 0.8
+_FACTORS = "training.processes x nodes x batch_size x accumulation_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watermarks:
     """Limits on what is in flight. A low watermark left out is half of the high one, but at least a window.
 
-    `window` is the optimizer window in references (``world_size * batch_size * accumulation_steps``) and
-    `max_sample_bytes` the largest sample; together they say how many bytes a window may need. Byte limits are off
-    when `high_bytes` is None.
+    `window` is the samples of one optimizer step (`RunSpec.global_batch_size`) and `max_sample_bytes` the largest
+    sample; together they say how many bytes a window may need. Byte limits are off when `high_bytes` is None.
+
+    Raises:
+        SpecError: with these limits the two sides would wait for each other for ever, or they contradict each other.
     """
 
     window: int
@@ -23,14 +29,55 @@ class Watermarks:
     low_bytes: int | None = None
     max_sample_bytes: int = 0
 
+    @classmethod
+    def resolve(
+        cls, rollout: RolloutSection, window: int, *, max_sample_bytes: int = 0, store_capacity: int | None = None
+    ) -> Watermarks:
+        """Return the limits of a rollout section for optimizer steps of `window` samples.
+
+        With `store_capacity`, in bytes, there is always a limit in bytes: 80% of it where the section has none.
+
+        Raises:
+            SpecError: as the class does, or the store is too small for a window or for the limit.
+        """
+        high_bytes = rollout.high_watermark_bytes
+        if store_capacity is not None:
+            needed = window * max_sample_bytes
+            if store_capacity < needed:
+                raise SpecError(
+                    f"store.capacity: expected at least {needed} bytes, one optimizer window of {window} samples "
+                    f"({_FACTORS}) of up to {max_sample_bytes} bytes each, found {store_capacity}; raise it, or lower "
+                    "data.max_tokens"
+                )
+            high_bytes = high_bytes or int(store_capacity * _STORE_SHARE)
+            if high_bytes > store_capacity:
+                raise SpecError(
+                    f"rollout.high_watermark_bytes: expected at most store.capacity ({store_capacity}), "
+                    f"found {high_bytes}; lower it, or raise store.capacity"
+                )
+        return cls(
+            window=window,
+            high_refs=rollout.high_watermark_refs,
+            low_refs=rollout.low_watermark_refs,
+            high_bytes=high_bytes,
+            low_bytes=rollout.low_watermark_bytes,
+            max_sample_bytes=max_sample_bytes,
+        )
+
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise BadInput(f"expected an optimizer window of at least 1 reference, found {self.window}")
-        _check("references", self.window, self.high_refs, self.low_refs)
+            raise SpecError(f"expected an optimizer window of at least 1 sample, found {self.window}")
+        samples = f"one optimizer window of {self.window} samples ({_FACTORS})"
+        _check("refs", self.window, samples, self.high_refs, self.low_refs, "raise it, or make the window smaller")
         if self.high_bytes is not None:
-            _check("bytes", self.window * self.max_sample_bytes, self.high_bytes, self.low_bytes)
+            needed = self.window * self.max_sample_bytes
+            wanted = f"{needed} bytes, {samples} of up to {self.max_sample_bytes} bytes each"
+            way_out = "raise it (and store.capacity), or lower data.max_tokens"
+            _check("bytes", needed, wanted, self.high_bytes, self.low_bytes, way_out)
         elif self.low_bytes is not None:
-            raise BadInput(f"a low watermark of {self.low_bytes} bytes has no effect without a high watermark in bytes")
+            raise SpecError(
+                f"rollout.low_watermark_bytes: {self.low_bytes} bytes have no effect without high_watermark_bytes"
+            )
 
     @property
     def resume_refs(self) -> int:
@@ -45,19 +92,16 @@ class Watermarks:
         return max(self.window * self.max_sample_bytes, (self.high_bytes or 0) // 2)
 
 
-def _check(unit: str, window: int, high: int, low: int | None) -> None:
-    if high < window:
-        raise BadInput(
-            f"the high watermark of {high} {unit} is smaller than one optimizer window of {window} {unit}: producer "
-            f"and consumer would wait for each other for ever; set it to at least {window}, or make the window "
-            "(world size x batch size x accumulation steps) smaller"
+def _check(limit: str, needed: int, window: str, high: int, low: int | None, way_out: str) -> None:
+    """Refuse watermarks below `needed`, which is what a `window` takes, and a low one above the high one."""
+    for name, found in (("high", high), ("low", low)):
+        if found is not None and found < needed:
+            raise SpecError(
+                f"rollout.{name}_watermark_{limit}: expected at least {window}, found {found}: producer and trainer "
+                f"would wait for each other for ever; {way_out}"
+            )
+    if low is not None and low > high:
+        raise SpecError(
+            f"rollout: expected low watermarks at or below the high ones, found low_watermark_{limit} {low} above "
+            f"high_watermark_{limit} {high}"
         )
-    if low is None:
-        return
-    if low < window:
-        raise BadInput(
-            f"the low watermark of {low} {unit} is smaller than one optimizer window of {window} {unit}: a paused "
-            f"producer could leave the consumer less than a window; set it to at least {window}"
-        )
-    if low > high:
-        raise BadInput(f"the low watermark of {low} {unit} is above the high watermark of {high} {unit}")

@@ -250,6 +250,6 @@ class RunSpec(Section):
         return self.training.processes * self.training.nodes
 
     @property
-    def quantum(self) -> int:
-        """Samples of one optimizer window: world_size x batch_size x accumulation_steps."""
+    def global_batch_size(self) -> int:
+        """Samples of one optimizer step: world_size x batch_size x accumulation_steps."""
         return self.world_size * self.training.batch_size * self.training.accumulation_steps

@@ -1,10 +1,10 @@
 """From references to batches: windows of samples, shared out over ranks, fetched ahead of the step that needs them.
 
-Rank 0 takes references from the queue, one optimizer window (quantum = ranks x batch_size x accumulation_steps) at a
-time, and tells the other ranks; each rank fetches its own share from the store while earlier windows are trained. The
-last window of a stream may be short: what it lacks weighs zero. A sample that the store has lost weighs zero too; it
-is quarantined with its reason when its window completes. Nothing is freed when it is read: `complete` acknowledges a
-window and then removes its samples, after the optimizer step.
+A window is the samples of one optimizer step: ranks x batch_size x accumulation_steps of them. Rank 0 takes its
+references from the queue and tells the other ranks; each rank fetches its own share from the store while earlier
+windows are trained. The last window of a stream may be short: what it lacks weighs zero. A sample that the store has
+lost weighs zero too; it is quarantined with its reason when its window completes. Nothing is freed when it is read:
+`complete` acknowledges a window and then removes its samples, after the optimizer step.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class FeatureDataLoader:
         self._ranks = ranks or Ranks(0, 1, torch.device("cpu"), owns_group=False, control=None)
         assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
         self._batch_size = batch_size
-        self._quantum = self._ranks.size * batch_size * accumulation_steps
+        self._global_batch_size = self._ranks.size * batch_size * accumulation_steps
         self._batcher = batcher
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
@@ -173,9 +173,9 @@ class FeatureDataLoader:
         self.on_wait: Callable[[], None] = lambda: None
 
     @property
-    def quantum(self) -> int:
+    def global_batch_size(self) -> int:
         """Samples of one full window over all ranks."""
-        return self._quantum
+        return self._global_batch_size
 
     def request_stop(self) -> None:
         """End the iteration on all ranks before the next window, also while they wait for its samples.
@@ -243,7 +243,7 @@ class FeatureDataLoader:
     def _has_room_after(self, windows: list[list[SampleRef]]) -> bool:
         """Whether another window may be fetched: beyond the first, which is trained next, the bounds hold."""
         ahead = [pending.refs for pending in self._pending] + windows
-        samples = sum(len(refs) for refs in ahead[1:]) + self._quantum
+        samples = sum(len(refs) for refs in ahead[1:]) + self._global_batch_size
         waiting = sum(ref.size_bytes for refs in ahead[1:] for ref in refs)
         size = self._ranks.size
         return samples <= self._prefetch_samples * size and waiting < self._prefetch_bytes * size
@@ -252,7 +252,7 @@ class FeatureDataLoader:
         """Return the next window's references, or [] if there is none within `timeout` seconds."""
         assert self._queue is not None
         while True:
-            missing = self._quantum - len(self._partial)
+            missing = self._global_batch_size - len(self._partial)
             try:
                 got = self._queue.get(missing, timeout=timeout)
             except TimeoutError:
@@ -264,7 +264,7 @@ class FeatureDataLoader:
             self._partial += self._untrained(got)
             if len(got) < missing:
                 self._ending = "end of stream"
-            if self._ending is not None or len(self._partial) == self._quantum:
+            if self._ending is not None or len(self._partial) == self._global_batch_size:
                 refs, self._partial = self._partial, []
                 return refs
 

@@ -24,6 +24,7 @@ from disagg_core.roles.evaluation import (
     run_server_evaluation,
 )
 from disagg_core.run.plan import RunPlan
+from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from tests.unit.evaluation.models import make_target
@@ -92,11 +93,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
         total_prompts=None,
         total_steps=None,
         store_capacity=1,
-        max_sample_bytes=1,
-        high_watermark_refs=1,
-        low_watermark_refs=0,
-        high_watermark_bytes=1,
-        low_watermark_bytes=0,
+        watermarks=Watermarks(window=1, high_refs=1),
     )
     torch.manual_seed(1)
     draft = Eagle3Draft(Eagle3Config.for_target(facts, spec.draft).model_copy(update={"initializer_range": 0.1}))

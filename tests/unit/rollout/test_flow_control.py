@@ -45,7 +45,7 @@ def test_the_time_paused_is_measured() -> None:
         ({"window": 32, "high_refs": 31}, ["31", "32"]),
         ({"window": 32, "high_refs": 64, "low_refs": 16}, ["16", "32"]),
         ({"window": 4, "high_refs": 8, "high_bytes": 399, "max_sample_bytes": 100}, ["399", "400"]),
-        ({"window": 4, "high_refs": 8, "high_bytes": 900, "low_bytes": 1, "max_sample_bytes": 100}, ["1 bytes", "400"]),
+        ({"window": 4, "high_refs": 8, "high_bytes": 900, "low_bytes": 1, "max_sample_bytes": 100}, ["found 1", "400"]),
         ({"window": 4, "high_refs": 8, "low_refs": 9}, ["9", "8"]),
         ({"window": 4, "high_refs": 8, "low_bytes": 9}, ["9 bytes"]),
         ({"window": 0, "high_refs": 8}, ["0"]),

@@ -86,7 +86,7 @@ def test_the_shipped_documents_can_be_planned_without_weights(name: str) -> None
     facts = read_target_facts(spec.target)
     plan = make_plan(spec, facts, run_id="x", root=Path("x"), total_prompts=1000)
     assert plan.bytes_per_token == 4 + 1 + 4 * 4096 * 2
-    assert plan.total_steps == -(-1000 // spec.quantum)
+    assert plan.total_steps == -(-1000 // spec.global_batch_size)
 
 
 @pytest.mark.parametrize("layers", [[3, 1], [1, 1], [-1, 2], []])
