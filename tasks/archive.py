@@ -21,16 +21,17 @@ from tasks.completion import Completion
 def archive_run(plan: RunPlan, completion: Completion) -> Archive:
     """Export the draft in serving format and copy the run's results to the archive."""
     from disagg_core.drafts.export import export_draft
+    from disagg_core.training.checkpoint import newest_checkpoints
 
     export_draft(completion.checkpoint, plan.dir.export, "sglang")
-    kept = sorted(plan.dir.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    kept = newest_checkpoints(plan.dir.checkpoints, plan.spec.archive.keep)
     sources: dict[str, Path] = {
         "run.json": plan.dir.document,
         "vocab_map.safetensors": plan.dir.vocab_map,
         "export": plan.dir.export,
         "metrics": plan.dir.metrics,
         "attempts": plan.dir.root / "attempts",
-        **{f"checkpoints/{path.name}": path for path in kept[-plan.spec.archive.keep :]},
+        **{f"checkpoints/{path.name}": path for path in kept},
     }
     archive = archive_files(sources, archive_url(plan))
     get_run_logger().info("archived %d files, %d bytes, to %s", archive.files, archive.bytes, archive.url)

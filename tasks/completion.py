@@ -60,6 +60,8 @@ def complete(
     plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int, evicted: int = 0
 ) -> Completion:
     """Put the figures of both roles together. What the sweep found after the last step of `max_steps` was unused."""
+    from disagg_core.training.checkpoint import untrained_checkpoint
+
     made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
     earlier = made.skipped
     stopped_early = trained.reason == "max_steps"
@@ -80,7 +82,7 @@ def complete(
             loss_last=trained.loss_last,
         ),
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
-        first_checkpoint=plan.dir.checkpoints / "step-0",
+        first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
         rejected_reasons=_rejected_reasons(plan.dir.attempt(attempt).state / "rejected.jsonl"),
         servers=made.servers,

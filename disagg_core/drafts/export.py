@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.eagle3.serving_format import check_tensors
-from disagg_core.drafts.tensor_files import save_tensors
+from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS, save_tensors
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.files import write_atomically
 from disagg_core.run_spec.document import TargetSection
@@ -45,7 +45,6 @@ ExportFormat = Literal["sglang", "hf", "speculators"]
 """What `export_draft` writes and `import_draft` reads."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-_CHECKPOINT_WEIGHTS = "draft.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "embed_tokens.weight"
 _PASSED_OVER = (_EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
@@ -178,10 +177,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if (path / _INDEX).is_file():
         files = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
     else:
-        files = [name for name in (WEIGHTS, _CHECKPOINT_WEIGHTS) if (path / name).is_file()][:1]
+        files = [name for name in (WEIGHTS, CHECKPOINT_WEIGHTS) if (path / name).is_file()][:1]
     if not files:
         raise IncompatibleDraft(
-            f"{path}: expected {WEIGHTS}, {_INDEX} or {_CHECKPOINT_WEIGHTS}, found none; "
+            f"{path}: expected {WEIGHTS}, {_INDEX} or {CHECKPOINT_WEIGHTS}, found none; "
             "convert pickled weights to safetensors first"
         )
     tensors: dict[str, Tensor] = {}

@@ -8,6 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+CHECKPOINT_WEIGHTS = "draft.safetensors"
+"""The file with the draft's tensors in a checkpoint of a run, which is a loadable draft too."""
+
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Write `tensors` and `metadata` to `file`; what was there is replaced, not atomically.

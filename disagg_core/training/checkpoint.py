@@ -33,12 +33,11 @@ import msgspec
 from safetensors.torch import load_file
 from torch import Tensor
 
-from disagg_core.drafts.tensor_files import save_tensors
+from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS, save_tensors
 from disagg_core.errors import CheckpointError
 from disagg_core.ordinals import OrdinalSet
 
 FORMAT = 1
-DRAFT_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
@@ -102,6 +101,16 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step-{step}"
 
 
+def untrained_checkpoint(root: Path) -> Path:
+    """Return the directory of the checkpoint below `root` that holds the draft before its first step."""
+    return checkpoint_path(root, 0)
+
+
+def newest_checkpoints(root: Path, count: int) -> list[Path]:
+    """Return the `count` newest checkpoints below `root`, by step number, newest first; they are not verified."""
+    return [path for _, path in _by_step(root)[:count]]
+
+
 def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Path:
     """Write `content` to ``<root>/step-<k>`` as a whole, then prune all but the `keep` newest (and step 0).
 
@@ -112,7 +121,7 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    save_tensors(content.draft, draft / DRAFT_FILE, {"format": "pt"})
+    save_tensors(content.draft, draft / CHECKPOINT_WEIGHTS, {"format": "pt"})
     save_tensors(content.optimizer, draft / OPTIMIZER_FILE, {})
     save_tensors(content.rng, draft / RNG_FILE, {})
     (draft / CONFIG_FILE).write_text(json.dumps(content.config, indent=2) + "\n")
@@ -235,7 +244,7 @@ def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None, ve
             f"{path} belongs to another run ({details}); use a new run id, or draft.init_from with an export"
         )
     return CheckpointContent(
-        draft=load_file(path / DRAFT_FILE),
+        draft=load_file(path / CHECKPOINT_WEIGHTS),
         config=json.loads((path / CONFIG_FILE).read_text()),
         optimizer=load_file(path / OPTIMIZER_FILE),
         rng=load_file(path / RNG_FILE),
