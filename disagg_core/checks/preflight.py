@@ -15,6 +15,7 @@ from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
 from disagg_core.files import write_atomically
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run.directory import RunDir
+from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.section import is_local
@@ -88,7 +89,7 @@ def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
     """
     plan = check_run(spec, settings, run_id)
     if plan.dir.document.is_file():
-        known = RunPlan.model_validate_json(plan.dir.document.read_bytes())
+        known = read_plan(plan.dir)
         if known.spec != plan.spec:
             raise BadInput(f"run {run_id} exists with another spec in {plan.root}; choose another run.name")
     write_atomically(plan.dir.document, plan.model_dump_json(indent=2))

@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 
 from disagg_core.errors import BadInput
-from disagg_core.run.directory import RunDir
+from disagg_core.run.known import find_run, read_plan
 from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 
-Run = Annotated[str, typer.Argument(help="Id of a run.", show_default=False)]
+Run = Annotated[str, typer.Argument(help="Id of a run, or the beginning of it.", show_default=False)]
 DraftDir = Annotated[
     Path | None, typer.Option("--draft", help="Checkpoint or exported draft; by default the run's newest checkpoint.")
 ]
@@ -33,7 +33,7 @@ def export(
     """Write a run's draft in a serving format, checked and read back."""
     from disagg_core.drafts.export import VerifierInfo, export_draft
 
-    plan = load_run(run)
+    plan = read_plan(find_run(get_settings().runs_dir, run))
     verifier = VerifierInfo.of(plan.spec.target) if layout == "speculators" else None
     source, draft_tokens = draft or newest_checkpoint(plan), plan.spec.evaluation.draft_tokens
     try:
@@ -58,7 +58,7 @@ def evaluate(
 
     if draft is not None and server is not None:
         raise BadInput("--draft and --server: a server serves the draft that it was started with; give one of the two")
-    plan = load_run(run)
+    plan = read_plan(find_run(get_settings().runs_dir, run))
     if server is not None:
         result = run_server_evaluation(plan, server, name)
     else:
@@ -68,19 +68,6 @@ def evaluate(
         f"{result['target_passes']} target passes; written to {result_file(plan, name)}",
         soft_wrap=True,
     )
-
-
-def load_run(run: str) -> RunPlan:
-    """Return the plan of the run with id `run`.
-
-    Raises:
-        BadInput: there is no such run under DRAFTLINE_HOME.
-    """
-    runs = get_settings().runs_dir
-    known = sorted(path.parent.name for path in runs.glob("*/run.json"))
-    if run not in known:
-        raise BadInput(f"no run {run!r} in {runs}; there are: {', '.join(known) or 'none'}")
-    return RunPlan.model_validate_json(RunDir.of(runs, run).document.read_bytes())
 
 
 def newest_checkpoint(plan: RunPlan) -> Path:

@@ -9,20 +9,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from disagg_core.errors import BadInput, FailureClass
+from disagg_core.errors import FailureClass
 from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
 from disagg_core.report.plots import plot_run
 from disagg_core.run.directory import RunDir
+from disagg_core.run.known import read_document, read_plan
 from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue, read_progress
-
-
-class OtherVersion(BadInput):
-    """A run's document or report was written by another version of draftline; the first difference is named."""
 
 
 def write_report(plan: RunPlan, report: RunReport) -> Path:
@@ -47,28 +42,7 @@ def read_report(path: Path) -> RunReport:
     Raises:
         OtherVersion: its fields are not those of this version.
     """
-    try:
-        return RunReport.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise _other_version(path, error) from error
-
-
-def read_plan(run_dir: RunDir) -> RunPlan:
-    """Return the plan of the run in `run_dir`.
-
-    Raises:
-        OtherVersion: its fields are not those of this version.
-    """
-    try:
-        return RunPlan.model_validate_json(run_dir.document.read_bytes())
-    except ValidationError as error:
-        raise _other_version(run_dir.document, error) from error
-
-
-def _other_version(path: Path, error: ValidationError) -> OtherVersion:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "the document"
-    return OtherVersion(f"{path}: written by another version of draftline ({where}: {first['msg']}); read it with that")
+    return read_document(path, RunReport)
 
 
 def report_interrupted(run_dir: RunDir, state: EndState, reason: str, flow_run_id: str) -> RunReport | None:

@@ -64,6 +64,11 @@ class RunDir:
             raise ValueError(f"expected a run id of letters, digits, '.', '_' and '-', found {run_id!r}")
         return cls(runs / run_id)
 
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.root.name
+
     def attempt(self, number: int) -> AttemptDir:
         """Return the directory of attempt `number`."""
         return AttemptDir(self.root / "attempts" / str(number))

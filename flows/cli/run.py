@@ -17,6 +17,7 @@ from disagg_core.checks.preflight import check_channel, check_run
 from disagg_core.report.document import EndState
 from disagg_core.report.records import read_report, report_interrupted
 from disagg_core.run.directory import RunDir
+from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
@@ -121,7 +122,7 @@ def _follow(run: _Submitted, console: Console, require_server: Callable[[], None
                 if time.monotonic() - answered > _SERVER_AWAY_S:
                     raise local.PlatformError(f"the Prefect server has not answered for {_SERVER_AWAY_S:.0f} s")
             if plan is None and run.dir.document.is_file():
-                plan = RunPlan.model_validate_json(run.dir.document.read_bytes())
+                plan = read_plan(run.dir)
             view.show(state.name, plan, *_role_states(run.dir))
             if state.final:
                 return state

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from disagg_core.report.records import OtherVersion, read_report
+from disagg_core.report.records import read_report
+from disagg_core.run.known import OtherVersion, known_runs
 from disagg_core.settings import Settings
 from flows.platform.local import LocalPlatform, describe
 
@@ -23,12 +24,12 @@ def show(settings: Settings, platform: LocalPlatform | None, console: Console) -
         console.print(f"Prefect UI {platform.ui_url}")
         for name, state in describe(settings).items():
             console.print(f"{name}: {state}")
-    runs = sorted(settings.runs_dir.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = sorted(known_runs(settings.runs_dir), key=lambda run: run.document.stat().st_mtime, reverse=True)
     if not runs:
         return
     table = Table("run", "state", "trained", "steps", "accept length", "seconds")
-    for document in runs[:_LATEST]:
-        table.add_row(document.parent.name, *_cells(document.with_name("report.json")))
+    for run in runs[:_LATEST]:
+        table.add_row(run.run_id, *_cells(run.report))
     console.print(table)
 
 

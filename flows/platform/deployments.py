@@ -26,7 +26,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
-from disagg_core.report.records import OtherVersion
+from disagg_core.run.known import OtherVersion
 from disagg_core.run_spec.document import PoolsSection
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import CHECKOUT

@@ -84,3 +84,41 @@ def test_an_archive_is_verified_from_the_command_line(draftline: Draftline, tmp_
     assert "a.txt: missing" in damaged.stderr
     assert "b.txt: expected sha256 " in damaged.stderr
     assert "c.txt" not in damaged.stderr
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """A run that another version of draftline has made, with its report."""
+    run = tmp_path / "home" / "runs" / "night-1a2b"
+    run.mkdir(parents=True)
+    for name in ("run.json", "report.json"):
+        (run / name).write_text('{"run_id": "night-1a2b"}')
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "document"),
+    [
+        (("export", "night", "--out", "x"), "run.json"),
+        (("evaluate", "night"), "run.json"),
+        (("archive", "verify", "night"), "report.json"),
+    ],
+)
+def test_what_another_version_wrote_is_named_and_no_traceback(
+    draftline: Draftline, old_run: Path, arguments: tuple[str, ...], document: str
+) -> None:
+    ended = draftline(*arguments)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {old_run / document}: written by another version of draftline (")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "report of another version" in draftline("status").stdout
+
+
+def test_the_beginning_of_an_id_that_two_runs_share_is_refused(draftline: Draftline, old_run: Path) -> None:
+    other = old_run.with_name("night-3c4d")
+    other.mkdir()
+    (other / "run.json").write_text("{}")
+    for arguments in (("export", "night", "--out", "x"), ("evaluate", "night"), ("archive", "verify", "night")):
+        ended = draftline(*arguments)
+        assert ended.returncode == 2
+        assert "'night' is the beginning of 2 runs" in ended.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from disagg_core.errors import RoleFailed, StoreUnavailable
-from disagg_core.report.records import OtherVersion, last_progress, read_plan, read_report, report_interrupted
+from disagg_core.report.records import last_progress, read_report, report_interrupted
+from disagg_core.run.known import OtherVersion, UnknownRun, find_run, known_runs, read_plan
 from disagg_core.run.outcomes import write_failure
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run.progress import ProgressFile
@@ -104,3 +105,19 @@ def test_documents_of_another_version_are_named_with_the_difference(plan: RunPla
     plan.dir.document.write_text("{}")
     with pytest.raises(OtherVersion, match=r"run\.json: written by another version"):
         read_plan(plan.dir)
+
+
+def test_a_run_is_found_by_its_id_or_by_what_only_it_begins_with(tmp_path: Path) -> None:
+    for run_id in ("night-1a2b", "night-1c3d", "night", "noon-77"):
+        (tmp_path / run_id).mkdir()
+        (tmp_path / run_id / "run.json").write_text("{}")
+    (tmp_path / "not-begun").mkdir()
+    assert [run.run_id for run in known_runs(tmp_path)] == ["night", "night-1a2b", "night-1c3d", "noon-77"]
+    for name, run_id in (("night-1a2b", "night-1a2b"), ("night-1c", "night-1c3d"), ("no", "noon-77")):
+        assert find_run(tmp_path, name).root == tmp_path / run_id
+    assert find_run(tmp_path, "night").run_id == "night", "a whole id is no prefix"
+    with pytest.raises(UnknownRun, match=r"'night-1' is the beginning of 2 runs .*: night-1a2b, night-1c3d"):
+        find_run(tmp_path, "night-1")
+    for name in ("dawn", "not-begun", "", "../night"):
+        with pytest.raises(UnknownRun, match=r"no run .*; there are: night, night-1a2b, night-1c3d, noon-77"):
+            find_run(tmp_path, name)
