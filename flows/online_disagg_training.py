@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import State, flow, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.client.schemas.filters import FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.runtime import flow_run as runtime
-from prefect.states import Cancelling
 
 from disagg_core.report.document import EndState, RunReport
 from disagg_core.report.records import report_interrupted
@@ -23,6 +17,7 @@ from disagg_core.run.plan import RoleAssignment, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
+from tasks.cancellation import cancel_unfinished
 from tasks.completion import verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services, ready_store
@@ -32,20 +27,13 @@ from tasks.roles import run_roles
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
-    """Cancel every unfinished role of a parent that ended badly: GPUs must not run on for nobody.
+    """Cancel every unfinished role of a parent that ended badly: nobody would use what they still make.
 
     A worker whose run was killed calls this by keyword: the parameters' names are Prefect's.
     """
     async with get_client() as client:
-        children = await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]),
-                state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))),
-            )
-        )
-        for child in children:
-            if child.state and child.state.type is not StateType.CANCELLING:
-                await client.set_flow_run_state(child.id, Cancelling(message=f"the parent ended as {state.name}"))
+        children = FlowRunFilterParentFlowRunId(any_=[flow_run.id])
+        await cancel_unfinished(client, f"the parent ended as {state.name}", parent_flow_run_id=children)
 
 
 def report_interruption(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:

@@ -15,9 +15,10 @@ from prefect import get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled
 
 from disagg_core.errors import FailureClass
+from tasks.cancellation import request_cancellation
 
 _POLL_S = 1.0
 _SERVER_AWAY_S = 180.0
@@ -112,10 +113,7 @@ async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
         if flow_run.state and flow_run.state.is_final():
             return flow_run
         if waited == 0:
-            running = flow_run.start_time is not None
-            await client.set_flow_run_state(
-                run_id, Cancelling(message=reason) if running else Cancelled(message=reason)
-            )
+            await request_cancellation(client, flow_run, reason)
         await asyncio.sleep(_POLL_S)
         flow_run = await _read(client, run_id)
     await client.set_flow_run_state(run_id, Cancelled(message=f"{reason}; did not end in {_STOP_S:.0f} s"), force=True)

@@ -16,12 +16,12 @@ from prefect.automations import Automation, EventTrigger, Posture, ResourceSpeci
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import TERMINAL_STATES, ConcurrencyLimitConfig, FlowRun, StateType
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, FlowRun, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
-from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
@@ -35,6 +35,7 @@ from flows.online_disagg_training import online_disagg_training, report_interrup
 from flows.platform.workers import worker_name
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
+from tasks.cancellation import cancel_unfinished
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
@@ -132,19 +133,8 @@ def cancel_active_runs(timeout_s: float) -> int:
 
 
 async def _cancel_active_runs(timeout_s: float) -> int:
-    active = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))))
     async with get_client() as client:
-        runs = await client.read_flow_runs(flow_run_filter=active)
-        for run in runs:
-            started = run.start_time is not None
-            end = Cancelling if started else Cancelled
-            state: State[Any] = end(message="draftline down")
-            await client.set_flow_run_state(run.id, state)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while await client.read_flow_runs(flow_run_filter=active, limit=1):
-                    await asyncio.sleep(0.5)
-    return len(runs)
+        return len(await cancel_unfinished(client, "draftline down", wait_s=timeout_s))
 
 
 def crash_leftovers() -> int:

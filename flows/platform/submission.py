@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 from uuid import UUID
 
 import httpx
 from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.deployments import arun_deployment
-from prefect.states import Cancelling
 
 from disagg_core.run_spec.document import RunSpec
+from tasks.cancellation import cancel_unfinished
 
 DEPLOYMENT = "online-disagg-training/local"
 
@@ -79,8 +79,4 @@ def cancel(flow_run_id: UUID, timeout_s: float = 60.0) -> None:
 
 async def _cancel(flow_run_id: UUID, timeout_s: float) -> None:
     async with get_client() as client:
-        await client.set_flow_run_state(flow_run_id, Cancelling(message="interrupted"))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not (await _read_state(flow_run_id)).final:
-                    await asyncio.sleep(0.5)
+        await cancel_unfinished(client, "interrupted", wait_s=timeout_s, id=FlowRunFilterId(any_=[flow_run_id]))
