@@ -1,12 +1,13 @@
-"""Work pools, deployments and the zombie automation of a single machine, registered in code.
+"""Work pools, deployments and the zombie automation: one table, registered on any Prefect server.
 
-``infra/prefect.yaml`` says the same for a platform, where ``prefect deploy --all`` registers it.
+``infra/prefect.yaml`` says the same for ``prefect deploy --all``, and a test compares what the two leave on a server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,9 +40,43 @@ from tasks.cancellation import cancel_unfinished
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
+TRAINING = "local"
+"""Name of the deployment that trains: ``prefect deployment run online-disagg-training/local``."""
 TAG = "draftline"
 """The tag of every deployment of ours, and so of every flow run of theirs."""
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a work pool is to run, and under which name: ``<flow>/<name>``. All runs beat at our rate.
+
+    Of more than `concurrency_limit` runs at once, the later ones wait.
+    """
+
+    flow: Flow[..., Any]
+    name: str
+    pool: str
+    tags: tuple[str, ...]
+    description: str | None = None
+    concurrency_limit: int | None = None
+
+
+def deployments(pools: PoolsSection) -> list[Deployment]:
+    """Return all deployments. Those of the roles have the names of their pools, by which the parent finds them."""
+    return [
+        Deployment(
+            online_disagg_training,
+            TRAINING,
+            pools.orchestrator,
+            (TAG,),
+            description="One run is one training of a draft model; the spec is its one parameter.",
+            concurrency_limit=1,
+        ),
+        Deployment(rollout_producer, pools.rollout, pools.rollout, (TAG, "gpu", "role:producer")),
+        Deployment(draft_evaluation, pools.rollout, pools.rollout, (TAG, "gpu", "role:evaluation")),
+        Deployment(train_consumer, pools.train, pools.train, (TAG, "gpu", "role:consumer")),
+    ]
 
 
 def register() -> None:
@@ -59,29 +94,24 @@ async def _register(pools: PoolsSection) -> None:
                     )
                 )
         await _ensure_zombie_automation(client)
-    await _deploy(
-        online_disagg_training,
-        "local",
-        pools.orchestrator,
-        tags=[TAG],
-        parameters=_demo_parameters(),
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy="ENQUEUE"),
-    )
-    await _deploy(rollout_producer, pools.rollout, pools.rollout, tags=[TAG, "role:producer", "gpu"])
-    await _deploy(draft_evaluation, pools.rollout, pools.rollout, tags=[TAG, "role:evaluation", "gpu"])
-    await _deploy(train_consumer, pools.train, pools.train, tags=[TAG, "role:consumer", "gpu"])
+    for deployment in deployments(pools):
+        await _deploy(deployment)
 
 
-async def _deploy(flow: Flow[..., Any], name: str, pool: str, **options: Any) -> None:
-    deployment = RunnerDeployment.from_flow(
-        flow,
-        name=name,
-        work_pool_name=pool,
+async def _deploy(deployment: Deployment) -> None:
+    limit = deployment.concurrency_limit
+    registered = RunnerDeployment.from_flow(
+        deployment.flow,
+        name=deployment.name,
+        description=deployment.description,
+        work_pool_name=deployment.pool,
+        tags=list(deployment.tags),
+        parameters=_demo_parameters() if deployment.flow is online_disagg_training else {},
+        concurrency_limit=ConcurrencyLimitConfig(limit=limit, collision_strategy="ENQUEUE") if limit else None,
         job_variables={"env": HEARTBEAT_ENVIRONMENT},
         entrypoint_type=EntrypointType.MODULE_PATH,
-        **options,
     )
-    await deployment.aapply()
+    await registered.aapply()
 
 
 def _demo_parameters() -> dict[str, Any]:

@@ -12,9 +12,11 @@ from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.deployments import arun_deployment
 
 from disagg_core.run_spec.document import RunSpec
+from flows.online_disagg_training import online_disagg_training
+from flows.platform.deployments import TRAINING
 from tasks.cancellation import cancel_unfinished
 
-DEPLOYMENT = "online-disagg-training/local"
+DEPLOYMENT = f"{online_disagg_training.name}/{TRAINING}"
 
 
 @dataclass(frozen=True)

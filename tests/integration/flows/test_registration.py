@@ -6,11 +6,15 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect import get_client
 from prefect.automations import Automation, EventTrigger
 
-from flows.platform.deployments import ZOMBIE_AUTOMATION, register, zombie_automation
+from disagg_core.run_spec.document import PoolsSection
+from flows.platform.deployments import TAG, ZOMBIE_AUTOMATION, deployments, register, zombie_automation
+from flows.platform.submission import DEPLOYMENT
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 from tests.integration.flows.conftest import PrefectServer
 
@@ -45,21 +49,38 @@ def test_an_automation_of_an_older_version_is_brought_up_to_date(api: PrefectSer
     assert automations(api) == [found], "another update would forget the runs that are watched"
 
 
-def job_environments(api: PrefectServer) -> dict[str, object]:
+def deployed(api: PrefectServer) -> dict[str, dict[str, object]]:
+    """Our deployments on the server, by full name: what of them is the same whoever registered them."""
     flows = {flow["id"]: flow["name"] for flow in api.find("flows")}
-    ours = api.find("deployments", deployments={"tags": {"all_": ["draftline"]}})
-    return {f"{flows[one['flow_id']]}/{one['name']}": dict(one["job_variables"])["env"] for one in ours}
-
-
-def test_every_deployment_sets_the_rate_of_its_runs(api: PrefectServer) -> None:
-    register()
-    registered = job_environments(api)
-    assert set(registered) == {
-        "online-disagg-training/local",
-        "rollout-producer/gpu-rollout",
-        "draft-evaluation/gpu-rollout",
-        "train-consumer/gpu-train",
+    return {
+        f"{flows[one['flow_id']]}/{one['name']}": {
+            "pool": one["work_pool_name"],
+            "tags": sorted(one["tags"]),
+            "description": one["description"],
+            "limit": one["global_concurrency_limit"] and one["global_concurrency_limit"]["limit"],
+            "collisions": one["concurrency_options"],
+            "job variables": one["job_variables"],
+            "flow": one["entrypoint"].replace("/", ".").replace(".py:", "."),
+            "paused": one["paused"],
+        }
+        for one in api.find("deployments", deployments={"tags": {"all_": [TAG]}})
     }
+
+
+def forget_deployments(api: PrefectServer) -> None:
+    with get_client(sync_client=True) as client:
+        for one in api.find("deployments"):
+            client.delete_deployment(UUID(str(one["id"])))
+
+
+def test_what_prefect_deploy_registers_is_what_draftline_registers_and_finds(api: PrefectServer) -> None:
+    forget_deployments(api)
+    register()
+    registered = deployed(api)
+    assert set(registered) == {DEPLOYMENT, *(f"{one.flow.name}/{one.name}" for one in deployments(PoolsSection()))}
+    assert all(one["job variables"] == {"env": HEARTBEAT_ENVIRONMENT} for one in registered.values())
+
+    forget_deployments(api)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     subprocess.run(
         [*command, "--prefect-file", "infra/prefect.yaml"],
@@ -68,6 +89,4 @@ def test_every_deployment_sets_the_rate_of_its_runs(api: PrefectServer) -> None:
         check=True,
         timeout=120,
     )
-    deployed = job_environments(api)
-    assert set(deployed) - set(registered) == {"online-disagg-training/training"}
-    assert [environment for environment in deployed.values() if environment != HEARTBEAT_ENVIRONMENT] == []
+    assert deployed(api) == registered
