@@ -29,6 +29,8 @@ from disagg_core.report.document import (
     RoleFigures,
     RunReport,
 )
+from disagg_core.report.figures import figures_of
+from disagg_core.report.markdown import to_markdown
 from disagg_core.report.records import last_progress, write_report
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.run.plan import RunPlan
@@ -53,11 +55,9 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     """Write report.json, report.md and report.png, and show the same in the UI."""
     picture = write_report(plan, report)
     key = artifact_key(plan.run_id)
-    create_markdown_artifact(report.to_markdown(), key=f"report-{key}", description=f"Report of run {plan.run_id}")
-    if report.accounting:
-        create_table_artifact(
-            [report.accounting.model_dump()], key=f"accounting-{key}", description="Every sample accounted for"
-        )
+    create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=f"Report of run {plan.run_id}")
+    rows = [{"figure": figure.label, "value": figure.value} for figure in figures_of(report)]
+    create_table_artifact(rows, key=f"figures-{key}", description="What the run came to")
     data = base64.b64encode(picture.read_bytes()).decode()
     create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
     if report.archive:

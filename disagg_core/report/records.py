@@ -12,6 +12,7 @@ from pathlib import Path
 from disagg_core.errors import FailureClass
 from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
+from disagg_core.report.markdown import to_markdown
 from disagg_core.report.plots import plot_run
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document, read_plan
@@ -30,7 +31,7 @@ def write_report(plan: RunPlan, report: RunReport) -> Path:
         title=f"{plan.run_id}: {plan.spec.draft.title} draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
         accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
     )
-    shown = f"{report.to_markdown()}\n![Loss and accept length]({picture.name})\n"
+    shown = f"{to_markdown(report)}\n![Loss and accept length]({picture.name})\n"
     write_atomically(plan.dir.root / "report.md", shown)
     write_atomically(plan.dir.report, report.model_dump_json(indent=2))
     return picture

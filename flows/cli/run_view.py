@@ -7,15 +7,17 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from disagg_core.report.document import GO_ON, RunReport
+from disagg_core.report.document import RunReport
+from disagg_core.report.figures import Figure, figures_of
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue
 
 _LINE_INTERVAL_S = 10.0
+_STYLES = {"plain": "", "strong": "bold", "alarm": "bold red"}
 
 RoleState = dict[str, ProgressValue]
 
@@ -125,38 +127,6 @@ def summary(report: RunReport, ui: str) -> Table:
     table = Table(title=f"run {report.run_id}: {report.state}", show_header=False, title_justify="left", min_width=70)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    a, t, e, p = report.accounting, report.training, report.evaluation, report.progress
-    if p:
-        table.add_row("attempt", str(p.attempt))
-        table.add_row("prompts captured", f"{p.prompts} of {p.total_prompts or '?'}")
-        table.add_row("samples trained", f"{p.trained} in {p.steps} of {p.total_steps or '?'} steps")
-    if a:
-        table.add_row("prompts", f"{a.prompts} = {a.published} published + {a.rejected} rejected")
-        unused = f" + {a.unused} unused" if a.unused else ""
-        table.add_row("samples", f"{a.published} = {a.trained} trained + {a.quarantined} quarantined{unused}")
-        table.add_row("left in the store", str(a.store_keys_left))
-    if t:
-        table.add_row("training", f"{t.steps} steps, {t.samples_per_second:.1f} samples/s")
-        if t.loss_first is not None and t.loss_last is not None:
-            table.add_row("loss", f"{t.loss_first:.3f} first, {t.loss_last:.3f} last")
-    if e:
-        table.add_row(
-            f"accept length, k={e.draft_tokens}",
-            f"{e.accept_length_before:.2f} before, [bold]{e.accept_length_after:.2f}[/] after training, "
-            f"on {e.prompts} held-out prompts",
-        )
-        table.add_row("lossless", "yes" if e.lossless else "[bold red]no[/]")
-    if report.failure:
-        table.add_row(f"{report.state} ({report.failure.failure_class})", escape(report.failure.message))
-    if report.can_go_on:
-        table.add_row("to go on", GO_ON)
-    table.add_row("checkpoints", f"{report.run_dir}/checkpoints")
-    if report.export:
-        table.add_row("export", report.export)
-    if report.archive:
-        table.add_row("archive", report.archive.url)
-    table.add_row("report", f"{report.run_dir}/report.md (.json, .png)")
-    table.add_row("UI", ui)
-    together = f", both roles together {report.roles_overlap_seconds:.0f} s" if report.roles else ""
-    table.add_row("time", f"{report.seconds:.0f} s{together}")
+    for figure in [*figures_of(report), Figure("UI", ui)]:
+        table.add_row(figure.label, Text(figure.value, style=_STYLES[figure.weight]))
     return table

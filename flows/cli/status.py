@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from disagg_core.report.figures import BRIEF, brief_figures
 from disagg_core.report.records import read_report
 from disagg_core.run.known import OtherVersion, known_runs
 from disagg_core.settings import Settings
@@ -27,7 +28,7 @@ def show(settings: Settings, platform: LocalPlatform | None, console: Console) -
     runs = sorted(known_runs(settings.runs_dir), key=lambda run: run.document.stat().st_mtime, reverse=True)
     if not runs:
         return
-    table = Table("run", "state", "trained", "steps", "accept length", "seconds")
+    table = Table("run", "state", *BRIEF)
     for run in runs[:_LATEST]:
         table.add_row(run.run_id, *_cells(run.report))
     console.print(table)
@@ -41,8 +42,4 @@ def _cells(path: Path) -> Sequence[str]:
         report = read_report(path)
     except OtherVersion:
         return ("report of another version of draftline",)
-    a, t, e, p = report.accounting, report.training, report.evaluation, report.progress
-    trained = a.trained if a else p.trained if p else ""
-    steps = t.steps if t else p.steps if p else ""
-    accept_length = f"{e.accept_length_before:.2f} to {e.accept_length_after:.2f}" if e else ""
-    return report.state, str(trained), str(steps), accept_length, f"{report.seconds:.0f}"
+    return report.state, *brief_figures(report)

@@ -17,6 +17,7 @@ import pytest
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import sample_id_of
 from disagg_core.report.document import RunReport
+from disagg_core.report.markdown import to_markdown
 from tests.sglang.support import START_TIMEOUT_S, await_true
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
@@ -138,7 +139,7 @@ def test_a_run_that_loses_two_of_three_servers_trains_on_every_prompt_once_and_i
     events = {server.name: "; ".join(server.events) for server in report.servers}
     assert "died: killed by SIGKILL" in events["sglang-0"]
     assert "hangs: no good answer to a health check" in events["sglang-1"]
-    told = report.to_markdown()
+    told = to_markdown(report)
     for name in ("sglang-0", "sglang-1"):
         [line] = [line for line in told.splitlines() if line.startswith(f"| {name} |")]
         assert events[name] in line

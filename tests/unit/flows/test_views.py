@@ -23,6 +23,8 @@ from disagg_core.report.document import (
     ServerFigures,
     TrainingFigures,
 )
+from disagg_core.report.figures import figures_of
+from disagg_core.report.markdown import to_markdown
 from disagg_core.report.plots import plot_run
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
 from disagg_core.run.plan import make_plan
@@ -86,9 +88,9 @@ def text_of(renderable: object) -> str:
 
 def test_the_report_says_the_identity_the_accept_length_and_the_overlap() -> None:
     report = a_report()
-    markdown = report.to_markdown()
-    assert "10 = 9 + 1" in markdown
-    assert "**1.01 before, 2.53 after** (95% interval 2.40 to 2.70)" in markdown
+    markdown = to_markdown(report)
+    assert "| prompts | 10 = 9 published + 1 rejected |" in markdown
+    assert "| accept length, k=5 | **1.01 before, 2.53 after training (95% interval 2.40 to 2.70)" in markdown
     assert "1 x too long" in markdown
     assert report.roles_overlap_seconds == 7
     assert RunReport.model_validate_json(report.model_dump_json()) == report
@@ -98,10 +100,10 @@ def test_the_report_names_the_servers_and_what_happened_to_them() -> None:
     died = ServerFigures(
         name="sglang-0", captured=40, failures=2, restarts=1, events=["died: killed by SIGKILL", "back"]
     )
-    markdown = a_report(servers=[died]).to_markdown()
+    markdown = to_markdown(a_report(servers=[died]))
     assert "| sglang-0 | 40 | 2 | 1 | died: killed by SIGKILL; back |" in markdown
     local = died.model_copy(update={"name": "local"})
-    assert "Servers" not in a_report(servers=[local]).to_markdown()
+    assert "Servers" not in to_markdown(a_report(servers=[local]))
 
 
 def test_the_report_of_a_failed_run_says_why_and_what_was_tried() -> None:
@@ -116,8 +118,8 @@ def test_the_report_of_a_failed_run_says_why_and_what_was_tried() -> None:
             AttemptFigures(attempt=2, failure_class=None, reason="", incomplete=3),
         ],
     )
-    markdown = report.to_markdown()
-    assert "**store_lost**: the owner died" in markdown
+    markdown = to_markdown(report)
+    assert "| failed (store_lost) | **the owner died** |" in markdown
     assert "1. store_lost: owner" in markdown
     assert "3 lost samples are captured again" in markdown
     assert "failed (store_lost)" in text_of(summary(report, "http://ui"))
@@ -127,6 +129,26 @@ def test_the_summary_has_the_figures_and_the_places() -> None:
     shown = text_of(summary(a_report(), "http://ui"))
     for expected in ("10 = 9 published + 1 rejected", "2.53 after training", "runs/demo-1/export", "http://ui"):
         assert expected in shown
+
+
+def test_terminal_and_markdown_show_the_same_figures() -> None:
+    crooked = a_report().accounting.model_copy(update={"trained": 8})
+    message = "died; the end of its log:\n[red] a | b"
+    report = a_report(state="failed", accounting=crooked, failure=Failure(failure_class="bug", message=message))
+    markdown, shown = to_markdown(report), " ".join(columns_of(text_of(summary(report, "http://ui"))))
+    rows = [tuple(cells.strip() for cells in line.strip("|").split(" | ")) for line in markdown.splitlines()]
+    for figure in figures_of(report):
+        assert figure.label in {row[0] for row in rows}
+        assert figure.label in shown
+        assert figure.value.splitlines()[-1] in shown
+    assert "| failed (bug) | **died; the end of its log:<br>[red] a \\| b** |" in markdown
+    assert (
+        "| does not add up | **published = trained + quarantined + unused does not hold: 9 != 8 + 0 + 0** |" in markdown
+    )
+
+
+def columns_of(table: str) -> list[str]:
+    return [cell for line in table.splitlines() for cell in columns(line)]
 
 
 def test_the_summary_of_a_cancelled_run_says_how_far_it_came() -> None:
