@@ -11,21 +11,20 @@ from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 import httpx
-from prefect import get_client
+from prefect import State, get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
 from prefect.states import Cancelled
 
 from disagg_core.errors import FailureClass
+from disagg_core.processes.retry import Retry
+from disagg_core.processes.shutdown import CANCELLATION_S, CHILDREN_S
 from tasks.cancellation import request_cancellation
 
 _POLL_S = 1.0
 _SERVER_AWAY_S = 180.0
 """A restart with an upgrade takes two minutes; an answer that never comes is given up by Prefect's client after one."""
-_STOP_S = 60.0
-_LAST_S = 20.0
-"""How long a run that is cancelled waits for its children: Prefect kills it 30 s after the signal."""
 
 
 class Supervision:
@@ -74,7 +73,7 @@ async def run_child(
             return await _watch(client, started.id, pool, supervision, start_timeout_s)
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_S):
+                async with asyncio.timeout(CHILDREN_S):
                     await _cancel(client, started.id, "the run was cancelled")
             raise
 
@@ -109,25 +108,25 @@ async def _watch(
 async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
     """Cancel a flow run and wait, bounded, until it has ended."""
     flow_run = await _read(client, run_id)
-    for waited in range(int(_STOP_S / _POLL_S)):
+    for waited in range(int(CANCELLATION_S / _POLL_S)):
         if flow_run.state and flow_run.state.is_final():
             return flow_run
         if waited == 0:
             await request_cancellation(client, flow_run, reason)
         await asyncio.sleep(_POLL_S)
         flow_run = await _read(client, run_id)
-    await client.set_flow_run_state(run_id, Cancelled(message=f"{reason}; did not end in {_STOP_S:.0f} s"), force=True)
+    late: State[object] = Cancelled(message=f"{reason}; did not end in {CANCELLATION_S:.0f} s")
+    await client.set_flow_run_state(run_id, late, force=True)
     return await _read(client, run_id)
 
 
 async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Read a flow run; ride out a server that is away for up to three minutes."""
-    deadline = asyncio.get_running_loop().time() + _SERVER_AWAY_S
-    while True:
-        try:
-            return await client.read_flow_run(run_id)
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
-            refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-            if refused or asyncio.get_running_loop().time() > deadline:
-                raise
-            await asyncio.sleep(_POLL_S)
+    """Read a flow run; ride out a server that is away for up to `_SERVER_AWAY_S`."""
+    retry = Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S)
+    return await retry.of(lambda: client.read_flow_run(run_id))
+
+
+def _is_away(error: BaseException) -> bool:
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)

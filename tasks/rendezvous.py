@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
 from disagg_core.errors import RoleFailed
 from disagg_core.files import write_atomically
+from disagg_core.processes.retry import wait_until
 from disagg_core.processes.tree import free_port
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.settings import get_settings
+
+_POLL_S = 0.5
 
 
 def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
@@ -26,11 +28,13 @@ def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
     if node_rank == 0:
         host = get_settings().host
         write_atomically(place, json.dumps({"endpoint": f"{host}:{free_port(host)}", "pid": os.getpid()}))
-    deadline = time.monotonic() + assignment.plan.spec.orchestration.stall_timeout_s
-    while not place.is_file():
-        if time.monotonic() > deadline:
-            raise RoleFailed(f"node 0 of the consumer did not start; expected its address in {place}", "stalled")
-        time.sleep(0.5)
+    timeout_s = assignment.plan.spec.orchestration.stall_timeout_s
+    if not wait_until(place.is_file, timeout_s=timeout_s, every_s=_POLL_S):
+        raise RoleFailed(
+            f"node 0 of the consumer did not start within {timeout_s:g} s (orchestration.stall_timeout_s); expected "
+            f"its address in {place}",
+            "stalled",
+        )
     return [
         f"--nnodes={nodes}",
         f"--node-rank={node_rank}",

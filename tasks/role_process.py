@@ -22,13 +22,11 @@ from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
 from disagg_core.files import write_atomically
+from disagg_core.processes.shutdown import ROLE_S
 from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
 from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress
-
-STOP_GRACE_S = 25.0
-"""Time for a role to save its state after SIGTERM; Prefect kills the flow run itself 30 s after a cancellation."""
 
 _ARTIFACT_INTERVAL_S = 5.0
 
@@ -101,7 +99,7 @@ def _run_tree(command: list[str], log: Path, every_second: Callable[[], None]) -
             every_second()
     finally:
         with _uninterrupted():
-            stop_tree(process, grace_s=STOP_GRACE_S)
+            stop_tree(process, grace_s=ROLE_S)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import importlib.metadata
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.engines.sglang.launch import ServerLaunch, find_sglang_python
 from disagg_core.errors import DraftlineError, TargetUnavailable
+from disagg_core.processes.retry import wait_until
 from disagg_core.processes.tree import check_port
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
@@ -42,6 +42,7 @@ Level = Literal["ok", "warning", "failed"]
 _SMALL_DISK = 5 * 1024**3
 _STORE_BYTES = 64 * 1024**2
 _HEALTH_TIMEOUT_S = 30.0
+_POLL_S = 0.5
 _PROBE_TIMEOUT_S = 300.0
 
 
@@ -131,14 +132,19 @@ def started_server(
     client = SglangClient(server.name, server.url, timeout_s=_PROBE_TIMEOUT_S)
     server.start()
     try:
-        deadline = time.monotonic() + section.unavailable_timeout_s
-        while not client.healthy(_HEALTH_TIMEOUT_S):
-            ended = server.exit_reason()
-            if ended is None and time.monotonic() > deadline:
-                ended = f"not healthy within {section.unavailable_timeout_s:g} s; its log: {server.log}"
-            if ended is not None:
+        timeout_s = section.unavailable_timeout_s
+
+        def check_running() -> None:
+            if (ended := server.exit_reason()) is not None:
                 raise TargetUnavailable(f"the server did not start: {ended}")
-            threading.Event().wait(0.5)
+
+        def healthy() -> bool:
+            return client.healthy(_HEALTH_TIMEOUT_S)
+
+        if not wait_until(healthy, timeout_s=timeout_s, every_s=_POLL_S, on_wait=check_running):
+            raise TargetUnavailable(
+                f"the server did not start: not healthy within {timeout_s:g} s; its log: {server.log}"
+            )
         yield client
     finally:
         client.close()

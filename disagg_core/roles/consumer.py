@@ -21,6 +21,7 @@ from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed, classify
+from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.outcomes import exit_code_of, read_outcome, write_failure, write_outcome
@@ -76,14 +77,15 @@ def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseExceptio
     """Return the failure that another rank noted, if all that this one saw was its connection breaking."""
     if isinstance(error, DraftlineError) or ranks.size == 1 or not ranks.is_first or classify(error) != "bug":
         return error
-    deadline = time.monotonic() + PEER_NOTE_S
-    while time.monotonic() < deadline:
+
+    def noted() -> RoleFailed | None:
         for rank in range(1, ranks.size):
             note = read_outcome(_outcome_path(state, rank))
             if note is not None and note.failure_class not in (None, "bug"):
                 return RoleFailed(f"rank {rank}: {note.message}", note.failure_class)
-        time.sleep(POLL_S)
-    return error
+        return None
+
+    return wait_until(noted, timeout_s=PEER_NOTE_S, every_s=POLL_S) or error
 
 
 def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[TrainOutcome, dict[str, float]]:

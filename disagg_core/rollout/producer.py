@@ -22,16 +22,18 @@ from disagg_core.errors import (
     BadInput,
     ChannelClosed,
     ChannelError,
+    ChannelUnavailable,
     DraftlineError,
     Preempted,
     RoleFailed,
     StoreError,
     classify,
 )
+from disagg_core.processes.retry import Retry, join_all
+from disagg_core.processes.shutdown import DRIVE_S
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline, largest_group
 from disagg_core.rollout.prompt_source import PromptSource
-from disagg_core.rollout.retry import Patience
 from disagg_core.rollout.worker import Putters, RolloutWorker
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RolloutSection
@@ -45,9 +47,8 @@ _LOOK_S = 0.25
 _GLANCE_S = 0.02
 _CHANNEL_AWAY_S = 60.0
 """A channel may be away for so long, whatever was wanted of it, before the run fails."""
+_CHANNEL_PAUSE_S = 0.25
 _JOIN_S = 60.0
-_JOIN_AFTER_FAILURE_S = 10.0
-"""Shorter than the 25 s from SIGTERM to SIGKILL: the stream's last word comes after it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,13 @@ class Drive:
         self._channel = channel
         self._meter = meter
         self._on_tick = on_tick
-        self._patiently = Patience(_CHANNEL_AWAY_S, check=self._check_stop)
+        self._patiently = Retry(
+            ChannelUnavailable,
+            budget_s=_CHANNEL_AWAY_S,
+            every_s=_CHANNEL_PAUSE_S,
+            what="the channel",
+            on_wait=self._check_stop,
+        )
         self._stop_reason: str | None = None
         self._before = 0
         self._threads: list[threading.Thread] = []
@@ -242,12 +249,10 @@ class Drive:
         """End workers, then putters; leave behind what does not end within `limit_s` seconds."""
         self._pipeline.wake()
         deadline = time.monotonic() + limit_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        alive = join_all(self._threads, limit_s)
         ended = self._putters.close(max(0.0, deadline - time.monotonic()))
-        alive = [thread.name for thread in self._threads if thread.is_alive()]
         if alive or not ended:
-            log.warning("left behind after %.0f s: %s", limit_s, ", ".join(alive) or "a put")
+            log.warning("left behind after %.0f s: %s", limit_s, ", ".join(thread.name for thread in alive) or "a put")
 
     def _free_unpublished(self) -> None:
         for ref in self._pipeline.drain():
@@ -256,7 +261,7 @@ class Drive:
     def _end_badly(self, error: BaseException) -> None:
         """Stop the threads, free what was not published, and say in the stream why it ends."""
         self._pipeline.stop(error)
-        self._end_threads(_JOIN_AFTER_FAILURE_S)
+        self._end_threads(DRIVE_S)
         try:
             self._free_unpublished()
         except StoreError:

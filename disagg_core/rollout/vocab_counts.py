@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from torch import Tensor
 from disagg_core.contracts import PromptTask
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
-from disagg_core.engines.contract import Generated, Target
+from disagg_core.engines.contract import Failed, Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.processes.retry import Retry
 from disagg_core.prompts.files import file_hash
 from disagg_core.prompts.pool import PromptPool
 from disagg_core.run.plan import RunPlan
@@ -119,25 +119,32 @@ def _generated(
 ) -> Iterator[list[int]]:
     """Yield the continuations of `batch`; wait for a target that is away, calling `waiting`, but not for ever."""
     left = {task.ordinal: task for task in batch}
-    away_since: float | None = None
-    while left:
+    outcomes: Iterator[Generated | Failed] | None = None
+
+    def next_outcome() -> Generated | Failed | None:
+        nonlocal outcomes
+        if outcomes is None:
+            outcomes = iter(target.generate(list(left.values()), avoid={}))
         try:
-            for outcome in target.generate(list(left.values()), avoid={}):
-                away_since = None
-                del left[outcome.task.ordinal]
-                if isinstance(outcome, Generated):
-                    yield outcome.tokens
-                else:
-                    log.warning("prompt %d could not be continued: %s", outcome.task.ordinal, outcome.reason)
-        except TargetUnavailable as error:
-            now = time.monotonic()
-            away_since = now if away_since is None else away_since
-            if now - away_since >= plan.spec.target.unavailable_timeout_s:
-                raise TargetUnavailable(f"while counting for the vocabulary map of {plan.run_id}: {error}") from error
-            waiting()
-            time.sleep(_AWAY_PAUSE_S)
-        else:
-            return
+            return next(outcomes, None)
+        except TargetUnavailable:
+            outcomes = None
+            raise
+
+    budget_s = plan.spec.target.unavailable_timeout_s
+    patiently = Retry(TargetUnavailable, budget_s=budget_s, every_s=_AWAY_PAUSE_S, what="the target", on_wait=waiting)
+    try:
+        while left and (outcome := patiently(next_outcome)) is not None:
+            del left[outcome.task.ordinal]
+            if isinstance(outcome, Generated):
+                yield outcome.tokens
+            else:
+                log.warning("prompt %d could not be continued: %s", outcome.task.ordinal, outcome.reason)
+    except TargetUnavailable as error:
+        raise TargetUnavailable(
+            f"while counting for the vocabulary map of {plan.run_id}: {error}; waited for {budget_s:g} s "
+            "(target.unavailable_timeout_s)"
+        ) from error
 
 
 def _inputs_version(plan: RunPlan) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Stored, Target
 from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.processes.retry import join_all
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import Pipeline
@@ -82,11 +83,7 @@ class Putters:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not join_all(self._threads, timeout_s)
 
     def _take(self) -> list[tuple[Lease, Captured]]:
         """Return the next samples to store; none at the end."""

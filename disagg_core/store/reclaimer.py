@@ -76,8 +76,7 @@ class Reclaimer:
         """Try for up to `timeout_s` seconds to empty the list, end the thread, return how many keys are left."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while (self._due or self._in_hand) and time.monotonic() < deadline:
-                self._changed.wait(min(0.1, timeout_s))
+            self._changed.wait_for(lambda: not (self._due or self._in_hand), timeout_s)
             self._stopped = True
             self._changed.notify_all()
             thread = self._thread

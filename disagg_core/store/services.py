@@ -11,7 +11,6 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,14 @@ from pathlib import Path
 from typing import ParamSpec
 
 from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
+from disagg_core.processes.retry import wait_until
+from disagg_core.processes.shutdown import STORE_SERVICE_S
 from disagg_core.processes.tree import check_port, describe_exit, free_ports, spawn, stop_tree, tail
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import master_binary, require_mooncake
 from disagg_core.store.master import MasterView, StoreHealth, wait_for_port
-from disagg_core.store.owner import OwnerStatus, read_status
+from disagg_core.store.owner import REPORT_EVERY_S, OwnerStatus, read_status
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ MASTER_READY_S = 20.0
 OWNER_READY_S = 60.0
 SLOWEST_FAULTING = 100 << 20
 """Bytes a second; sets how long an owner may take to get ready."""
-STOP_S = 5.0
 POLL_S = 0.02
 PORT_TRIES = 5
 SEGMENT_UNIT = 16 << 20
@@ -65,8 +65,8 @@ class ServiceProcess:
     def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL to its group."""
         running = self.process.poll() is None
-        if stop_tree(self.process, grace_s=STOP_S) == -signal.SIGKILL and running:
-            log.warning("%s (pid %d) did not end in %g s and was killed", self.name, self.process.pid, STOP_S)
+        if stop_tree(self.process, grace_s=STORE_SERVICE_S) == -signal.SIGKILL and running:
+            log.warning("%s (pid %d) did not end in %g s and was killed", self.name, self.process.pid, STORE_SERVICE_S)
 
 
 @dataclass(frozen=True)
@@ -237,36 +237,34 @@ def _start_master(
 
 
 def _becomes_ready(master: ServiceProcess, endpoints: StoreEndpoints) -> bool:
-    view, pause = MasterView(endpoints), threading.Event()
-    deadline = time.monotonic() + MASTER_READY_S
-    while time.monotonic() < deadline and master.process.poll() is None:
-        if view.is_ready():
-            pause.wait(POLL_S)  # a master that lost the race for its other port ends right after this
-            return master.process.poll() is None
-        pause.wait(POLL_S)
-    return False
+    view = MasterView(endpoints)
+    wait_until(lambda: view.is_ready() or master.process.poll() is not None, timeout_s=MASTER_READY_S, every_s=POLL_S)
+    time.sleep(POLL_S)  # a master that lost the race for its other port ends right after it was ready
+    return view.is_ready() and master.process.poll() is None
 
 
 def _wait_for_owners(services: StoreServices, files: Sequence[Path], share: int, progress: Progress) -> None:
-    view, pause = MasterView(services.endpoints), threading.Event()
-    deadline = time.monotonic() + OWNER_READY_S + share * len(files) / SLOWEST_FAULTING
+    view, total = MasterView(services.endpoints), share * len(files)
     said = time.monotonic()
-    while True:
+
+    def ready() -> bool:
+        nonlocal said
         statuses = [read_status(file) for file in files]
         for status, owner in zip(statuses, services.owners, strict=True):
             if status is not None and status.state == "failed":
                 raise StoreUnavailable(f"{owner.name} failed: {status.error}; see {owner.log_file}")
         services.require_alive()
         if all(status is not None and status.state == "ready" for status in statuses):
-            if view.health().total_bytes >= services.capacity:
-                return
-        elif time.monotonic() - said >= 1.0:
+            return view.health().total_bytes >= services.capacity
+        if time.monotonic() - said >= REPORT_EVERY_S:
             said = time.monotonic()
-            progress(_how_far(statuses, share * len(files)))
-        if time.monotonic() >= deadline:
-            far = _how_far(statuses, share * len(files))
-            raise StoreUnavailable(f"the store's owners did not get ready in time: {far}")
-        pause.wait(POLL_S)
+            progress(_how_far(statuses, total))
+        return False
+
+    timeout_s = OWNER_READY_S + total / SLOWEST_FAULTING
+    if not wait_until(ready, timeout_s=timeout_s, every_s=POLL_S):
+        far = _how_far([read_status(file) for file in files], total)
+        raise StoreUnavailable(f"the store's owners did not get ready in {timeout_s:.0f} s: {far}")
 
 
 def _how_far(statuses: Sequence[OwnerStatus | None], total: int) -> str:

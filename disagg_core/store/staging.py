@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.errors import StoreRejected, StoreUnavailable
+from disagg_core.processes.retry import wait_until
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,6 @@ class StagingPool:
         self._lock = threading.Lock()
         self._returned: deque[tuple[Region, int, int]] = deque()
         self._set_aside: deque[tuple[float, Region, int, int]] = deque()
-        self._pause = threading.Event()
 
     @property
     def total_bytes(self) -> int:
@@ -161,13 +161,12 @@ class StagingPool:
         deadline = time.monotonic() + timeout_s
         if self._turn.acquire(timeout=timeout_s):
             try:
-                while True:
-                    slot = self._take(nbytes)
-                    if slot is not None:
-                        return slot
-                    if time.monotonic() >= deadline:
-                        break
-                    self._pause.wait(POLL_S)
+                slot = self._take(nbytes)  # nearly always there is room: spare every put and get what a wait costs
+                if slot is None:
+                    left_s = deadline - time.monotonic()
+                    slot = wait_until(lambda: self._take(nbytes), timeout_s=left_s, every_s=POLL_S)
+                if slot is not None:
+                    return slot
             finally:
                 self._turn.release()
         raise StoreUnavailable(

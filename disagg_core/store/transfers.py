@@ -18,6 +18,7 @@ from isal.isal_zlib import crc32
 
 from disagg_core.contracts import SampleRef
 from disagg_core.errors import SampleLost, StoreError, StoreUnavailable
+from disagg_core.processes.retry import Tries
 from disagg_core.store.codes import Verdict, error_from_code, is_settled, verdict_of
 from disagg_core.store.master import MasterView
 from disagg_core.store.reclaimer import Reclaimer
@@ -89,37 +90,15 @@ class Link:
         """Return the CRC-32 of `memory`, or None when checksums are switched off."""
         return crc32(memory) if self.checksum else None
 
-
-class Patience:
-    """Pauses that double, and one deadline for each kind of trouble, counted from the first try that met it.
-
-    A try counts from its beginning: a call on a paused process takes many seconds to fail.
-    """
-
-    def __init__(self, link: Link, began: float) -> None:
-        self._limits = {Verdict.FULL: link.full_timeout_s}
-        self._other = link.retry_timeout_s
-        self._session = link.session
-        self._since: dict[Verdict, float] = {}
-        self._try_began = began
-        self._pause = FIRST_PAUSE_S
-
-    def allows(self, verdict: Verdict) -> bool:
-        """Tell whether there is time for another try after trouble of this kind."""
-        limit = self._limits.get(verdict, self._other)
-        return time.monotonic() - self._since.setdefault(verdict, self._try_began) < limit
-
-    def pause(self) -> float:
-        """Wait before the next try; return the seconds waited.
-
-        Raises:
-            StoreMisuse: the client was closed meanwhile.
-        """
-        time.sleep(self._pause)
-        waited, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_S)
-        self._session.check()
-        self._try_began = time.monotonic()
-        return waited
+    def tries(self, began: float) -> Tries[Verdict]:
+        """Return the tries of one transfer, the first of which began at `began`; they end when the client is closed."""
+        return Tries(
+            {**dict.fromkeys(Verdict, self.retry_timeout_s), Verdict.FULL: self.full_timeout_s},
+            began=began,
+            every_s=FIRST_PAUSE_S,
+            longest_s=LONGEST_PAUSE_S,
+            on_wait=self.session.check,
+        )
 
 
 class Writer:
@@ -138,14 +117,14 @@ class Writer:
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
         session, began = self._link.session, time.monotonic()
-        patience = None
+        tries = None
         while True:
             key = self.new_key(sample_id)
             code = session.client.put_from(key, slot.address, slot.size, session.hard_pin)
             if code == 0:
                 return key
-            patience = patience or Patience(self._link, began)
-            self._after_failure(key, code, slot.size, patience)
+            tries = tries or self._link.tries(began)
+            self._after_failure(key, code, slot.size, tries)
 
     def write_batch(self, slots: Sequence[Slot], sample_ids: Sequence[str]) -> list[str]:
         """Store several samples with one call; return their keys.
@@ -160,7 +139,7 @@ class Writer:
         try:
             for index, code in enumerate(codes):
                 if code:
-                    self._after_failure(keys[index], code, sizes[index], Patience(link, time.monotonic()))
+                    self._after_failure(keys[index], code, sizes[index], link.tries(time.monotonic()))
                     keys[index] = self.write(slots[index], sample_ids[index])
                     stored.append(keys[index])
         except StoreError:
@@ -172,22 +151,22 @@ class Writer:
         """Return a key that was never used: no other writer has this one's name."""
         return f"{self._link.namespace}/{sample_id}/{self._name}-{next(self._tries):x}"
 
-    def _after_failure(self, key: str, code: int, size: int, patience: Patience) -> None:
+    def _after_failure(self, key: str, code: int, size: int, tries: Tries[Verdict]) -> None:
         """Pause before the next try, or raise the named error."""
         link, verdict = self._link, verdict_of(code)
         if verdict is Verdict.FULL:
             link.counters.add(full_answers=1)
-            if not patience.allows(verdict) or self._never_fits(size):
+            if not tries.allows(verdict) or self._never_fits(size):
                 raise error_from_code(code, operation="put", key=key, note=self._room(size))
-            link.counters.add(full_wait_seconds=patience.pause())
+            link.counters.add(full_wait_seconds=tries.pause())
             return
         link.reclaimer.park([key], doubtful=True)
         link.counters.add(put_retries=1)
         if verdict is Verdict.BUG:
             raise error_from_code(code, operation="put", key=key)
-        if not patience.allows(verdict):
+        if not tries.allows(verdict):
             raise error_from_code(code, operation="put", key=key, note=f"tried for {link.retry_timeout_s:g} s")
-        patience.pause()
+        tries.pause()
 
     def _never_fits(self, size: int) -> bool:
         sizes = [segment.size_bytes for segment in self._link.master.segments()]
@@ -221,13 +200,13 @@ class Reader:
             SampleLost: the object is gone, or its bytes are wrong every time.
             StoreUnavailable: the master or an owner did not answer properly before the retry deadline.
         """
-        link, patience = self._link, None
+        link, tries = self._link, None
         damaged = lost = 0
         while True:
             code, crc = self._fetch(slot, ref)
             if code == ref.size_bytes and crc == self._expected(ref):
                 return
-            patience = patience or Patience(link, began)
+            tries = tries or link.tries(began)
             verdict = verdict_of(code)
             link.counters.add(get_retries=1)
             if verdict is Verdict.DONE:
@@ -242,9 +221,9 @@ class Reader:
                     raise error_from_code(code, operation="get", key=ref.key)
             elif verdict is Verdict.BUG:
                 raise error_from_code(code, operation="get", key=ref.key)
-            elif not patience.allows(verdict):
+            elif not tries.allows(verdict):
                 raise error_from_code(code, operation="get", key=ref.key, note=f"tried for {link.retry_timeout_s:g} s")
-            patience.pause()
+            tries.pause()
 
     def read_batch(self, refs: Sequence[SampleRef], slot: Slot, offsets: Sequence[int]) -> list[bool]:
         """Read several samples into one slot with one call; return which of them arrived whole."""

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -30,12 +29,15 @@ from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import BadInput, DraftlineError, FailureClass
 from disagg_core.files import write_atomically
+from disagg_core.processes.retry import wait_until
+from disagg_core.processes.shutdown import PLATFORM_S
 from disagg_core.processes.tree import check_port, free_port, tail
 from disagg_core.settings import Settings
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 
 START_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 40.0
+_STOP_TIMEOUT_S = PLATFORM_S
+_POLL_S = 0.1
 
 
 class PlatformError(DraftlineError):
@@ -286,15 +288,14 @@ def _answers(platform: LocalPlatform) -> bool:
 
 
 def _wait_ready(settings: Settings, platform: LocalPlatform) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    def ready() -> bool:
         require_server(settings, platform)
-        if _answers(platform):
-            return
-        time.sleep(0.1)
-    raise PlatformError(
-        f"the Prefect server was not ready after {START_TIMEOUT_S:.0f} s; see {_log(settings, 'server')}"
-    )
+        return _answers(platform)
+
+    if not wait_until(ready, timeout_s=START_TIMEOUT_S, every_s=_POLL_S):
+        raise PlatformError(
+            f"the Prefect server was not ready after {START_TIMEOUT_S:.0f} s; see {_log(settings, 'server')}"
+        )
 
 
 def _stop(process: psutil.Process) -> None:

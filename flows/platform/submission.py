@@ -11,6 +11,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.deployments import arun_deployment
 
+from disagg_core.processes.shutdown import CANCELLATION_S
 from disagg_core.run_spec.document import RunSpec
 from flows.online_disagg_training import online_disagg_training
 from flows.platform.deployments import TRAINING
@@ -70,7 +71,7 @@ async def _read_state(flow_run_id: UUID) -> RunState:
     )
 
 
-def cancel(flow_run_id: UUID, timeout_s: float = 60.0) -> None:
+def cancel(flow_run_id: UUID, timeout_s: float = CANCELLATION_S) -> None:
     """Cancel a run and wait up to `timeout_s` until it has ended.
 
     Raises:

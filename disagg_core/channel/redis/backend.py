@@ -19,7 +19,6 @@ and the ``noeviction`` policy.
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from disagg_core.channel.records import (
 from disagg_core.channel.redis import scripts as redis_scripts
 from disagg_core.channel.redis.address import RedisAddress, answered, connect, keys_of
 from disagg_core.errors import BadInput, ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
+from disagg_core.processes.retry import Retry, wait_until
 
 KEEP_S = 7 * 24 * 3600
 """Seconds for which the server keeps a channel after its last heartbeat."""
@@ -51,6 +51,8 @@ RECONNECT_S = LEASE_S
 _APPEND_AT_ONCE = 512
 _IDS_AT_ONCE = 4096
 _BLOCK_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.002, 0.025
 _T = TypeVar("_T")
 
 
@@ -84,17 +86,20 @@ class RedisBackend:
         self._append = self._client.register_script(redis_scripts.APPEND)
         self._store: Any = self._client.register_script(redis_scripts.STORE_CURSOR)
 
-    def _call(self, command: Callable[[], _T], *, patience_s: float | None = None) -> _T:
+    def _call(self, command: Callable[[], _T]) -> _T:
         """Send a command that may be sent twice, again and again while the server does not answer."""
-        deadline = time.monotonic() + (self._reconnect_s if patience_s is None else patience_s)
-        pause = 0.05
-        while True:
-            try:
-                return answered(self.where, command)
-            except ChannelUnavailable:
-                if time.monotonic() >= deadline or self._closing.wait(pause):
-                    raise
-                pause = min(pause * 2, 1.0)
+        retry = Retry(
+            ChannelUnavailable,
+            budget_s=self._reconnect_s,
+            every_s=_FIRST_PAUSE_S,
+            longest_s=_LONGEST_PAUSE_S,
+            sleep=self._pause,
+        )
+        return retry(answered, self.where, command)
+
+    def _pause(self, seconds: float) -> None:
+        if self._closing.wait(seconds):
+            raise ChannelUnavailable(f"{self.where} was closed while its server was away")
 
     # --- claims ---
 
@@ -112,7 +117,7 @@ class RedisBackend:
         other = self._claim["reader" if side == "writer" else "writer"]
         keys = [self._claim[side], other, self._refs, self._ids, self._meta, self._cursor]
         arguments: list[Any] = [status.epoch, frame(status), KEEP_S]
-        return bool(self._call(lambda: self._beat(keys=keys, args=arguments), patience_s=0.0))
+        return bool(answered(self.where, lambda: self._beat(keys=keys, args=arguments)))
 
     # --- log ---
 
@@ -249,12 +254,14 @@ class RedisBackend:
 
     def wait_for_reader(self, seen: Cursor | None, timeout_s: float) -> None:
         """See `ChannelBackend`."""
-        deadline = time.monotonic() + timeout_s
-        pause = 0.002
-        while self.load_cursor() == seen and (left := deadline - time.monotonic()) > 0:
-            if self._closing.wait(min(pause, left)):
-                return
-            pause = min(pause * 2, 0.025)
+        closing = self._closing
+        wait_until(
+            lambda: closing.is_set() or self.load_cursor() != seen,
+            timeout_s=timeout_s,
+            every_s=_FIRST_LOOK_S,
+            longest_s=_LONGEST_LOOK_S,
+            sleep=closing.wait,
+        )
 
     def close(self) -> None:
         """See `ChannelBackend`. Whoever waits in another thread is let go."""

@@ -18,6 +18,8 @@ from disagg_core.engines.servers.circuit import CircuitBreakers
 from disagg_core.engines.servers.contract import ServerClient, ServerFailure
 from disagg_core.engines.servers.process import ManagedServer
 from disagg_core.errors import TargetError, TargetUnavailable
+from disagg_core.processes.retry import join_all, wait_until
+from disagg_core.processes.shutdown import POOL_S
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,6 @@ _POLL_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 _LATE_S = 20.0
 _FAILED_STARTS_AT_FIRST = 2
-_CLOSE_S = 8.0
-"""A role has 25 s from SIGTERM to SIGKILL; ending its drive takes up to 10 of them."""
 
 
 @dataclass
@@ -127,17 +127,22 @@ class ServerPool:
         Raises:
             TargetUnavailable: every server is out at present, or busy for too long.
         """
-        deadline = time.monotonic() + self._place_timeout_s
         with self._changed:
-            while True:
-                if time.monotonic() > deadline:
-                    raise TargetUnavailable(f"no server had a place within {self._place_timeout_s:g} s")
-                if not self._breakers.any_usable or self._stop.is_set():
-                    raise TargetUnavailable(f"no server is usable at present: {self._reasons()}")
-                name = self._breakers.acquire(avoid)
-                if name is not None:
-                    return self._members[name].client
-                self._changed.wait(_POLL_S)
+            name = wait_until(
+                lambda: self._place(avoid),
+                timeout_s=self._place_timeout_s,
+                every_s=_POLL_S,
+                sleep=self._changed.wait,
+            )
+        if name is None:
+            raise TargetUnavailable(f"no server had a place within {self._place_timeout_s:g} s")
+        return self._members[name].client
+
+    def _place(self, avoid: Collection[str]) -> str | None:
+        """Take a place if there is one at this moment; return the server's name."""
+        if not self._breakers.any_usable or self._stop.is_set():
+            raise TargetUnavailable(f"no server is usable at present: {self._reasons()}")
+        return self._breakers.acquire(avoid)
 
     def succeeded(self, name: str, *, captured: bool) -> None:
         """End a request that was answered, with a sample (`captured`), a continuation, or a refusal of the prompt."""
@@ -171,20 +176,17 @@ class ServerPool:
         ]
 
     def close(self) -> None:
-        """Stop the servers that we started, all at the same time, and their supervisors; takes 8 s at most."""
+        """Stop the servers that we started, all at the same time, and their supervisors; takes `POOL_S` at most."""
         self._stop.set()
-        deadline = time.monotonic() + _CLOSE_S
         ending = [supervisor for supervisor in self._supervisors if supervisor.is_alive()]
         for member in self._members.values():
             member.suspect.set()
             if member.managed is not None:  # at once: its supervisor may wait for an answer of it
                 ending.append(threading.Thread(target=member.managed.close, name=f"stop-{member.name}", daemon=True))
                 ending[-1].start()
-        for thread in ending:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        late = [thread.name for thread in ending if thread.is_alive()]
+        late = join_all(ending, POOL_S)
         if late:
-            logger.warning("left behind after %g s: %s", _CLOSE_S, ", ".join(late))
+            logger.warning("left behind after %g s: %s", POOL_S, ", ".join(thread.name for thread in late))
         for member in self._members.values():
             member.client.close()
 
@@ -236,15 +238,19 @@ class ServerPool:
         """Start or await the server and check it; return what is wrong with it, if anything."""
         if member.managed is not None:
             member.managed.start()
-        deadline = time.monotonic() + self._start_timeout_s
-        while not member.client.healthy(self._health_timeout_s):
-            if member.managed is not None and (ended := member.managed.exit_reason()) is not None:
-                return f"did not start: {ended}"
-            if time.monotonic() > deadline:
-                return f"was not healthy within {self._start_timeout_s:g} s"
-            if self._stop.wait(_POLL_S):
-                return "stopped"
-        return self._checked(member)
+        healthy = False
+
+        def decided() -> bool:
+            nonlocal healthy
+            healthy = member.client.healthy(self._health_timeout_s)
+            return healthy or _exit_reason(member) is not None or self._stop.is_set()
+
+        wait_until(decided, timeout_s=self._start_timeout_s, every_s=_POLL_S, sleep=self._stop.wait)
+        if healthy:
+            return self._checked(member)
+        if (ended := _exit_reason(member)) is not None:
+            return f"did not start: {ended}"
+        return "stopped" if self._stop.is_set() else f"was not healthy within {self._start_timeout_s:g} s"
 
     def _checked(self, member: PoolMember) -> str | None:
         """Check that the server is the run's target; refuse it for good if not; return what else is wrong with it."""
@@ -293,7 +299,11 @@ class ServerPool:
             self._changed.notify_all()
 
 
-def _ended(member: PoolMember) -> str | None:
+def _exit_reason(member: PoolMember) -> str | None:
     """Return how a server of ours ended; None while it runs, and for an external one."""
-    ended = None if member.managed is None else member.managed.exit_reason()
+    return None if member.managed is None else member.managed.exit_reason()
+
+
+def _ended(member: PoolMember) -> str | None:
+    ended = _exit_reason(member)
     return None if ended is None else f"died: {ended}"

@@ -13,11 +13,10 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from disagg_core.processes.shutdown import SERVER_S
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 
 logger = logging.getLogger(__name__)
-
-_STOP_GRACE_S = 3.0
 
 
 class Launch(Protocol):
@@ -92,7 +91,7 @@ class ManagedServer:
         with self._lock:
             if self._process is not None:
                 first = signal.SIGKILL if at_once else signal.SIGTERM
-                stop_tree(self._process, grace_s=_STOP_GRACE_S, first=first)
+                stop_tree(self._process, grace_s=SERVER_S, first=first)
                 self._process = None
 
     def close(self) -> None:

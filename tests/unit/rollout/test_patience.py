@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from disagg_core.errors import ChannelBusy, ChannelUnavailable, Preempted
-from disagg_core.rollout.retry import Patience
+from disagg_core.processes.retry import Retry
 
 pytestmark = pytest.mark.unit
 
@@ -29,13 +29,20 @@ class World:
             raise ChannelUnavailable("the mount is away")
         return answer
 
-    def patience(self, check: Callable[[], None] = lambda: None) -> Patience:
-        return Patience(60.0, check=check, clock=lambda: self.now, wait=self.wait)
+    def retry(self, check: Callable[[], None] = lambda: None) -> Retry:
+        return Retry(
+            ChannelUnavailable,
+            budget_s=60.0,
+            every_s=0.25,
+            on_wait=check,
+            sleep=self.wait,
+            clock=lambda: self.now,
+        )
 
 
 def test_a_channel_that_is_back_in_time_answers() -> None:
     world = World(back_at=59.0)
-    patiently = world.patience()
+    patiently = world.retry()
 
     assert patiently(world.call, "yes") == "yes"
     assert patiently(world.call, answer="again") == "again"
@@ -44,7 +51,7 @@ def test_a_channel_that_is_back_in_time_answers() -> None:
 
 def test_every_call_has_the_whole_time() -> None:
     world = World(back_at=50.0)
-    patiently = world.patience()
+    patiently = world.retry()
     patiently(world.call, "first")
     world.back_at = 100.0
 
@@ -55,7 +62,7 @@ def test_a_channel_that_stays_away_is_given_up() -> None:
     world = World(back_at=1000.0)
 
     with pytest.raises(ChannelUnavailable, match="the mount is away"):
-        world.patience()(world.call, "never")
+        world.retry()(world.call, "never")
     assert 60.0 <= world.now <= 61.0
 
 
@@ -66,7 +73,7 @@ def test_other_errors_are_not_waited_out() -> None:
         raise ChannelBusy("another writer")
 
     with pytest.raises(ChannelBusy):
-        world.patience()(busy)
+        world.retry()(busy)
     assert world.now == 0.0
 
 
@@ -78,5 +85,5 @@ def test_a_request_to_stop_ends_the_waiting() -> None:
             raise Preempted("asked to stop")
 
     with pytest.raises(Preempted):
-        world.patience(check)(world.call, "never")
+        world.retry(check)(world.call, "never")
     assert world.now < 6.0

@@ -121,7 +121,7 @@ def test_a_request_to_stop_is_heard_while_servers_start(
 def test_closing_does_not_wait_for_a_supervisor_that_waits_for_its_server(
     scripted: Callable[[], Any], pool_of: Callable[..., ServerPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "_CLOSE_S", 0.2)
+    monkeypatch.setattr(pool_module, "POOL_S", 0.2)
     checking, released = threading.Event(), threading.Event()
 
     def check(client: SglangClient) -> None:
