@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import socket
-import threading
-import time
 from collections import Counter
 
+import httpx
 import msgspec
 
 from disagg_core.errors import BadInput, StoreUnavailable
+from disagg_core.processes.retry import Retry
 from disagg_core.store.endpoints import StoreEndpoints
 
 _METRIC = re.compile(r"^(master_\w+) (\S+)$", re.MULTILINE)
 HTTP_TIMEOUT_S = 5.0
+MASTER_POLL_S = 0.05
+"""Pause between two looks whether a master that starts is there."""
 
 
 class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,19 +68,14 @@ def wait_for_port(address: str, timeout_s: float, what: str) -> None:
         StoreUnavailable: nothing did for `timeout_s` seconds.
     """
     host, port = split_address(address, what)
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=1.0).close()
-            return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise StoreUnavailable(
-                    f"{what}: expected a Mooncake master listening at {address}, found none in {timeout_s:g} s "
-                    f"({error}); start it, or correct the address"
-                ) from error
-        pause.wait(0.05)
+    connect = Retry(OSError, budget_s=timeout_s, every_s=MASTER_POLL_S)
+    try:
+        connect(socket.create_connection, (host, port), timeout=1.0).close()
+    except OSError as error:
+        raise StoreUnavailable(
+            f"{what}: expected a Mooncake master listening at {address}, found none in {timeout_s:g} s ({error}); "
+            "start it, or correct the address"
+        ) from error
 
 
 class MasterView:
@@ -87,7 +83,15 @@ class MasterView:
 
     def __init__(self, endpoints: StoreEndpoints) -> None:
         self.endpoints = endpoints
-        self._host, self._port = split_address(endpoints.metrics_address, "metrics_address")
+        host, port = split_address(endpoints.metrics_address, "metrics_address")
+        # Without kept connections there is nothing to close, and nothing that a forked child would share.
+        self._http = httpx.Client(
+            base_url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            timeout=HTTP_TIMEOUT_S,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+            verify=False,  # plain HTTP: loading the certificates would take 50 ms
+        )
 
     def is_ready(self) -> bool:
         """Tell whether the master serves requests; False when it cannot be reached."""
@@ -149,21 +153,17 @@ class MasterView:
         ]
 
     def _get(self, path: str) -> str:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=HTTP_TIMEOUT_S)
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            body = response.read().decode()
-        except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
+            response = self._http.get(path)
+            body = response.content.decode()
+        except (httpx.HTTPError, UnicodeDecodeError) as error:
             raise StoreUnavailable(
                 f"the master's metrics at {self.endpoints.metrics_address} cannot be read ({path}: {error}); "
                 "is the master running, and is this its metrics port?"
             ) from error
-        finally:
-            connection.close()
-        if response.status != http.client.OK:
+        if response.status_code != httpx.codes.OK:
             raise StoreUnavailable(
-                f"the master's metrics at {self.endpoints.metrics_address} answered {path} with {response.status} "
-                f"{response.reason}; is this a Mooncake master's metrics port?"
+                f"the master's metrics at {self.endpoints.metrics_address} answered {path} with "
+                f"{response.status_code} {response.reason_phrase}; is this a Mooncake master's metrics port?"
             )
         return body

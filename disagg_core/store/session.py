@@ -10,16 +10,16 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from disagg_core.errors import StoreMisuse, StoreUnavailable
+from disagg_core.processes.retry import wait_until
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import load_mooncake
-from disagg_core.store.master import MasterView, wait_for_port
+from disagg_core.store.master import MASTER_POLL_S, MasterView, wait_for_port
 
 LOCAL_BUFFER_BYTES = 16 << 20
 METADATA = "P2PHANDSHAKE"
@@ -186,12 +186,8 @@ def wait_until_ready(master: MasterView, timeout_s: float) -> None:
     Raises:
         StoreUnavailable: it did not for `timeout_s` seconds.
     """
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not master.is_ready():
-        if time.monotonic() >= deadline:
-            raise StoreUnavailable(
-                f"expected service_ready from the master's /health at {master.endpoints.metrics_address}, "
-                f"found none in {timeout_s:g} s; is this the metrics port of {master.endpoints.master_address}?"
-            )
-        pause.wait(0.05)
+    if not wait_until(master.is_ready, timeout_s=timeout_s, every_s=MASTER_POLL_S):
+        raise StoreUnavailable(
+            f"expected service_ready from the master's /health at {master.endpoints.metrics_address}, "
+            f"found none in {timeout_s:g} s; is this the metrics port of {master.endpoints.master_address}?"
+        )
