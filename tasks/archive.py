@@ -23,7 +23,7 @@ def archive_run(plan: RunPlan, completion: Completion) -> Archive:
     from disagg_core.drafts.export import export_draft
     from disagg_core.training.checkpoint import newest_checkpoints
 
-    export_draft(completion.checkpoint, plan.dir.export, "sglang")
+    export_draft(completion.checkpoint, plan.dir.export)
     kept = newest_checkpoints(plan.dir.checkpoints, plan.spec.archive.keep)
     sources: dict[str, Path] = {
         "run.json": plan.dir.document,

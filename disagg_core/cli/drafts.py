@@ -23,8 +23,9 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     layout: Annotated[
-        Literal["sglang", "hf", "speculators"], typer.Option("--format", help="What will load the draft.")
-    ] = "sglang",
+        str | None,
+        typer.Option("--format", help="Serving format, one of the draft method's; by default its first."),
+    ] = None,
     draft: DraftDir = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the weights.")] = (
         "bfloat16"
@@ -32,9 +33,16 @@ def export(
 ) -> None:
     """Write a run's draft in a serving format, checked and read back."""
     from disagg_core.drafts.export import VerifierInfo, export_draft
+    from disagg_core.drafts.registry import method_of
 
     plan = read_plan(find_run(get_settings().runs_dir, run))
-    verifier = VerifierInfo.of(plan.spec.target) if layout == "speculators" else None
+    method = method_of(plan.spec.draft.method)
+    if layout is None:
+        layout = next(iter(method.formats))
+    if layout not in method.formats:
+        offered = "; ".join(f"{name} ({known.loaded_by})" for name, known in method.formats.items())
+        raise BadInput(f"--format: expected one of {offered}, found {layout!r}")
+    verifier = VerifierInfo.of(plan.spec.target) if method.formats[layout].names_target else None
     source, draft_tokens = draft or newest_checkpoint(plan), plan.spec.evaluation.draft_tokens
     try:
         written = export_draft(source, out, layout, dtype=dtype, verifier=verifier, draft_tokens=draft_tokens)

@@ -1,62 +1,40 @@
 """Drafts on disk in the formats that others load: written, checked, read back, and read in again.
 
-========== ============================================ ====================================================
-format     for                                          what differs
-========== ============================================ ====================================================
-sglang     SGLang (``--speculative-algorithm EAGLE3``)  serving names, no embedding: the server uses the target's
-hf         publishing, and training with other tools    as sglang; holds the target's embedding too when it is given
-speculators vLLM (``vllm serve <directory>``)           ``layers.0.*`` for ``midlayer.*``; layer ids one higher;
-                                                        no d2t/t2d when the draft has the whole vocabulary
-========== ============================================ ====================================================
-
-Layer ids: ours and SGLang's id *k* is the output of decoder layer k. vLLM counts the embedding as 0, so its id is
-k + 1; it does so for a draft in ``sglang`` format as well, which it would therefore feed from the wrong layers:
-give vLLM the ``speculators`` format.
-
-``config.json`` is written last: a directory with one is whole.
+What all draft methods share: the files, the cast to a dtype, and that ``config.json`` is written last, so that a
+directory with one is whole. Names, config and checks of the tensors are each method's own (`DraftMethod.read` and
+`DraftMethod.written`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
 
-from disagg_core.drafts.eagle3.config import Eagle3Config
-from disagg_core.drafts.eagle3.serving_format import check_tensors
+from disagg_core.drafts.method import DraftConfig, DraftMethod, ExportRequest, FrozenParts
+from disagg_core.drafts.registry import method_names, method_of
 from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS, save_tensors
-from disagg_core.errors import IncompatibleDraft
+from disagg_core.errors import BadInput, IncompatibleDraft
 from disagg_core.files import write_atomically
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.target.facts import load_target_config
 
-logger = logging.getLogger(__name__)
-
-ExportFormat = Literal["sglang", "hf", "speculators"]
-"""What `export_draft` writes and `import_draft` reads."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
-_EMBEDDING = "embed_tokens.weight"
-_PASSED_OVER = (_EMBEDDING, "verifier_lm_head.weight", "verifier_norm.weight")
-"""Tensors of the target that published drafts may carry; ours come from the target itself."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SPECULATORS_VERSION = "0.9.0"
-"""Version of the speculators library whose config schema is followed."""
 
 
 @dataclass(frozen=True)
 class VerifierInfo:
-    """What a speculators config says about the target."""
+    """What an export says about the target, in formats that name it."""
 
     name_or_path: str | None = None
     architectures: tuple[str, ...] = ()
@@ -77,52 +55,48 @@ class ExportedDraft:
     """What `export_draft` wrote."""
 
     path: Path
-    format: ExportFormat
+    format: str
     dtype: str
     tensors: int
     bytes: int
 
 
+class ImportedDraft(NamedTuple):
+    """A draft as it lies on disk; `state` is what `DraftModel.load_serving_state_dict` takes, weights in fp32."""
+
+    method: DraftMethod
+    config: DraftConfig
+    state: dict[str, Tensor]
+
+
 def export_draft(
     checkpoint: Path,
     out_dir: Path,
-    format: ExportFormat = "sglang",
+    format: str | None = None,
     *,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    embedding: Tensor | None = None,
+    parts: FrozenParts | None = None,
     verifier: VerifierInfo | None = None,
     draft_tokens: int = 5,
 ) -> ExportedDraft:
     """Write the draft of `checkpoint` (``draft.safetensors``, ``config.json``) to `out_dir`, checked and read back.
 
-    `embedding` [V, H_t], the target's, is included in ``hf`` format only (a draft with its own keeps that).
-    `verifier` and `draft_tokens` go into the config of the ``speculators`` format. Files of an earlier export in
-    `out_dir` are replaced, others left alone.
+    `format` is one of the method's, by default its first (``sglang`` for EAGLE-3); `parts` of the target are for
+    formats that hold some of them, `verifier` for formats that name the target. Files of an earlier export in `out_dir`
+    are replaced, others left alone.
 
     Raises:
         IncompatibleDraft: config and tensors do not fit, a tensor overflows `dtype`, or the file does not read back
             bitwise; nothing is written over `out_dir` unless the tensors fit.
-        ValueError: an option that the format has no place for.
+        BadInput: no such format, an option that it has no room for, or `out_dir` holds another model.
     """
-    if embedding is not None and format != "hf":
-        raise ValueError(f"an embedding is written in hf format only, the format is {format}")
-    if verifier is not None and format != "speculators":
-        raise ValueError(f"a verifier is named in speculators format only, the format is {format}")
-    config, masters = import_draft(checkpoint)
-    tensors = {
-        name: tensor.to(_DTYPES[dtype]).contiguous() if tensor.is_floating_point() else tensor.contiguous()
-        for name, tensor in masters.items()
-    }
-    check_tensors(tensors, config, f"{checkpoint} as {dtype}")
-    document = {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
-    if format == "speculators":
-        document = _speculators_config(document, config, verifier or VerifierInfo(), draft_tokens)
-        tensors = _speculators_tensors(tensors, whole=config.draft_vocab_size == config.vocab_size)
-    if embedding is not None and not config.owns_embedding:
-        expected = (config.vocab_size, config.target_hidden_size)
-        if tuple(embedding.shape) != expected:
-            raise IncompatibleDraft(f"{_EMBEDDING}: expected shape {list(expected)}, found {list(embedding.shape)}")
-        tensors[_EMBEDDING] = embedding.to(_DTYPES[dtype]).contiguous()
+    _refuse_other_models(out_dir)
+    method, config, masters = import_draft(checkpoint)
+    format = next(iter(method.formats)) if format is None else format
+    _check_options(method, format, parts, verifier)
+    verifier = verifier or VerifierInfo()
+    request = ExportRequest(format, dtype, draft_tokens, verifier.name_or_path, verifier.architectures)
+    document, tensors = method.written(config, _cast(masters, dtype, checkpoint), request, parts)
     _write(out_dir, tensors, document)
     return ExportedDraft(
         path=out_dir,
@@ -133,31 +107,29 @@ def export_draft(
     )
 
 
-def import_draft(path: Path) -> tuple[Eagle3Config, dict[str, Tensor]]:
-    """Read a draft from `path`: an export in any of the three formats, or a checkpoint of a run.
-
-    Returns the config and the tensors in serving names: weights in fp32, ``d2t`` int64 [K], ``t2d`` bool [V].
+def import_draft(path: Path) -> ImportedDraft:
+    """Read a draft from `path`: an export in any format of any method, or a checkpoint of a run.
 
     Raises:
         IncompatibleDraft: no draft there, another method or variant than this project's, or tensors that do not fit
             the config (each one named).
     """
     document = _read_config(path)
-    tensors = _read_tensors(path)
-    if "speculators_model_type" in document:
-        document = _from_speculators(document, path)
-    config = _config_of(document, path)
-    draft = {_serving_name(name): tensor for name, tensor in tensors.items()}
-    for name in _PASSED_OVER:
-        if name in draft and not (name == _EMBEDDING and config.owns_embedding):
-            del draft[name]
-            logger.info("%s: passed over %s, which is the target's", path, name)
-    _complete_vocabulary(draft, config)
-    check_tensors(draft, config, str(path))
-    return config, {name: t.float() if t.is_floating_point() else t for name, t in draft.items()}
+    method = _method_of(document)
+    if method is None:
+        known = ", ".join(method_of(name).title for name in method_names())
+        said = {key: document[key] for key in ("architectures", "speculators_model_type") if key in document}
+        raise IncompatibleDraft(f"{path / CONFIG}: expected the config of a draft ({known}), found {said or 'another'}")
+    config, state = method.read(document, _read_tensors(path), str(path))
+    return ImportedDraft(method, config, state)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _method_of(document: Mapping[str, Any]) -> DraftMethod | None:
+    methods = map(method_of, method_names())
+    return next((method for method in methods if method.recognises(document)), None)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -192,117 +164,57 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _serving_name(name: str) -> str:
-    name = name.removeprefix("model.")
-    return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _complete_vocabulary(draft: dict[str, Tensor], config: Eagle3Config) -> None:
-    """Add what formats may leave out: both maps of a whole vocabulary, and `t2d`, which follows from `d2t`."""
-    if "d2t" not in draft and config.draft_vocab_size == config.vocab_size:
-        draft["d2t"] = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
-    if "t2d" not in draft and "d2t" in draft:
-        kept = torch.arange(draft["d2t"].numel()) + draft["d2t"]
-        if int(kept.min()) >= 0 and int(kept.max()) < config.vocab_size:
-            draft["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
-            draft["t2d"][kept] = True
+def _refuse_other_models(out_dir: Path) -> None:
+    """Refuse a directory whose files are those of another model, or of a checkpoint: none of them would be left whole.
+
+    Raises:
+        BadInput: the files are named.
+    """
+    found = [name for name in (_INDEX, CHECKPOINT_WEIGHTS) if (out_dir / name).exists()]
+    if (out_dir / CONFIG).exists() and not _is_draft(out_dir):
+        found.append(CONFIG)
+    if found:
+        raise BadInput(
+            f"{out_dir}: expected no directory, or one with nothing but an earlier export to replace, found "
+            f"{', '.join(found)} of another model or a checkpoint; export to another directory"
+        )
 
 
-def _config_of(document: Mapping[str, Any], path: Path) -> Eagle3Config:
-    """Return the config; refuse drafts that compute something else than ours under the same tensor names."""
-    eagle = document.get("eagle_config") or {}
-    allowed: dict[str, tuple[Any, ...]] = {
-        "model_type": ("llama",),
-        "norm_before_fc": (False, None),
-        "bias": (False, None),
-        "eagle_config.norm_before_fc": (False, None),
-        "eagle_config.norm_output": (False, None),
-        "eagle_config.use_aux_hidden_state": (True, None),
+def _is_draft(path: Path) -> bool:
+    try:
+        return _method_of(_read_config(path)) is not None
+    except IncompatibleDraft:
+        return False
+
+
+def _check_options(method: DraftMethod, format: str, parts: FrozenParts | None, verifier: VerifierInfo | None) -> None:
+    if format not in method.formats:
+        raise BadInput(f"format: expected one of {', '.join(method.formats)} for {method.title}, found {format!r}")
+    if parts is not None and not method.formats[format].holds_parts:
+        fitting = [name for name, known in method.formats.items() if known.holds_parts]
+        raise BadInput(f"the target's parts are written in {', '.join(fitting) or 'no'} format only, found {format}")
+    if verifier is not None and not method.formats[format].names_target:
+        fitting = [name for name, known in method.formats.items() if known.names_target]
+        raise BadInput(f"a verifier is named in {', '.join(fitting) or 'no'} format only, found {format}")
+
+
+def _cast(masters: Mapping[str, Tensor], dtype: str, checkpoint: Path) -> dict[str, Tensor]:
+    """Return `masters` with weights in `dtype`; what is no weight keeps its own."""
+    tensors = {
+        name: tensor.to(_DTYPES[dtype]).contiguous() if tensor.is_floating_point() else tensor.contiguous()
+        for name, tensor in masters.items()
     }
-    found = {**document, **{f"eagle_config.{field}": value for field, value in eagle.items()}}
     faults = [
-        f"{field}: expected {values[0]}, found {found.get(field)}"
-        for field, values in allowed.items()
-        if found.get(field) not in values
+        f"{name}: has values that are not finite"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
     if faults:
-        raise IncompatibleDraft(f"{path / CONFIG}: not an EAGLE-3 draft of this project's kind: " + "; ".join(faults))
-    try:
-        return Eagle3Config.from_dict(document)
-    except IncompatibleDraft as error:
-        raise IncompatibleDraft(f"{path / CONFIG}: {error}") from error
-
-
-def _from_speculators(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the serving-format config of a speculators config."""
-    if document["speculators_model_type"] != "eagle3":
-        raise IncompatibleDraft(
-            f"{path / CONFIG}: expected speculators_model_type eagle3, found {document['speculators_model_type']}"
-        )
-    if document.get("norm_before_residual") is not False:
-        raise IncompatibleDraft(
-            f"{path / CONFIG}: expected norm_before_residual: false (the residual is taken before the norm), "
-            f"found {document.get('norm_before_residual', 'nothing')}"
-        )
-    layer = dict(document.get("transformer_layer_config") or {})
-    if layer.get("model_type") == "llama":  # fields that have the class's default are left out of such configs
-        layer = LlamaConfig(**layer).to_dict()
-    lifted = ("draft_vocab_size", "target_hidden_size", "fc_norm", "norm_before_fc", "norm_output")
-    layer |= {field: document[field] for field in lifted if document.get(field) is not None}
-    ids = document.get("eagle_aux_hidden_state_layer_ids")
-    if ids:
-        layer["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [layer_id - 1 for layer_id in ids]}
-    return layer
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def _speculators_tensors(tensors: Mapping[str, Tensor], *, whole: bool) -> dict[str, Tensor]:
-    renamed = {
-        name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name: tensor
-        for name, tensor in tensors.items()
-    }
-    return {name: tensor for name, tensor in renamed.items() if not (whole and name in ("d2t", "t2d"))}
-
-
-def _speculators_config(
-    document: Mapping[str, Any], config: Eagle3Config, verifier: VerifierInfo, draft_tokens: int
-) -> dict[str, Any]:
-    """Return the config that vLLM and the speculators library read; `document` is the serving-format one."""
-    own = {"architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "eagle_config"}
-    layer = {field: value for field, value in document.items() if field not in own}
-    aux_layers = config.aux_layer_ids
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": _SPECULATORS_VERSION,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": draft_tokens,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": {"name_or_path": verifier.name_or_path, "architectures": list(verifier.architectures)},
-        },
-        "transformer_layer_config": layer,
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size if config.owns_embedding else None,
-        "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in aux_layers] if aux_layers else None,
-        "fc_norm": config.fc_norm,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        "norm_output": False,
-        "embed_requires_grad": False,
-        "tie_word_embeddings": False,
-        "dtype": document["dtype"],
-        "torch_dtype": document["torch_dtype"],
-    }
+        raise IncompatibleDraft(f"{checkpoint} as {dtype}: " + "; ".join(faults))
+    return tensors
 
 
 def _write(out_dir: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:

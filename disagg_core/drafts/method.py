@@ -158,6 +158,10 @@ class DraftConfig(Protocol):
         """The target's layers that the draft reads; None where its files do not say."""
         ...
 
+    def with_layers(self, layers: tuple[int, ...]) -> DraftConfig:
+        """Return the config of the same draft, said to read these `layers`."""
+        ...
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a serving engine reads it, in plain JSON values."""
         ...
@@ -231,11 +235,20 @@ class DraftVocabulary:
 
 
 @dataclass(frozen=True)
+class ServingFormat:
+    """One of a method's formats: who loads it (for people), and what it has room for besides the draft itself."""
+
+    loaded_by: str
+    names_target: bool = False
+    holds_parts: bool = False
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """What an export is to say besides the draft itself.
 
     `format` is one of the method's; `dtype` is torch's name; `verifier_name` and `verifier_architectures` name the
-    target; `draft_tokens` is the number of tokens that an engine should propose.
+    target, in formats that do; `draft_tokens` is the number of tokens that an engine should propose.
     """
 
     format: str
@@ -250,8 +263,10 @@ class DraftMethod(ABC):
 
     name: ClassVar[str]
     """As in ``draft.method``."""
-    formats: ClassVar[Mapping[str, str]]
-    """The serving formats that `written` knows, and who loads each; the first is the default."""
+    title: ClassVar[str]
+    """For people; its section's."""
+    formats: ClassVar[Mapping[str, ServingFormat]]
+    """The serving formats that `written` knows, by name; the first is the default."""
 
     # --- what of the target, and which samples ----------------------------------------------------------------------
 
@@ -378,7 +393,10 @@ class DraftMethod(ABC):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return ``config.json`` and the tensors of an export, from `tensors` as `read` returned them, cast already.
 
-        `parts` are the target's, for formats that carry them.
+        `parts` are the target's, for formats that have room for them.
+
+        Raises:
+            IncompatibleDraft: the `parts` have other sizes than the config says.
         """
 
     @abstractmethod

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.drafts.method import DraftModel
 from disagg_core.errors import BadInput, EvaluationFailed
 from disagg_core.evaluation.speculative import Generation, Progress, generate_all
 
@@ -70,7 +70,7 @@ class AcceptLength:
 
 def measure_accept_length(
     target: nn.Module,
-    draft: Eagle3Draft,
+    draft: DraftModel,
     prompts: Sequence[Sequence[int]],
     *,
     draft_tokens: int = 5,
@@ -85,7 +85,8 @@ def measure_accept_length(
     `progress` is called with the number of finished prompts and of all, twice as many when plain decoding is compared.
 
     Raises:
-        BadInput: no prompts, an empty one, or fewer than 2 new tokens (the first needs no pass of its own).
+        BadInput: no prompts, an empty one, fewer than 2 new tokens (the first needs no pass of its own), or more draft
+            tokens than the draft can propose at once.
         EvaluationFailed: every prompt ended with its first token, so there was nothing to measure.
         TargetError: the target cannot be rolled back; see `TargetRunner`.
     """
@@ -96,7 +97,7 @@ def measure_accept_length(
         )
     total = len(prompts) * (2 if compare_with_plain else 1)
 
-    def generate(with_draft: Eagle3Draft | None, *, finished: int) -> tuple[list[Generation], float]:
+    def generate(with_draft: DraftModel | None, *, finished: int) -> tuple[list[Generation], float]:
         started = time.perf_counter()
         generations = generate_all(
             target,

@@ -30,12 +30,14 @@ def measure_on_server(
     concurrency: int = 16,
     timeout_s: float = 120.0,
     expected: Sequence[Sequence[int]] | None = None,
+    flags: str = "",
     progress: Progress | None = None,
 ) -> AcceptLength:
     """Let the SGLang server at `url` continue `prompts` greedily and return the accept length that it counted.
 
     `expected`, the plain greedy continuations, makes the result say whether the server's were the same; without it
-    `lossless` is None. The number of drafted tokens is the server's.
+    `lossless` is None. The number of drafted tokens is the server's. `flags` are those that make SGLang draft with the
+    draft that is meant, for the error message.
 
     Raises:
         BadInput: no prompts, or the server refuses a request.
@@ -54,7 +56,7 @@ def measure_on_server(
     ):
         replies = pool.map(lambda prompt: _generate(client, prompt, max_new_tokens), prompts)
         for number, reply in enumerate(replies, start=1):
-            counts, proposed = _read_counters(reply, url)
+            counts, proposed = _read_counters(reply, url, flags)
             accepted.append(counts)
             outputs.append(reply["output_ids"])
             drafted = max(drafted, proposed)
@@ -87,7 +89,7 @@ def _generate(client: httpx.Client, prompt: Sequence[int], max_new_tokens: int) 
     return document
 
 
-def _read_counters(reply: dict[str, Any], url: str) -> tuple[list[int], int]:
+def _read_counters(reply: dict[str, Any], url: str, flags: str) -> tuple[list[int], int]:
     """Return the kept tokens of each pass (in no particular order) and the tokens drafted per pass."""
     meta = reply["meta_info"]
     if meta["completion_tokens"] <= 1:
@@ -96,9 +98,8 @@ def _read_counters(reply: dict[str, Any], url: str) -> tuple[list[int], int]:
     missing = [name for name in names if name not in meta]
     if missing:
         raise EvaluationFailed(
-            f"{url}: expected {missing} in meta_info, found {sorted(meta)}; start the server with a draft, here "
-            "for chains of five tokens: --speculative-algorithm EAGLE3 --speculative-draft-model-path <export> "
-            "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6"
+            f"{url}: expected {missing} in meta_info, found {sorted(meta)}; start the server with a draft: "
+            f"--speculative-draft-model-path <export> {flags}".rstrip()
         )
     passes, correct, proposed, histogram = (meta[name] for name in names)
     counts = [kept for kept, times in enumerate(histogram) for _ in range(times)]

@@ -1,8 +1,8 @@
-"""Speculative decoding with an EAGLE-3 draft: chains, KV caches in both models, batches; greedy or sampled.
+"""Speculative decoding with a draft of any method, in batches; greedy or sampled.
 
-One pass: the draft drafts k tokens, the target runs the last emitted token and the k drafted ones at once, the agreed
-prefix is kept and the target's own next token added, so that a pass yields 1 … k + 1 tokens. The draft's cache then
-takes the kept tokens with the target's aux states in place of its own guesses.
+One pass: the method's drafter proposes up to k tokens, the target runs the last emitted token and the proposed ones at
+once, the agreed prefix is kept and the target's own next token added, so that a pass yields 1 … k + 1 tokens. The
+drafter then takes note of the kept tokens, with the target's states of the layers that its draft reads.
 
 Greedy: a drafted token is kept if it is the target's argmax, so the output is the target's greedy continuation. With a
 temperature: the rejection rule of Leviathan et al. (https://arxiv.org/abs/2211.17192) and Chen et al.
@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disagg_core.drafts.eagle3.drafter import DraftChain
-from disagg_core.drafts.eagle3.model import Eagle3Draft
+from disagg_core.drafts.method import Drafter, DraftModel
+from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.errors import BadInput
 from disagg_core.evaluation.target_runner import TargetRunner
+from disagg_core.run_spec.draft import draft_sections
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished prompts and of all prompts."""
@@ -57,7 +59,7 @@ class Generation:
 
 def speculative_generate(
     target: nn.Module,
-    draft: Eagle3Draft | None,
+    draft: DraftModel | None,
     input_ids: Sequence[int] | Tensor,
     *,
     draft_tokens: int = 5,
@@ -68,11 +70,11 @@ def speculative_generate(
 ) -> Generation:
     """Continue `input_ids` ([T] or [1, T]) by up to `max_new_tokens`; without a draft, by plain decoding.
 
-    `target` is a transformers causal language model in eval mode, `draft` has the target's embedding set. Temperature
-    0 is greedy; `generator` seeds the sampling.
+    `target` is a transformers causal language model in eval mode; `draft` is attached to it, in its dtype and on its
+    device. `draft_tokens` are proposed in each pass. Temperature 0 is greedy; `generator` seeds the sampling.
 
     Raises:
-        BadInput: no prompt, or a setting below its range.
+        BadInput: no prompt, a setting below its range, or more draft tokens than the draft can propose at once.
         TargetError: see `TargetRunner`.
     """
     ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else list(input_ids)
@@ -90,7 +92,7 @@ def speculative_generate(
 
 def generate_all(
     target: nn.Module,
-    draft: Eagle3Draft | None,
+    draft: DraftModel | None,
     prompts: Sequence[Sequence[int]],
     *,
     draft_tokens: int = 5,
@@ -104,7 +106,7 @@ def generate_all(
     """Continue every prompt as `speculative_generate` does, `batch_size` at a time, prompts of like length together.
 
     Raises:
-        BadInput: an empty prompt, or a setting below its range.
+        BadInput: an empty prompt, a setting below its range, or more draft tokens than the draft can propose at once.
         TargetError: see `TargetRunner`.
     """
     if not all(len(prompt) for prompt in prompts):
@@ -114,7 +116,9 @@ def generate_all(
             "evaluation: expected draft_tokens, max_new_tokens and batch_size of at least 1 and a temperature of at "
             f"least 0, found {draft_tokens}, {max_new_tokens}, {batch_size} and {temperature}"
         )
-    runner = TargetRunner(target, draft.config.aux_layer_ids if draft is not None else None)
+    if draft is not None:
+        _check_draft_tokens(draft, draft_tokens)
+    runner = TargetRunner(target, _layers_of(draft, target) if draft is not None else ())
     decoder = _Decoder(
         runner,
         draft,
@@ -139,13 +143,33 @@ def generate_all(
     return [results[index] for index in range(len(prompts))]
 
 
+def _check_draft_tokens(draft: DraftModel, draft_tokens: int) -> None:
+    method = method_of(draft.method)
+    most = method.most_draft_tokens(draft.config)
+    if most is not None and draft_tokens > most:
+        raise BadInput(
+            f"evaluation: expected draft_tokens of at most {most}, which is what this {method.title} draft proposes at "
+            f"once, found {draft_tokens}"
+        )
+
+
+def _layers_of(draft: DraftModel, target: nn.Module) -> tuple[int, ...]:
+    """Return the target's layers that `draft` reads: its own, or its method's default where its files do not say."""
+    if draft.config.layers is not None:
+        return draft.config.layers
+    model: Any = target
+    depth = model.config.get_text_config().num_hidden_layers
+    options = draft_sections()[draft.method].model_validate({})
+    return method_of(draft.method).capture(options, depth, None).layers
+
+
 class _Decoder:
     """Decodes one batch after the other; with 0 draft tokens it is plain decoding through the same code."""
 
     def __init__(
         self,
         runner: TargetRunner,
-        draft: Eagle3Draft | None,
+        draft: DraftModel | None,
         *,
         draft_tokens: int,
         max_new_tokens: int,
@@ -164,7 +188,10 @@ class _Decoder:
         generations = [Generation() for _ in prompts]
         step = runner.prefill(prompts)
         pending, _ = self._sampler.pick(step.logits[:, -1])
-        chain = DraftChain(self._draft, self._sampler, prompts, step.aux, pending) if self._draft is not None else None
+        drafter = None
+        if self._draft is not None:
+            method = method_of(self._draft.method)
+            drafter = method.drafter(self._draft, self._sampler, prompts, step.states, pending)
         active = generations
         going = [i for i, token in enumerate(pending.tolist()) if self._take(active[i], [token])]
         while going:
@@ -173,23 +200,23 @@ class _Decoder:
                 rows = torch.tensor(going, device=pending.device)
                 pending = pending[rows]
                 runner.select(rows)
-                if chain:
-                    chain.select(rows)
-            emitted, pending = self._pass(chain, pending)
+                if drafter is not None:
+                    drafter.select(rows)
+            emitted, pending = self._pass(drafter, pending)
             going = [i for i, row in enumerate(emitted) if self._take(active[i], row, counted=True)]
         return generations
 
-    def _pass(self, chain: DraftChain | None, pending: Tensor) -> tuple[list[list[int]], Tensor]:
+    def _pass(self, drafter: Drafter | None, pending: Tensor) -> tuple[list[list[int]], Tensor]:
         """Run one target pass; return the tokens that it gives each row, and the last of them [batch]."""
         runner = self._runner
-        if chain:
-            drafted = chain.propose(self._draft_tokens, runner.lengths)
+        if drafter is not None:
+            drafted = drafter.propose(self._draft_tokens, runner.lengths)
         else:
             drafted = DraftedTokens.none(len(pending), pending.device)
         step = runner.extend(torch.cat((pending[:, None], drafted.ids), dim=1))
-        accepted, own = self._sampler.verify(step.logits, drafted, chain.target_ids if chain else pending)
-        if chain:
-            chain.follow(step.aux, drafted, accepted, own, runner.lengths)
+        accepted, own = self._sampler.verify(step.logits, drafted)
+        if drafter is not None:
+            drafter.follow(step.states, drafted, accepted, own, runner.lengths)
         runner.keep(accepted + 1, of=drafted.ids.shape[1] + 1)
         rows = zip(drafted.ids.tolist(), accepted.tolist(), own.tolist(), strict=True)
         return [[*ids[:count], last] for ids, count, last in rows], own

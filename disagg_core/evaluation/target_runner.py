@@ -28,7 +28,7 @@ class TargetStep:
     """What a target says about the tokens it was given."""
 
     logits: Tensor  # [batch, tokens, V]; after a prefill of the last token only: [batch, 1, V]
-    aux: Tensor  # [batch, tokens, layers * H_t], the captured layers side by side, low to high
+    states: Tensor  # [batch, tokens, layers * H_t], the captured layers side by side, in the order asked for
 
 
 class TargetRunner:
@@ -36,14 +36,14 @@ class TargetRunner:
 
     Args:
         target: the model; it is not changed (the hooks that read its layers are removed by `close`).
-        layers: decoder layers whose outputs are captured; none for plain decoding.
+        layers: decoder layers whose outputs are captured, by 0-based index; any number of them.
 
     Raises:
-        TargetError: no decoder layers are found, they lack one to capture, or the model keeps a recurrent state, which
+        TargetError: no decoder layers are found, they lack one of `layers`, or the model keeps a recurrent state, which
             cannot be rolled back to the accepted prefix.
     """
 
-    def __init__(self, target: nn.Module, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, target: nn.Module, layers: Sequence[int] = ()) -> None:
         model: Any = target
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -54,7 +54,7 @@ class TargetRunner:
             )
         self.one_by_one = kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
         self._target = target
-        self._states = LayerStates(target, Capture(tuple(layers or ()), last_hidden_state=False))
+        self._states = LayerStates(target, Capture(tuple(layers), last_hidden_state=False))
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._cache = DynamicCache()
@@ -66,7 +66,7 @@ class TargetRunner:
         self._states.close()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> TargetStep:
-        """Start over with `prompts`; the aux states are padded on the left as they are."""
+        """Start over with `prompts`; the states are padded on the left as they are."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -106,7 +106,8 @@ class TargetRunner:
             use_cache=True,
             **options,
         )
-        states = [state.to(self.device) for state in self._states.layers]
-        aux = torch.cat(states, dim=-1) if states else output.logits.new_empty(*ids.shape, 0)
+        logits: Tensor = output.logits
+        captured = [state.to(self.device) for state in self._states.layers]
         self._states.clear()
-        return TargetStep(output.logits[:, -1:] if options else output.logits, aux)
+        states = torch.cat(captured, dim=-1) if captured else logits.new_empty(*ids.shape, 0)
+        return TargetStep(logits[:, -1:] if options else logits, states)

@@ -195,13 +195,12 @@ def _continued(path: Path, plan: RunPlan, vocab_map: VocabMap) -> DraftModel:
     Raises:
         IncompatibleDraft: it is of another method, or was made for a target of other sizes or other captured layers.
     """
-    published = import_draft(path)
-    if published.method.name != plan.spec.draft.method:
+    method, config, state = import_draft(path)
+    if method.name != plan.spec.draft.method:
         raise IncompatibleDraft(
-            f"draft.init_from: {path}: expected a draft of method {plan.spec.draft.method}, found "
-            f"{published.method.name}"
+            f"draft.init_from: {path}: expected a draft of method {plan.spec.draft.method}, found {method.name}"
         )
-    return published.method.continued(published.config, published.tensors, plan.target, plan.capture, vocab_map)
+    return method.continued(config, state, plan.target, plan.capture, vocab_map)
 
 
 def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> dict[str, str]:

@@ -19,9 +19,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
 
-from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.export import import_draft
+from disagg_core.drafts.method import DraftModel, FrozenParts
+from disagg_core.drafts.registry import method_of
 from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError
 from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
@@ -30,6 +32,7 @@ from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.loading import load_target
+from disagg_core.target.parts import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
         max_new_tokens=section.max_new_tokens,
         concurrency=target.server_concurrency,
         timeout_s=target.request_timeout_s,
+        flags=method_of(plan.spec.draft.method).server_flags(section.draft_tokens),
     )
     return _write_result(output, result, {"server": url})
 
@@ -107,6 +111,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
         PromptError: the prompts are missing or cannot be read.
         TargetError: the target cannot be loaded, or cannot be rolled back.
         IncompatibleDraft: a draft does not fit its config or the run's target.
+        BadInput: a draft cannot propose as many tokens as ``evaluation.draft_tokens`` says.
         EvaluationFailed: nothing could be measured.
     """
     plan, section = request.plan, request.plan.spec.evaluation
@@ -126,7 +131,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
 
         result = measure_accept_length(
             target,
-            _place_beside(draft, target),
+            attached(draft, target),
             prompts,
             draft_tokens=section.draft_tokens,
             max_new_tokens=section.max_new_tokens,
@@ -159,33 +164,36 @@ def read_prompts(path: Path, limit: int) -> list[list[int]]:
     return prompts[:limit]
 
 
-def read_draft(path: Path, plan: RunPlan) -> Eagle3Draft:
-    """Return the draft in `path`, in fp32 on the CPU, without the target's embedding.
+def read_draft(path: Path, plan: RunPlan) -> DraftModel:
+    """Return the draft in `path`, in fp32 on the CPU, without the target's parts.
+
+    A draft of the run's own method reads the layers that the run captures, also where its files name none.
 
     Raises:
         IncompatibleDraft: no draft is there, or it was made for other sizes or layers than the run's target has.
     """
-    config, state = import_draft(path)
+    method, config, state = import_draft(path)
     facts = plan.target
-    layers = tuple(facts.aux_layers)
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "target_hidden_size": (facts.hidden_size, config.target_hidden_size),
         "vocab_size": (facts.vocab_size, config.vocab_size),
-        "aux layers": (layers, config.aux_layer_ids or layers),
     }
+    if method.name == plan.spec.draft.method:
+        layers = method.capture(plan.spec.draft, facts.num_layers, plan.spec.target.aux_layers).layers
+        config = config if config.layers else config.with_layers(layers)
+        pairs["layers"] = (layers, config.layers)
     faults = [f"{field}: expected {want}, found {found}" for field, (want, found) in pairs.items() if want != found]
     if faults:
         raise IncompatibleDraft(f"{path}: made for another target than {facts.model}: " + "; ".join(faults))
-    draft = Eagle3Draft(config.model_copy(update={"aux_layer_ids": layers}))
+    draft = method.model(config)
     draft.load_serving_state_dict(state)
     return draft.eval().requires_grad_(False)
 
 
-def _place_beside(draft: Eagle3Draft, target: Any) -> Eagle3Draft:
-    """Move `draft` to the target's device and dtype and give it the target's embedding."""
-    embedding = target.get_input_embeddings().weight
-    if not draft.config.owns_embedding:
-        draft.set_embedding(embedding)
+def attached(draft: DraftModel, target: nn.Module) -> DraftModel:
+    """Give `draft` the frozen parts of the loaded `target`, and move it to the target's device and dtype."""
+    embedding, lm_head = parts_of(target)
+    draft.attach(FrozenParts(embedding, lm_head))
     return draft.to(device=embedding.device, dtype=embedding.dtype)
 
 

@@ -142,6 +142,15 @@ def load_target_parts(
     )
 
 
+def parts_of(target: Any) -> tuple[Tensor, Tensor]:
+    """Return embedding and LM head, each [V, H], of a loaded transformers causal language model, as `load_target_parts`
+    reads them; on the device of the embedding, and not copied unless the logits are scaled.
+    """
+    embedding: Tensor = target.get_input_embeddings().weight
+    head: Tensor = target.get_output_embeddings().weight
+    return embedding, _scaled(head.to(embedding.device), target.config.get_text_config())
+
+
 def _scaled(head: Tensor, text: Any) -> Tensor:
     factor = 1.0
     if text.model_type.startswith("cohere"):

@@ -64,7 +64,7 @@ def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
     assert verify_archive(report.archive.url) > 10
     archived = json.loads((Path(report.archive.url) / "manifest.json").read_text())["files"]
     assert {"evaluation/before.json", "evaluation/after.json", "report.json"} <= set(archived)
-    config, state = import_draft(Path(report.archive.url) / "export")
+    _, config, state = import_draft(Path(report.archive.url) / "export")
     assert config.draft_vocab_size == 512
     assert state["lm_head.weight"].shape[0] == 512
     assert "44 = 44 published + 0 rejected" in output

@@ -80,7 +80,7 @@ def exported(request: pytest.FixtureRequest, model_of: Callable[[str], Path], tm
     save_file(draft.serving_state_dict(), checkpoint / "draft.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(draft.config.to_dict()))
     path = export_draft(checkpoint, tmp_path / "export", "sglang").path
-    draft.load_serving_state_dict(import_draft(path)[1])  # in bf16, as the server has it
+    draft.load_serving_state_dict(import_draft(path).state)  # in bf16, as the server has it
     return Exported(model_of("llama"), path, target, draft.eval(), prompts, continuations)
 
 

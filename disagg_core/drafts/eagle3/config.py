@@ -78,6 +78,10 @@ class Eagle3Config(BaseModel):
         """Whether the draft has an embedding of its own, because the target's has another width."""
         return self.target_hidden_size != self.hidden_size
 
+    def with_layers(self, layers: tuple[int, ...]) -> Eagle3Config:
+        """Return the config of the same draft, said to read these `layers`."""
+        return self.model_copy(update={"aux_layer_ids": layers})
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Eagle3Config:
         """Read a config in serving format (``rope_theta`` with ``rope_scaling``, or ``rope_parameters``).

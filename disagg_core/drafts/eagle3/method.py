@@ -82,6 +82,7 @@ class Eagle3(DraftMethod):
     """EAGLE-3 (https://arxiv.org/abs/2503.01840): one decoder layer that drafts token by token from its own states."""
 
     name = "eagle3"
+    title = Eagle3Section.title
     formats = serving_format.FORMATS
 
     def capture(self, options: DraftSection, num_layers: int, layers: tuple[int, ...] | None) -> Capture:

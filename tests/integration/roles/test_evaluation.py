@@ -174,10 +174,12 @@ def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
 
 
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
-    facts = plan.target.model_copy(update={"aux_layers": (0, 1, 3), "vocab_size": 70})
+    facts = plan.target.model_copy(update={"vocab_size": 70, "num_layers": 6})
+    section = plan.spec.target.model_copy(update={"aux_layers": (0, 1, 3)})
+    other = {"target": facts, "spec": plan.spec.model_copy(update={"target": section})}
 
-    with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; aux layers: expected \(0, 1, 3\)"):
-        read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update={"target": facts}))
+    with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; layers: expected \(0, 1, 3\)"):
+        read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update=other))
 
 
 def test_prompts_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.eagle3.serving_format import expected_shapes
 from disagg_core.drafts.export import VerifierInfo, export_draft, import_draft
-from disagg_core.errors import IncompatibleDraft
+from disagg_core.drafts.method import FrozenParts
+from disagg_core.errors import BadInput, IncompatibleDraft
 from disagg_core.run_spec.document import TargetSection
 
 pytestmark = pytest.mark.unit
@@ -77,7 +78,7 @@ def test_exported_and_read_back_is_bitwise_the_bf16_cast(tmp_path: Path, format:
     config, masters = a_checkpoint(tmp_path / "step-3", **VARIANTS[variant])
 
     export_draft(tmp_path / "step-3", tmp_path / "out", format)
-    found_config, found = import_draft(tmp_path / "out")
+    _, found_config, found = import_draft(tmp_path / "out")
 
     assert found_config == config
     assert found.keys() == masters.keys()
@@ -148,14 +149,29 @@ def test_what_vllm_loads(tmp_path: Path) -> None:
 
 def test_hf_format_is_self_contained_when_the_embedding_is_given(tmp_path: Path) -> None:
     config, _ = a_checkpoint(tmp_path / "step-3")
-    embedding = torch.randn(config.vocab_size, config.target_hidden_size)
+    embedding, lm_head = torch.randn(2, config.vocab_size, config.target_hidden_size)
+    parts = FrozenParts(embedding, lm_head)
 
-    export_draft(tmp_path / "step-3", tmp_path / "out", "hf", embedding=embedding)
+    export_draft(tmp_path / "step-3", tmp_path / "out", "hf", parts=parts)
 
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["embed_tokens.weight"], embedding.bfloat16())
-    assert "embed_tokens.weight" not in import_draft(tmp_path / "out")[1]
-    with pytest.raises(ValueError, match="hf format only"):
-        export_draft(tmp_path / "step-3", tmp_path / "other", "sglang", embedding=embedding)
+    assert "embed_tokens.weight" not in import_draft(tmp_path / "out").state
+    with pytest.raises(IncompatibleDraft, match=r"embed_tokens\.weight: expected shape \[96, 32\], found \[90, 32\]"):
+        export_draft(tmp_path / "step-3", tmp_path / "other", "hf", parts=FrozenParts(embedding[:90], lm_head))
+    assert not (tmp_path / "other").exists()
+
+
+def test_options_that_a_format_has_no_room_for_are_refused(tmp_path: Path) -> None:
+    config, _ = a_checkpoint(tmp_path / "step-3")
+    parts = FrozenParts(*torch.randn(2, config.vocab_size, config.target_hidden_size))
+
+    with pytest.raises(BadInput, match="in hf format only, found sglang"):
+        export_draft(tmp_path / "step-3", tmp_path / "out", "sglang", parts=parts)
+    with pytest.raises(BadInput, match="in speculators format only, found hf"):
+        export_draft(tmp_path / "step-3", tmp_path / "out", "hf", verifier=VerifierInfo("target"))
+    with pytest.raises(BadInput, match="expected one of sglang, hf, speculators for EAGLE-3, found 'gguf'"):
+        export_draft(tmp_path / "step-3", tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_masters_can_be_exported_in_full_precision(tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_masters_can_be_exported_in_full_precision(tmp_path: Path) -> None:
 
     export_draft(tmp_path / "step-3", tmp_path / "out", dtype="float32")
 
-    assert all(torch.equal(t, masters[name]) for name, t in import_draft(tmp_path / "out")[1].items())
+    assert all(torch.equal(t, masters[name]) for name, t in import_draft(tmp_path / "out").state.items())
 
 
 FAULTS: dict[str, tuple[Any, list[str]]] = {
@@ -221,6 +237,43 @@ def test_a_failed_export_leaves_the_earlier_one_alone_and_other_files_always(tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path / "step-3")
+    config, _ = a_checkpoint(tmp_path / "step-6", draft_vocab_size=48)
+    export_draft(tmp_path / "step-3", tmp_path / "out", "speculators")
+
+    export_draft(tmp_path / "step-6", tmp_path / "out")
+
+    assert import_draft(tmp_path / "out").config == config
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
+    """A target's folder, one that cannot be read, a sharded draft, and a run's checkpoint."""
+    a_checkpoint(tmp_path / "step-3")
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "target")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded/model.safetensors.index.json").write_text('{"weight_map": {}}')
+    a_checkpoint(tmp_path / "step-6")
+
+    for place, file in {
+        "target": "config.json",
+        "broken": "config.json",
+        "sharded": "model.safetensors.index.json",
+        "step-6": "draft.safetensors",
+    }.items():
+        before = contents(tmp_path / place)
+        with pytest.raises(BadInput, match=f"{place}: .*found {file} of another model or a checkpoint") as caught:
+            export_draft(tmp_path / "step-3", tmp_path / place)
+        assert "export to another directory" in str(caught.value)
+        assert contents(tmp_path / place) == before
+
+
 def test_a_published_speculators_draft_comes_in(tmp_path: Path) -> None:
     """As the library writes it: defaults left out of the layer's config, the target's tensors beside the draft's."""
     config, masters = a_checkpoint(tmp_path / "step-3", max_position_embeddings=2048)
@@ -238,7 +291,7 @@ def test_a_published_speculators_draft_comes_in(tmp_path: Path) -> None:
         tmp_path / "out/model.safetensors",
     )
 
-    found_config, found = import_draft(tmp_path / "out")
+    _, found_config, found = import_draft(tmp_path / "out")
 
     assert found_config.model_dump(exclude={"initializer_range"}) == config.model_dump(exclude={"initializer_range"})
     assert found.keys() == masters.keys()
@@ -249,7 +302,7 @@ def test_a_missing_t2d_follows_from_d2t(tmp_path: Path) -> None:
     expected = tensors.pop("t2d")
     save_file(tensors, tmp_path / "step-3/draft.safetensors")
 
-    assert torch.equal(import_draft(tmp_path / "step-3")[1]["t2d"], expected)
+    assert torch.equal(import_draft(tmp_path / "step-3").state["t2d"], expected)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +314,8 @@ def test_a_missing_t2d_follows_from_d2t(tmp_path: Path) -> None:
         ("sglang", {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ("sglang", {"eagle_config": {"norm_before_fc": True}}, "norm_before_fc"),
         ("speculators", {"norm_before_residual": True}, "norm_before_residual: false"),
-        ("speculators", {"speculators_model_type": "dflash"}, "eagle3, found dflash"),
+        ("speculators", {"speculators_model_type": "dflash"}, r"expected .* \(EAGLE-3.*found .*'dflash'"),
+        ("sglang", {"architectures": ["Qwen3ForCausalLM"]}, r"expected .* \(EAGLE-3.*found .*Qwen3ForCausalLM"),
     ],
 )
 def test_a_draft_that_computes_something_else_is_refused(
@@ -276,6 +330,19 @@ def test_a_draft_that_computes_something_else_is_refused(
         import_draft(tmp_path / "out")
 
     assert str(tmp_path / "out") in str(caught.value)
+
+
+def test_a_published_draft_that_calls_itself_a_llama_is_told_by_its_draft_vocabulary(tmp_path: Path) -> None:
+    config, _ = a_checkpoint(tmp_path / "step-3")
+    document = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "step-3/config.json").write_text(json.dumps(document))
+
+    assert import_draft(tmp_path / "step-3").method.name == "eagle3"
+
+    del document["draft_vocab_size"]
+    (tmp_path / "step-3/config.json").write_text(json.dumps(document))
+    with pytest.raises(IncompatibleDraft, match="expected the config of a draft"):
+        import_draft(tmp_path / "step-3")
 
 
 def test_no_draft_there(tmp_path: Path) -> None:

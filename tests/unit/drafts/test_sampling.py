@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from disagg_core.drafts.eagle3 import Eagle3Draft
+from disagg_core.drafts.method import DraftModel
+from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.evaluation import generate_all, speculative_generate
-from tests.unit.evaluation.models import make_draft, make_target
+from tests.unit.evaluation.models import BlockDraft, make_draft, make_target
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +35,7 @@ def exact(target: LlamaForCausalLM, temperature: float) -> dict[tuple[int, ...],
     return dict(zip(texts, total.tolist(), strict=True))
 
 
-def sample(target: LlamaForCausalLM, draft: Eagle3Draft | None, seed: int) -> tuple[Counter[tuple[int, ...]], float]:
+def sample(target: LlamaForCausalLM, draft: DraftModel | None, seed: int) -> tuple[Counter[tuple[int, ...]], float]:
     """How often each continuation came, and the part of the drafted tokens that was kept."""
     generations = generate_all(
         target,
@@ -65,12 +66,16 @@ def chi_square(found: Counter[tuple[int, ...]], wanted: dict[tuple[int, ...], fl
     return (statistic - cells) / (2 * cells) ** 0.5
 
 
-@pytest.mark.parametrize("kind", ["unlike the target", "small vocabulary", "the target's own words", "none"])
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize(
+    "kind", ["unlike the target", "small vocabulary", "the target's own words", "blocks of candidates", "none"]
+)
 def test_the_distribution_is_the_targets(small: LlamaForCausalLM, kind: str) -> None:
     drafts = {
         "unlike the target": lambda: make_draft(small, initializer_range=0.4),
         "small vocabulary": lambda: make_draft(small, draft_vocab=3, initializer_range=0.4),
         "the target's own words": lambda: make_draft(small, initializer_range=1e-4),
+        "blocks of candidates": lambda: BlockDraft(VOCAB),
         "none": lambda: None,
     }
 
@@ -79,6 +84,48 @@ def test_the_distribution_is_the_targets(small: LlamaForCausalLM, kind: str) -> 
     assert chi_square(found, exact(small, TEMPERATURE)) < 4.0
     assert chi_square(found, exact(small, TEMPERATURE * 1.2)) > 15.0, "the test can tell distributions apart"
     assert (0.02 < kept < 0.98) is (kind != "none")
+
+
+def first_tokens(logits: torch.Tensor, drafted: DraftedTokens) -> torch.Tensor:
+    """The part of the rows whose first token after verification is each of the vocabulary."""
+    accepted, own = Sampler(1.0, torch.Generator().manual_seed(5)).verify(logits, drafted)
+    first = torch.where(accepted > 0, drafted.ids[:, 0], own)
+    return torch.bincount(first, minlength=VOCAB) / len(first)
+
+
+@pytest.mark.parametrize("counts", [1, 0])
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_single_token_follows_the_target_however_it_was_drafted(certain: bool, counts: int) -> None:
+    """Drafted with certainty or drawn, from candidates that each row has its own of; as a proposal or as filler."""
+    rows, generator = 200_000, torch.Generator().manual_seed(1)
+    wanted = torch.softmax(torch.randn(VOCAB, generator=generator), dim=0)
+    candidates = torch.rand(rows, 1, VOCAB, generator=generator).argsort(-1)[..., :3]
+    picked, probabilities = Sampler(1.0, generator).pick(2 * torch.cos(candidates.float()))
+    drafted = DraftedTokens.picked_from(
+        candidates, picked, None if certain else probabilities, torch.full((rows,), counts)
+    )
+
+    found = first_tokens(wanted.log().expand(rows, 2, VOCAB), drafted)
+
+    # Five standard deviations of a part of this many rows.
+    bound = 5 * (wanted * (1 - wanted) / rows).sqrt()
+    offered = torch.bincount(drafted.ids[:, 0], minlength=VOCAB) / rows
+    assert ((found - wanted).abs() < bound).all()
+    assert ((offered - wanted).abs() > bound).any(), "what was drafted follows something else"
+
+
+def test_filler_never_stands_even_where_the_target_would_say_the_same() -> None:
+    logits = torch.zeros(3, 3, VOCAB)
+    logits[:, :, 4] = 50.0
+    ids = torch.full((3, 2), 4)
+    vocabulary = torch.arange(VOCAB)
+
+    for sampler in (Sampler(0.0), Sampler(1.0)):
+        accepted, own = sampler.verify(
+            logits, DraftedTokens.picked_from(vocabulary, ids, None, counts=torch.tensor([0, 1, 2]))
+        )
+        assert accepted.tolist() == [0, 1, 2]
+        assert own.tolist() == [4, 4, 4]
 
 
 def test_a_seed_repeats_the_output(small: LlamaForCausalLM) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.unit.evaluation.models import VOCAB, OracleDraft, greedy, make_draft, make_target
+from disagg_core.evaluation import speculative
+from tests.unit.evaluation.models import VOCAB, BlockMethod, OracleDraft, greedy, make_draft, make_target
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,6 +35,13 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def continuations(target: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[int]]:
     return [greedy(target, prompt, 48) for prompt in prompts]
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method of `BlockDraft` is registered."""
+    known = speculative.method_of
+    monkeypatch.setattr(speculative, "method_of", lambda name: BlockMethod() if name == "block" else known(name))
 
 
 @pytest.fixture

@@ -1,14 +1,18 @@
-"""Tiny random targets, untrained drafts for them, and a draft that knows what the target will say."""
+"""Tiny random targets, untrained drafts for them, a draft that knows what the target will say, and one of blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from disagg_core.drafts.eagle3 import DraftCache, Eagle3Config, Eagle3Draft
+from disagg_core.drafts.method import Drafter, DraftModel
+from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.drafts.vocab import VocabMap
 
 VOCAB = 64
@@ -95,6 +99,92 @@ class OracleDraft(Eagle3Draft):
             if not miss[row, column] and self._next.get(place) in draft_id:
                 logits[row, column, draft_id[self._next[place]]] += 100.0
         return logits, after
+
+
+class BlockDraft(DraftModel):
+    """A draft of another kind: blocks of up to `block` tokens, each from candidates of its own slot.
+
+    Where it drafts for one of the `known` texts, the right token is mostly the best candidate; elsewhere it has a taste
+    of its own, another in each slot. Rows propose unlike numbers of tokens, the rest of their block is filler.
+    """
+
+    method = "block"
+
+    def __init__(
+        self,
+        vocab: int,
+        known: Sequence[Sequence[int]] = (),
+        *,
+        block: int = 5,
+        candidates: int = 3,
+        misses: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.config: Any = SimpleNamespace(vocab_size=vocab, layers=(0, 2), block=block)
+        self.known, self.candidates, self.misses = [list(text) for text in known], candidates, misses
+        self.random = torch.Generator().manual_seed(3)
+
+    def attach(self, parts: Any, vocab_map: Any = None) -> None:
+        raise NotImplementedError
+
+    def serving_state_dict(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def load_serving_state_dict(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+class BlockDrafter(Drafter):
+    """Knows each row's text; insists on being told the truth about it."""
+
+    def __init__(
+        self, draft: BlockDraft, sampler: Sampler, prompts: Sequence[Sequence[int]], states: torch.Tensor, first: Any
+    ) -> None:
+        self._draft, self._sampler, self._width = draft, sampler, states.shape[2]
+        self._texts = [[*prompt, token] for prompt, token in zip(prompts, first.tolist(), strict=True)]
+        assert states.shape[:2] == (len(prompts), max(map(len, prompts)))
+
+    def propose(self, count: int, lengths: torch.Tensor) -> DraftedTokens:
+        assert lengths.tolist() == [len(text) - 1 for text in self._texts]
+        draft = self._draft
+        batch, k, vocab = len(self._texts), min(count, draft.config.block), draft.config.vocab_size
+        taste = 2 * torch.cos(torch.arange(vocab) + 2.0 * torch.arange(k)[:, None])
+        order = torch.rand(batch, k, vocab, generator=draft.random) - taste
+        boost = torch.zeros(batch, k, draft.candidates)
+        for row, text in enumerate(self._texts):
+            whole = next((known for known in draft.known if known[: len(text)] == text), text)
+            for slot, token in enumerate(whole[len(text) : len(text) + k]):
+                order[row, slot, token] = -9.0  # the first of the candidates
+                boost[row, slot, 0] = 20.0 * (torch.rand((), generator=draft.random) > draft.misses)
+        candidates = order.argsort(-1)[..., : draft.candidates]
+        picked, probabilities = self._sampler.pick(boost + taste.expand(batch, k, vocab).gather(2, candidates))
+        counts = torch.randint(0, k + 1, (batch,), generator=draft.random)
+        return DraftedTokens.picked_from(candidates, picked, probabilities, counts)
+
+    def follow(
+        self, states: torch.Tensor, drafted: DraftedTokens, accepted: torch.Tensor, own: torch.Tensor, lengths: Any
+    ) -> None:
+        assert states.shape == (len(self._texts), drafted.ids.shape[1] + 1, self._width)
+        assert bool((accepted <= drafted.proposed).all())
+        for text, ids, count, last in zip(
+            self._texts, drafted.ids.tolist(), accepted.tolist(), own.tolist(), strict=True
+        ):
+            text.extend([*ids[:count], last])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._texts = [self._texts[row] for row in rows.tolist()]
+
+
+class BlockMethod:
+    """As much of a `DraftMethod` as a decoding asks for."""
+
+    title = "Block"
+
+    def most_draft_tokens(self, config: Any) -> int:
+        return int(config.block)
+
+    def drafter(self, *arguments: Any) -> BlockDrafter:
+        return BlockDrafter(*arguments)
 
 
 @torch.no_grad()

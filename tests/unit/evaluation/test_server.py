@@ -110,7 +110,14 @@ def without_counters() -> dict[str, Any]:
 )
 def test_answers_that_cannot_be_used(status: int, document: Any, error: type[Exception], words: str) -> None:
     with server(lambda _: (status, document)) as (url, _), pytest.raises(error, match=words):
+        measure_on_server(url, [[1, 2]], flags="--speculative-algorithm EAGLE3")
+
+
+def test_the_hint_needs_no_method() -> None:
+    with server(lambda _: (200, without_counters())) as (url, _), pytest.raises(EvaluationFailed) as caught:
         measure_on_server(url, [[1, 2]])
+
+    assert str(caught.value).endswith("start the server with a draft: --speculative-draft-model-path <export>")
 
 
 def test_no_server_there() -> None:

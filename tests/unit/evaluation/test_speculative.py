@@ -13,7 +13,7 @@ from disagg_core.drafts.sampling import Sampler
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.evaluation import generate_all, speculative_generate
 from disagg_core.evaluation.target_runner import TargetRunner
-from tests.unit.evaluation.models import VOCAB, OracleDraft, greedy, make_draft, make_target
+from tests.unit.evaluation.models import VOCAB, BlockDraft, OracleDraft, greedy, make_draft, make_target
 
 pytestmark = pytest.mark.unit
 
@@ -67,6 +67,45 @@ def test_every_kind_of_draft_is_lossless(
 
     assert [generation.tokens for generation in generations] == [tokens[:24] for tokens in continuations]
     assert sum(sum(generation.accepted) for generation in generations) > 0
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("draft_tokens", [1, 5])
+def test_a_method_that_drafts_blocks_from_candidates_of_each_slot_is_lossless(
+    target: LlamaForCausalLM, prompts: list[list[int]], continuations: list[list[int]], draft_tokens: int
+) -> None:
+    """Rows propose unlike numbers of tokens; two layers are captured instead of three."""
+    draft = BlockDraft(VOCAB, [[*a, *b] for a, b in zip(prompts, continuations, strict=True)])
+
+    generations = generate_all(target, draft, prompts, draft_tokens=draft_tokens, max_new_tokens=40, batch_size=3)
+
+    assert [generation.tokens for generation in generations] == [tokens[:40] for tokens in continuations]
+    kept = {count for generation in generations for count in generation.accepted}
+    assert kept == set(range(draft_tokens + 1))
+
+
+@pytest.mark.usefixtures("blocks")
+def test_more_tokens_than_a_draft_can_propose_at_once_are_refused(target: LlamaForCausalLM) -> None:
+    with pytest.raises(BadInput, match="at most 5, which is what this Block draft proposes at once, found 6"):
+        speculative_generate(target, BlockDraft(VOCAB), [1, 2], draft_tokens=6)
+
+
+def test_a_draft_whose_files_name_no_layers_reads_its_methods_own_choice(
+    target: LlamaForCausalLM, prompts: list[list[int]]
+) -> None:
+    """Of four layers EAGLE-3 captures the first three."""
+    silent = make_draft(target, aux_layer_ids=None, initializer_range=0.4)
+    told = make_draft(target, aux_layer_ids=(0, 1, 2), initializer_range=0.4)
+
+    found = generate_all(target, silent, prompts, max_new_tokens=24)
+
+    assert silent.config.layers is None
+    assert found == generate_all(target, told, prompts, max_new_tokens=24)
+
+
+def test_layers_that_the_target_lacks_are_refused(target: LlamaForCausalLM) -> None:
+    with pytest.raises(TargetError, match=r"expected layers of the target, 0 to 3, found \[0, 1, 4\]"):
+        speculative_generate(target, make_draft(target, aux_layer_ids=(0, 1, 4)), [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -126,17 +165,17 @@ def test_chains_drafted_from_the_cache_are_those_of_a_fresh_draft(
     """After passes that kept 0, 2 and 4 tokens, every row drafts as if its whole text were a prompt."""
     draft = make_draft(target, initializer_range=0.4)
     sampler = Sampler(0.0)
-    runner = TargetRunner(target, draft.config.aux_layer_ids)
+    runner = TargetRunner(target, draft.config.layers or ())
     texts = [list(prompt) for prompt in prompts[2:5]]
     step = runner.prefill(texts)
     pending, _ = sampler.pick(step.logits[:, -1])
-    chain = DraftChain(draft, sampler, texts, step.aux, pending)
+    chain = DraftChain(draft, sampler, texts, step.states, pending)
     for counts in ([0, 2, 4], [4, 0, 1], [1, 1, 0]):
         accepted = torch.tensor(counts)
         drafted = chain.propose(4, runner.lengths)
         own = torch.tensor([7, 8, 9])
         step = runner.extend(torch.cat((pending[:, None], drafted.ids), dim=1))
-        chain.follow(step.aux, drafted, accepted, own, runner.lengths)
+        chain.follow(step.states, drafted, accepted, own, runner.lengths)
         runner.keep(accepted + 1, of=5)
         for text, first, ids, count in zip(texts, pending.tolist(), drafted.ids.tolist(), counts, strict=True):
             text.extend([first, *ids[:count]])
@@ -145,8 +184,8 @@ def test_chains_drafted_from_the_cache_are_those_of_a_fresh_draft(
         found = chain.propose(5, runner.lengths)
 
         for row, text in enumerate(texts):
-            alone = TargetRunner(target, draft.config.aux_layer_ids)
-            fresh = DraftChain(draft, sampler, [text], alone.prefill([text]).aux, own[row : row + 1])
+            alone = TargetRunner(target, draft.config.layers or ())
+            fresh = DraftChain(draft, sampler, [text], alone.prefill([text]).states, own[row : row + 1])
             torch.testing.assert_close(found.ids[row], fresh.propose(5, alone.lengths).ids[0])
             alone.close()
     runner.close()

@@ -1,12 +1,11 @@
 """How a window is shared out and padded."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef
-from disagg_core.training.loader import collate, share_of
+from disagg_core.training.loader import share_of
 from disagg_core.training.trainer import TrainingProgress
 
 pytestmark = pytest.mark.unit
@@ -61,26 +60,6 @@ def test_samples_of_like_length_share_a_micro_batch_longest_first():
     refs = [ref(i, tokens) for i, tokens in enumerate([3, 9, 4, 8])]
 
     assert share_of(refs, 0, 1, 2, by_length=True) == [[1, 3], [2, 0]]
-
-
-def sample(tokens: int) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.arange(1, tokens + 1, dtype=torch.int32),
-        "loss_mask": torch.ones(tokens, dtype=torch.uint8),
-        "aux_hidden_states": torch.ones(tokens, 6, dtype=torch.bfloat16),
-        "last_hidden_state": torch.ones(tokens, 2, dtype=torch.bfloat16),
-    }
-
-
-def test_samples_are_padded_on_the_right_with_zeros():
-    batch = collate([sample(3), sample(5)], multiple_of=4)
-
-    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
-    assert batch.attention_mask.sum(1).tolist() == [3, 5]
-    assert batch.loss_mask.sum(1).tolist() == [3, 5]
-    assert batch.aux_hidden_states.shape == (2, 8, 6)
-    assert batch.aux_hidden_states.dtype == torch.bfloat16
-    assert float(batch.last_hidden_state.float().sum()) == 16.0
 
 
 def test_a_cursor_is_a_handful_of_ranges():
