@@ -94,6 +94,15 @@ def test_rooms_that_do_not_know_each_other(room: str, stranger: str) -> None:
         assert not any(name.startswith(f"disagg_core.{stranger}") for name in imports_of(path)), path
 
 
+def test_no_draft_method_is_known_outside_the_drafts() -> None:
+    methods = {path.parent.name for path in (ROOT / "disagg_core" / "drafts").glob("*/method.py")}
+    assert methods
+    for path in [path for package in ("disagg_core", "tasks", "flows") for path in modules(package)]:
+        if "drafts" not in path.parts:
+            for name in imports_of(path):
+                assert not any(f"{name}.".startswith(f"disagg_core.drafts.{method}.") for method in methods), path
+
+
 def test_the_core_knows_no_prefect_and_no_flows() -> None:
     for path in modules("disagg_core"):
         assert not any(name.split(".")[0] in {"prefect", "flows", "tasks"} for name in imports_of(path)), path
