@@ -108,8 +108,8 @@ class PromptTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     loss_mask: list[int]
 
     @property
-    def task_id(self) -> str:
-        """The name of the prompt in leases, references and reports."""
+    def sample_id(self) -> str:
+        """The id of the sample that is captured from the prompt."""
         return sample_id_of(self.ordinal)
 
 

@@ -12,11 +12,11 @@ from pydantic import SecretStr
 from disagg_core.channel.backends import open_backend
 from disagg_core.channel.contract import ChannelBackend
 from disagg_core.channel.liveness import LEASE_S, PeerStatus, ProcessIdentity
-from disagg_core.channel.reader import Reader
+from disagg_core.channel.reader import ReferenceReader
 from disagg_core.channel.records import EndRecord
-from disagg_core.channel.session import Session
+from disagg_core.channel.session import ChannelSession
 from disagg_core.channel.staleness import Staleness
-from disagg_core.channel.writer import Writer
+from disagg_core.channel.writer import ReferenceWriter
 from disagg_core.contracts import RunIdentity, SampleRef, StreamTotals
 from disagg_core.errors import FailureClass
 
@@ -60,7 +60,7 @@ class StreamingRefChannel:
     ) -> None:
         self._backend = backend or open_backend(url, run_id=run_id, attempt=attempt, password=password, ca=ca)
         self._staleness = Staleness(identity, max_draft_lag, draft_version, on_drop)
-        session = Session(
+        session = ChannelSession(
             self._backend,
             run_id,
             attempt,
@@ -69,8 +69,8 @@ class StreamingRefChannel:
             clock,
             process or ProcessIdentity.mine(),
         )
-        self._writer = Writer(session)
-        self._reader = Reader(session, self._staleness)
+        self._writer = ReferenceWriter(session)
+        self._reader = ReferenceReader(session, self._staleness)
 
     def __enter__(self) -> StreamingRefChannel:
         return self

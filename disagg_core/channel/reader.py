@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from disagg_core.channel.contract import Cursor, Entry, Position
 from disagg_core.channel.liveness import Heartbeat, IdleWatch, PeerStatus, PeerWatch
 from disagg_core.channel.records import EndRecord, FailRecord, RefRecord
-from disagg_core.channel.session import Session
+from disagg_core.channel.session import ChannelSession
 from disagg_core.channel.staleness import Staleness
 from disagg_core.channel.writer import LIVENESS_S, describe_end
 from disagg_core.contracts import SampleRef
@@ -48,10 +48,10 @@ class _Delivered(msgspec.Struct, gc=False):
     settled: Settled | None
 
 
-class Reader:
+class ReferenceReader:
     """The consumer's end of a channel. Claims the reading side with its first poll."""
 
-    def __init__(self, session: Session, staleness: Staleness) -> None:
+    def __init__(self, session: ChannelSession, staleness: Staleness) -> None:
         self._session = session
         self._backend = session.backend
         self._staleness = staleness

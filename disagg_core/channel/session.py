@@ -12,7 +12,7 @@ from disagg_core.errors import ForeignChannel
 
 
 @dataclass(frozen=True)
-class Session:
+class ChannelSession:
     """One process's way into one channel."""
 
     backend: ChannelBackend

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from disagg_core.channel.contract import Cursor, Framed, Position, Tally
 from disagg_core.channel.liveness import Heartbeat, IdleWatch, PeerStatus, PeerWatch
 from disagg_core.channel.records import EndRecord, FailRecord, OpenRecord, RefRecord, encode_ref, frame, frame_ref
-from disagg_core.channel.session import Session
+from disagg_core.channel.session import ChannelSession
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef, StreamTotals
 from disagg_core.errors import ChannelClosed, ChannelDamaged, FailureClass, IdentityMismatch
 
@@ -34,10 +34,10 @@ class _Batch:
         self.error: BaseException | None = None
 
 
-class Writer:
+class ReferenceWriter:
     """The producer's end of a channel. Claims the writing side with its first publication."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: ChannelSession) -> None:
         self._session = session
         self._backend = session.backend
         self._heartbeat: Heartbeat | None = None

@@ -23,7 +23,7 @@ from disagg_core.target.tokenizer import template_text
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """Token ids and loss mask of one prompt, of the same length."""
 
     input_ids: list[int]
@@ -47,7 +47,7 @@ class PromptEncoder:
             tool_calls=data.train_on_tool_calls,
         )
 
-    def encode(self, record: Record) -> Encoded:
+    def encode(self, record: Record) -> EncodedPrompt:
         """Return what a capture of `record` starts from.
 
         With `data.generate` that is the prompt which the target continues (mask 0 everywhere); otherwise the whole
@@ -91,7 +91,7 @@ class PromptEncoder:
                 self._check_ids(input_ids)
                 return input_ids[: answer_start(loss_mask)]
 
-    def _room_to_continue(self, prompt: list[int]) -> Encoded:
+    def _room_to_continue(self, prompt: list[int]) -> EncodedPrompt:
         if len(prompt) >= self._data.max_tokens:
             raise PromptRejected(
                 f"the prompt has {len(prompt)} tokens, which leaves nothing of data.max_tokens "
@@ -99,15 +99,15 @@ class PromptEncoder:
             )
         if not prompt:
             raise PromptRejected("the prompt has no tokens")
-        return Encoded(prompt, [0] * len(prompt))
+        return EncodedPrompt(prompt, [0] * len(prompt))
 
-    def _truncated(self, encoded: Encoded) -> Encoded:
+    def _truncated(self, encoded: EncodedPrompt) -> EncodedPrompt:
         limit = self._data.max_tokens
         if self._data.truncation == "reject":
             raise PromptRejected(f"expected at most {limit} tokens (data.max_tokens), found {len(encoded.input_ids)}")
-        return Encoded(encoded.input_ids[:limit], encoded.loss_mask[:limit])
+        return EncodedPrompt(encoded.input_ids[:limit], encoded.loss_mask[:limit])
 
-    def _whole(self, record: Record) -> Encoded:
+    def _whole(self, record: Record) -> EncodedPrompt:
         match record:
             case Conversation():
                 return self._conversation(self._template(), record)
@@ -120,13 +120,13 @@ class PromptEncoder:
                 return self._conversation(self.chat, Conversation([_user(prompt), answer]))
             case PlainText(text):
                 ids = self._plain_ids(text)
-                return Encoded(ids, [1] * len(ids))
+                return EncodedPrompt(ids, [1] * len(ids))
             case Tokenized(input_ids, loss_mask):
                 self._check_ids(input_ids)
-                return Encoded(input_ids, loss_mask)
+                return EncodedPrompt(input_ids, loss_mask)
         raise AssertionError(f"no such record: {record!r}")
 
-    def _conversation(self, chat: ChatTemplate, record: Conversation) -> Encoded:
+    def _conversation(self, chat: ChatTemplate, record: Conversation) -> EncodedPrompt:
         if not self._tokenizer.is_fast:
             raise PromptError(
                 "the loss mask of a conversation needs a fast tokenizer (character offsets of tokens), found "
@@ -134,15 +134,15 @@ class PromptEncoder:
             )
         text, spans = conversation_spans(chat, record, self._rules, self._end_tokens)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return Encoded(encoding["input_ids"], mask_of_spans(encoding["offset_mapping"], spans))
+        return EncodedPrompt(encoding["input_ids"], mask_of_spans(encoding["offset_mapping"], spans))
 
-    def _pair(self, prompt: str, response: str) -> Encoded:
+    def _pair(self, prompt: str, response: str) -> EncodedPrompt:
         """Return prompt and response as running text, for tokenizers without a chat template."""
         asked = self._plain_ids(prompt)
         answered = self._ids(response)
         if self._tokenizer.eos_token_id is not None:
             answered = [*answered, self._tokenizer.eos_token_id]
-        return Encoded(asked + answered, [0] * len(asked) + [1] * len(answered))
+        return EncodedPrompt(asked + answered, [0] * len(asked) + [1] * len(answered))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

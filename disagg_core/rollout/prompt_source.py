@@ -17,7 +17,7 @@ from disagg_core.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, Rej
 from disagg_core.rollout.leases import Lease, LeaseBook
 from disagg_core.run_spec.document import RunSpec
 
-Encoded = dict[int, PromptTask | RejectedPrompt | None]
+EncodedGroup = dict[int, PromptTask | RejectedPrompt | None]
 """The prompts of one group by ordinal; None where the order has ended."""
 
 
@@ -254,9 +254,9 @@ class _Ahead:
         self._group = group
         self._missing = pool.missing
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._next: tuple[int, Future[Encoded]] | None = None
+        self._next: tuple[int, Future[EncodedGroup]] | None = None
 
-    def take(self, number: int) -> Encoded:
+    def take(self, number: int) -> EncodedGroup:
         """Return group `number`. A stream is read forward only, so what is under way is waited for in any case."""
         ahead, self._next = self._next, None
         encoded = ahead[1].result() if ahead is not None else {}
@@ -266,8 +266,8 @@ class _Ahead:
             self._next = (number + 1, self._executor.submit(self._encode, number + 1))
         return encoded
 
-    def _encode(self, number: int) -> Encoded:
-        encoded: Encoded = {}
+    def _encode(self, number: int) -> EncodedGroup:
+        encoded: EncodedGroup = {}
         for ordinal in range(number * self._group, (number + 1) * self._group):
             if ordinal not in self._missing:
                 encoded[ordinal] = self._pool.task(ordinal)

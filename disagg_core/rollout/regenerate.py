@@ -79,7 +79,9 @@ def regenerate(
     source = PromptSource.from_spec(spec, tokenizer, group=target.batch_size, skip=known, on_reject=rejections.append)
     target.prepare(_identity(spec, facts, version))
     with out.open("ab", buffering=0) as file:
-        writer = _Writer(source, target, tokenizer, file, spec.target.unavailable_timeout_s, len(known), progress)
+        writer = _ContinuationWriter(
+            source, target, tokenizer, file, spec.target.unavailable_timeout_s, len(known), progress
+        )
         writer.run(max(1, target.concurrency))
     source.close()
     for rejection in rejections:
@@ -143,7 +145,7 @@ def _identity(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> RunIdentity:
     )
 
 
-class _Writer:
+class _ContinuationWriter:
     """Threads that lease prompts, have them continued, and append the lines."""
 
     def __init__(

@@ -131,7 +131,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
 
 def _new_sample(captured: Captured) -> NewSample:
     return NewSample(
-        sample_id=captured.task.task_id,
+        sample_id=captured.task.sample_id,
         tensors=captured.tensors,
         source_task_id=captured.task.source,
         num_tokens=captured.num_tokens,

@@ -41,7 +41,7 @@ from disagg_core.store.references import (
 )
 from disagg_core.store.session import Session
 from disagg_core.store.staging import StagingPool
-from disagg_core.store.transfers import Link, Reader, Writer
+from disagg_core.store.transfers import Link, SampleReader, SampleWriter
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ class MooncakeFeatureStore:
         )
         self._in = StagingPool(staging_bytes, self._register, "incoming")
         self._lent = StagingPool(staging_bytes, self._register, "lent")
-        self._writer = Writer(self._link)
-        self._reader = Reader(self._link)
+        self._writer = SampleWriter(self._link)
+        self._reader = SampleReader(self._link)
         self._copies = DeviceCopies()
         self._out = Outgoing(staging_bytes, self._register)
         self._putters = ThreadPoolExecutor(threads, thread_name_prefix="store-put")

@@ -41,7 +41,6 @@ SEGMENT_UNIT = 16 << 20
 CLIENT_TTL_S = 60
 """A client or owner that is silent for so long is taken for dead by the master."""
 
-Progress = Callable[[str], None]
 P = ParamSpec("P")
 
 
@@ -114,7 +113,7 @@ def running_store(
     metrics_port: int | None = None,
     owners: int = 1,
     client_ttl_s: int = CLIENT_TTL_S,
-    progress: Progress = log.info,
+    progress: Callable[[str], None] = log.info,
 ) -> Iterator[StoreServices]:
     """Run a store for the duration of a ``with`` block; nothing of it is left afterwards, however the block ends.
 
@@ -243,7 +242,9 @@ def _becomes_ready(master: ServiceProcess, endpoints: StoreEndpoints) -> bool:
     return view.is_ready() and master.process.poll() is None
 
 
-def _wait_for_owners(services: StoreServices, files: Sequence[Path], share: int, progress: Progress) -> None:
+def _wait_for_owners(
+    services: StoreServices, files: Sequence[Path], share: int, progress: Callable[[str], None]
+) -> None:
     view, total = MasterView(services.endpoints), share * len(files)
     said = time.monotonic()
 

@@ -1,8 +1,8 @@
 """Moving packed samples between staging memory and the store, with every answer checked and every retry bounded.
 
-`Writer` uses a fresh key for each try and hands the keys of failed tries to the reclaimer. `Reader` compares size and
-checksum and tells damage from loss. Both work on staging slots, inside an operation of the session, and know nothing of
-tensors.
+`SampleWriter` uses a fresh key for each try and hands the keys of failed tries to the reclaimer. `SampleReader`
+compares size and checksum and tells damage from loss. Both work on staging slots, inside an operation of the session,
+and know nothing of tensors.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Link:
         )
 
 
-class Writer:
+class SampleWriter:
     """Puts of packed samples."""
 
     def __init__(self, link: Link) -> None:
@@ -185,7 +185,7 @@ class Writer:
         )
 
 
-class Reader:
+class SampleReader:
     """Gets of packed samples."""
 
     def __init__(self, link: Link) -> None:

@@ -97,7 +97,7 @@ def test_a_consumer_cannot_tell_the_backends_apart(
     assert isinstance(captured, Captured)
     assert isinstance(stored, Stored)
     [ours] = store.put_many(
-        [NewSample(task.task_id, captured.tensors, task.source, captured.num_tokens, {"server": captured.server})],
+        [NewSample(task.sample_id, captured.tensors, task.source, captured.num_tokens, {"server": captured.server})],
         identity=identity,
     )
     different = {"key", "crc32", "metadata"}  # the numbers may differ in their last bits, and so the checksum

@@ -148,7 +148,7 @@ def test_one_of_three_servers_is_killed_and_one_hangs(
         await_true(lambda: "hangs" in events_of(target, "sglang-1"), 60, "the hung server is found out")
 
     [totals] = ended
-    assert Counter(ref.sample_id for ref in consumer.refs) == Counter(task.task_id for task in tasks)
+    assert Counter(ref.sample_id for ref in consumer.refs) == Counter(task.sample_id for task in tasks)
     assert (totals.prompts, totals.refs, totals.rejected) == (600, 600, 0)
     assert "died: killed by SIGKILL" in events_of(target, "sglang-0")
     assert "hangs: no good answer to a health check of 10 s" in events_of(target, "sglang-1")
@@ -174,8 +174,8 @@ def test_a_prompt_that_kills_its_server_each_time_is_quarantined(
         totals = drive()
         [server] = target.health()
 
-    rejected = {task.task_id for task in tasks} - {ref.sample_id for ref in consumer.refs}
-    assert tasks[20].task_id in rejected
+    rejected = {task.sample_id for task in tasks} - {ref.sample_id for ref in consumer.refs}
+    assert tasks[20].sample_id in rejected
     assert totals.prompts == 40 == totals.refs + totals.rejected
     assert len(consumer.refs) == totals.refs == 40 - len(rejected)
     assert server.restarts >= 2

@@ -124,7 +124,7 @@ class Recorder:
         self._changed = threading.Condition()
         self._held: list[tuple[Recording, Any, Any]] = []
         self._clock = clock
-        self._writer = _Writer(open_store, clock)
+        self._writer = _RecordingWriter(open_store, clock)
         self._thread: threading.Thread | None = None
 
     @property
@@ -237,7 +237,7 @@ class Recorder:
                     self._changed.notify_all()
 
 
-class _Writer:
+class _RecordingWriter:
     """Turns recordings into stored samples; the only user of the stores, all in one thread."""
 
     def __init__(self, open_store: Callable[[StoreAddress], WritableStore], clock: Callable[[], float]) -> None:

@@ -266,7 +266,7 @@ class ServedTarget(ABC):
             pool.failed(client.name, str(error))
             # Whether the server wrote the sample before it broke is not known; nobody else holds this task now.
             # Where it is the store that is gone, this raises: the run ends as store_lost, no prompt is blamed.
-            self._store.sweep(f"{self._store.namespace}/{task.task_id}")
+            self._store.sweep(f"{self._store.namespace}/{task.sample_id}")
             return Failed(task, str(error), retryable=True, server=client.name)
         except BaseException:
             pool.failed(client.name, "the request was broken off here")
@@ -302,7 +302,7 @@ class ServedTarget(ABC):
         assert self._identity is not None
         timeout_s = self._section.request_timeout_s
         order = CaptureOrder(
-            sample_id=task.task_id,
+            sample_id=task.sample_id,
             source_task_id=task.source,
             server=client.name,
             fingerprint=self._fingerprint,
