@@ -20,11 +20,16 @@ from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Pos
 from disagg_core.channel.file.claims import FileClaims
 from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.channel.file.log import WAY_OUT, LogReader, is_intact
-from disagg_core.channel.file.watch import DirectoryWatch, is_local_mount
+from disagg_core.channel.file.mount import is_local_mount
 from disagg_core.channel.records import RefRecord, decode_document, frame
 from disagg_core.errors import ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
+from disagg_core.processes.retry import wait_until
 
 _SCAN = 1024
+_FIRST_LOOK_S = 0.001
+_LONGEST_LOOK_S = {"local": 0.002, "remote": 0.020}
+"""Pauses between two looks at the directory: 1 ms, then up to 2 ms on a local mount, where a look costs microseconds,
+and up to 20 ms on a network mount, where it may be a request to a server."""
 
 
 class FileBackend:
@@ -190,18 +195,33 @@ class FileBackend:
         self._wait(lambda: self._size() != seen, timeout_s)
 
     def wait_for_reader(self, seen: Cursor | None, timeout_s: float) -> None:
-        """See `ChannelBackend`."""
-        self._wait(lambda: self.load_cursor() != seen, timeout_s)
+        """See `ChannelBackend`. On a local mount the cursor is read again once its file is another."""
+        before = self._cursor_stamp()
+        if self.load_cursor() != seen:
+            return
+        if self._local:
+            self._wait(lambda: self._cursor_stamp() != before, timeout_s)
+        else:  # a network mount remembers what it knows of a file until it is opened
+            self._wait(lambda: self.load_cursor() != seen, timeout_s)
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        with self._reported(), DirectoryWatch(self._directory, local=self._local) as watch:
-            watch.wait_until(ready, timeout_s)
+        longest_s = _LONGEST_LOOK_S["local" if self._local else "remote"]
+        with self._reported():
+            wait_until(ready, timeout_s=timeout_s, every_s=_FIRST_LOOK_S, longest_s=longest_s)
 
     def _size(self) -> int:
         try:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0
+
+    def _cursor_stamp(self) -> tuple[int, int, int] | None:
+        """Return what differs after the cursor's file was replaced; None while there is none."""
+        try:
+            found = self._cursor.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def close(self) -> None:
         """See `ChannelBackend`."""
