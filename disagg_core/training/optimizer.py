@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, its learning-rate schedule, and the optimizer's state as named tensors.
+"""AdamW on fp32 masters and its learning-rate schedule.
 
 The schedule is a function of the step alone, so resuming needs no scheduler state.
 """
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from disagg_core.errors import CheckpointError
 from disagg_core.run_spec.document import TrainingSection
 
 WARMUP_STEPS_OF_UNKNOWN_LENGTH = 100
@@ -65,52 +64,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a copy of `tensor` on the CPU, gathered from all ranks if it is sharded (then a collective)."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", copy=True).contiguous()
-
-
-def fill(destination: Tensor, source: Tensor) -> None:
-    """Copy the whole tensor `source` into `destination`, each rank its own shard; no communication."""
-    with torch.no_grad():
-        if isinstance(destination, DTensor):
-            source = distribute_tensor(
-                source.to(destination.device), destination.device_mesh, destination.placements, src_data_rank=None
-            )
-        destination.copy_(source)
-
-
-def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: NamedParameters) -> dict[str, Tensor]:
-    """Return the optimizer's state as whole CPU tensors called <parameter>.<state>; empty before the first step."""
-    return {
-        f"{name}.{kind}": whole(value)
-        for name, parameter in parameters.items()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.AdamW, parameters: NamedParameters, tensors: dict[str, Tensor]) -> None:
-    """Put the state that `optimizer_tensors` returned back.
-
-    Raises:
-        CheckpointError: a state is missing, unknown, or has another shape than its parameter.
-    """
-    expected = {f"{name}.{kind}" for name in parameters for kind in ("exp_avg", "exp_avg_sq", "step")}
-    if tensors and tensors.keys() != expected:
-        raise CheckpointError(
-            f"optimizer state: missing {sorted(expected - tensors.keys())}, unknown {sorted(tensors.keys() - expected)}"
-        )
-    for name, parameter in parameters.items() if tensors else ():
-        state: dict[str, Tensor] = {"step": tensors[f"{name}.step"].to(parameter.device)}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            saved = tensors[f"{name}.{kind}"]
-            if saved.shape != parameter.shape:
-                raise CheckpointError(
-                    f"optimizer state {name}.{kind}: expected shape {list(parameter.shape)}, found {list(saved.shape)}"
-                )
-            state[kind] = torch.zeros_like(parameter)
-            fill(state[kind], saved)
-        optimizer.state[parameter] = state

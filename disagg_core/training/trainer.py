@@ -19,7 +19,7 @@ import torch
 
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.method import DraftModel
-from disagg_core.errors import ChannelError, CheckpointError, Preempted, RoleFailed, classify
+from disagg_core.errors import ChannelError, Preempted, RoleFailed, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.training.checkpoint import (
     CheckpointContent,
@@ -32,7 +32,7 @@ from disagg_core.training.checkpoint import (
 )
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.loader import FeatureDataLoader, GivenUp, TrainingWindow
-from disagg_core.training.optimizer import fill, optimizer_tensors, restore_optimizer, whole
+from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
 from disagg_core.training.step import OptimizerStep, StepResult
 
 _log = logging.getLogger(__name__)
@@ -173,18 +173,8 @@ class Trainer:
         Raises:
             CheckpointError: its tensors are not this draft's.
         """
-        own = self._draft.serving_state_dict()
-        if own.keys() != content.draft.keys():
-            raise CheckpointError(
-                f"draft tensors: missing {sorted(own.keys() - content.draft.keys())}, "
-                f"unknown {sorted(content.draft.keys() - own.keys())}; the draft section of the run has changed"
-            )
-        for name, tensor in own.items():
-            if tensor.shape != content.draft[name].shape:
-                expected, found = list(tensor.shape), list(content.draft[name].shape)
-                raise CheckpointError(f"draft tensor {name}: expected shape {expected}, found {found}")
-            fill(tensor, content.draft[name])
-        restore_optimizer(self._step.optimizer, self._step.parameters, content.optimizer)
+        restore_weights(self._draft, self._draft.serving_state_dict(), content.draft)
+        restore_optimizer(self._draft, self._step.optimizer, content.optimizer)
         torch.set_rng_state(content.rng["cpu"])
         if self._ranks.device.type == "cuda":
             torch.cuda.set_rng_state(content.rng["cuda"], self._ranks.device)
@@ -213,7 +203,7 @@ class Trainer:
             return path
         self._phase("saving")
         draft = self.weights()
-        optimizer = optimizer_tensors(self._step.optimizer, self._step.parameters)
+        optimizer = gather_optimizer(self._draft, self._step.optimizer)
         if self._ranks.is_first:
             save_checkpoint(
                 policy.root,
@@ -224,8 +214,8 @@ class Trainer:
         return path
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the draft in serving names, whole, fp32 and on the CPU; every rank must call it."""
-        return {name: whole(tensor) for name, tensor in self._draft.serving_state_dict().items()}
+        """Return the draft in serving names, whole, fp32 and on the CPU, on rank 0; every rank must call it."""
+        return gather_weights(self._draft, self._draft.serving_state_dict())
 
     def _rng(self) -> dict[str, torch.Tensor]:
         states = {"cpu": torch.get_rng_state()}

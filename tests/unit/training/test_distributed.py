@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from disagg_core.errors import BadInput
 from disagg_core.training.distributed import Ranks, choose_device, compute_dtype, shard
-from disagg_core.training.optimizer import clip_gradients, fill, whole
+from disagg_core.training.optimizer import clip_gradients
+from disagg_core.training.state import gather_weights, restore_weights
 
 pytestmark = pytest.mark.unit
 
@@ -53,9 +54,12 @@ def test_frozen_parameters_stay_whole_and_trained_ones_are_fp32_masters():
         assert isinstance(module[0].weight, DTensor)
         assert module[0].weight.dtype == torch.float32
         assert not isinstance(module[1].weight, DTensor)
-        assert torch.equal(whole(module[0].weight), before)
-        fill(module[0].weight, before + 1)
-        assert torch.equal(whole(module[0].weight), before + 1)
+        saved = gather_weights(module, module.state_dict())
+        assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+        assert torch.equal(saved["0.weight"], before)
+        restore_weights(module, module.state_dict(), saved | {"0.weight": before + 1})
+        assert torch.equal(module[0].weight.full_tensor(), before + 1)
+        assert torch.equal(saved["0.weight"], before), "what was gathered is a copy"
         assert module(torch.ones(3, 4)).shape == (3, 2)
 
 
@@ -66,4 +70,4 @@ def test_the_global_norm_counts_every_shard():
         layer(torch.ones(1, 3)).sum().backward()
 
         assert float(clip_gradients(layer.parameters(), 0.5)) == pytest.approx(3.0)
-        assert float(whole(layer.weight.grad).norm()) == pytest.approx(0.5, rel=1e-4)
+        assert float(layer.weight.grad.full_tensor().norm()) == pytest.approx(0.5, rel=1e-4)

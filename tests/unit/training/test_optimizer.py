@@ -8,14 +8,14 @@ from torch import nn
 
 from disagg_core.errors import CheckpointError
 from disagg_core.run_spec.document import TrainingSection
+from disagg_core.training.distributed import Ranks
 from disagg_core.training.optimizer import (
     WARMUP_STEPS_OF_UNKNOWN_LENGTH,
     Schedule,
     build_optimizer,
     clip_gradients,
-    optimizer_tensors,
-    restore_optimizer,
 )
+from disagg_core.training.state import gather_optimizer, restore_optimizer
 
 pytestmark = pytest.mark.unit
 
@@ -73,33 +73,44 @@ def test_gradients_are_clipped_to_the_global_norm():
 def trained(steps: int, resume_after: int | None = None) -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
-    names = dict(layer.named_parameters())
     optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
     for step in range(steps):
         if step == resume_after:
-            saved = optimizer_tensors(optimizer, names)
+            saved = gather_optimizer(layer, optimizer)
             optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
-            restore_optimizer(optimizer, names, saved)
+            restore_optimizer(layer, optimizer, saved)
         optimizer.zero_grad()
         layer(torch.randn(2, 5, generator=torch.Generator().manual_seed(step))).square().sum().backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return layer
 
 
 def test_a_restored_optimizer_goes_on_bit_for_bit():
-    assert torch.equal(trained(6).weight, trained(6, resume_after=3).weight)
+    with Ranks.join("cpu"):
+        assert torch.equal(trained(6).weight, trained(6, resume_after=3).weight)
+
+
+def test_asking_an_optimizer_for_its_state_before_its_first_step_leaves_it_alone():
+    layer = nn.Linear(5, 3)
+    optimizer = build_optimizer(layer.parameters(), TrainingSection())
+
+    assert gather_optimizer(layer, optimizer) == {}
+    assert not optimizer.state
 
 
 def test_a_state_that_does_not_fit_is_named():
     layer = nn.Linear(5, 3)
-    names = dict(layer.named_parameters())
     optimizer = build_optimizer(layer.parameters(), TrainingSection())
     layer(torch.ones(1, 5)).sum().backward()
     optimizer.step()
-    saved = optimizer_tensors(optimizer, names)
+    saved = gather_optimizer(layer, optimizer)
+    assert saved.keys() == {
+        f"{name}.{kind}" for name in ("weight", "bias") for kind in ("exp_avg", "exp_avg_sq", "step")
+    }
 
     without = {name: value for name, value in saved.items() if name != "bias.exp_avg"}
     with pytest.raises(CheckpointError, match=r"missing \['bias.exp_avg'\]"):
-        restore_optimizer(optimizer, names, without)
+        restore_optimizer(layer, optimizer, without)
     with pytest.raises(CheckpointError, match=r"weight.exp_avg: expected shape \[3, 5\], found \[5, 3\]"):
-        restore_optimizer(optimizer, names, saved | {"weight.exp_avg": torch.zeros(5, 3)})
+        restore_optimizer(layer, optimizer, saved | {"weight.exp_avg": torch.zeros(5, 3)})
