@@ -103,6 +103,11 @@ def test_no_draft_method_is_known_outside_the_drafts() -> None:
                 assert not any(f"{name}.".startswith(f"disagg_core.drafts.{method}.") for method in methods), path
 
 
+def test_what_any_engine_of_servers_needs_knows_none_of_them() -> None:
+    for path in modules("disagg_core/engines/servers"):
+        assert not any(name.startswith("disagg_core.engines.sglang") for name in imports_of(path)), path
+
+
 def test_the_core_knows_no_prefect_and_no_flows() -> None:
     for path in modules("disagg_core"):
         assert not any(name.split(".")[0] in {"prefect", "flows", "tasks"} for name in imports_of(path)), path
