@@ -98,22 +98,25 @@ def test_an_unusable_sample_is_rejected_at_once(bench):
 
 def test_a_poisonous_prompt_does_not_take_its_neighbours_along(bench):
     """Prompt 9 kills its server: everything that is in flight with it at that moment fails too."""
-    lock, in_flight, killed = threading.Lock(), set(), set()
+    changed, in_flight, killed = threading.Condition(), set(), set()
 
     def before(tasks):
-        with lock:
-            in_flight.update(task.ordinal for task in tasks)
-        time.sleep(0.005)
-        with lock:
-            if 9 in (task.ordinal for task in tasks):
+        (ordinal,) = (task.ordinal for task in tasks)
+        with changed:
+            in_flight.add(ordinal)
+            changed.notify_all()
+            if ordinal == 9:
+                changed.wait_for(lambda: len(in_flight) == 8, timeout=0.5)  # in company, if there is any
                 killed.update(in_flight)
-            in_flight.difference_update(task.ordinal for task in tasks)
+            elif changed.wait_for(lambda: 9 in in_flight, timeout=0.05):
+                changed.wait_for(lambda: 9 not in in_flight, timeout=20)
+            in_flight.remove(ordinal)
+            changed.notify_all()
 
     def script(task, tries):
-        with lock:
-            if task.ordinal in killed:
-                killed.remove(task.ordinal)
-                return "the server died"
+        if task.ordinal in killed:
+            killed.remove(task.ordinal)
+            return "the server died"
         return None
 
     target = ScriptedTarget(script, concurrency=8, before=before)

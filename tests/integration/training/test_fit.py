@@ -236,13 +236,11 @@ def test_what_the_restored_weights_have_seen_is_not_trained_again(endpoints, ran
 def test_a_stop_request_saves_and_tells_the_producer(attempt, ranks, tmp_path):
     attempt.publish(range(8), ended=False)
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path / "c")
-    timer = threading.Timer(1.0, loader.request_stop)
-    timer.start()
+    trainer._observer = StopWhen(loader, lambda: attempt.reader.in_flight_remote() == 0)
 
     with pytest.raises(Preempted):
         trainer.fit(loader)
 
-    timer.join()
     status = attempt.writer.reader_status()
     assert (status.state, status.reason) == ("failed", "preempted")
     state = read_state(newest_complete(tmp_path / "c"))
