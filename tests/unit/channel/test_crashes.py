@@ -183,13 +183,13 @@ class Channel(RuleBasedStateMachine):
     # --- reader ---
 
     @precondition(lambda self: not self.over)
-    @rule(count=st.integers(1, 12), fault=faults)
-    def poll(self, count: int, fault: Fault) -> None:
+    @rule(count=st.none() | st.integers(1, 12), fault=faults)
+    def poll(self, count: int | None, fault: Fault) -> None:
         got: list[SampleRef] = []
         if not self.reader.run(lambda channel: got.extend(channel.poll(count)), fault):
             self._reader_lost()
             return
-        assert len(got) <= count
+        assert count is None or len(got) <= count
         for ref in got:
             ordinal = ordinal_of(ref.sample_id)
             if self.expected is None:
