@@ -117,7 +117,7 @@ class FileOrder:
         if position >= self.per_epoch:
             return None
         if self._shuffle:
-            current = self._epoch
+            current = self._epoch  # once: another thread may be in another epoch and replace it
             if current is None or current[0] != epoch:
                 current = (epoch, SeededPermutation(self.per_epoch, seed_of(self._seed, _EPOCH_ORDER, epoch)))
                 self._epoch = current
@@ -146,6 +146,8 @@ class StreamOrder:
         self._shuffle = spec.data.shuffle
         self._seed = seed_of(spec.run.seed, _EPOCH_ORDER)
         self._limit = spec.data.limit
+        # The first rows are held out, because a stream does not know its last. So many are read to see whether a
+        # quarter of all the rows is as many as wanted.
         self._first = self.stream.first(spec.evaluation.prompts * _HELD_OUT_SHARE)
         self.held_out = held_out_count(spec, len(self._first))
         rows = stream.rows
@@ -159,7 +161,7 @@ class StreamOrder:
         With `data.limit` every epoch has the same rows: the first ones of epoch 0's order.
         """
         if self._limit is not None:
-            epoch = 0
+            epoch = 0  # another epoch's shuffle would bring other rows to the front
         if self.per_epoch is not None and position >= self.per_epoch:
             return None
         if self._limit is not None and position >= self._limit:
@@ -227,6 +229,7 @@ class EncodedPrompts:
         self.order = open_order(spec)
         self.encoder = PromptEncoder(spec, tokenizer)
         self._data: DataSection = spec.data
+        # By what they ask, not by place: the same prompt may stand in the data twice.
         self._held_out = {prompt_key(record) for _, record in held_out_records(spec, self.order)}
 
     @property
@@ -258,6 +261,8 @@ class EncodedPrompts:
 
     def _place(self, ordinal: int) -> Placed | None:
         if self.order.per_epoch is None:
+            # Nobody knows yet where epoch 0 ends. Reading beyond its end is what tells, and only then can the ordinal
+            # be one of a later epoch.
             placed = self.order.place(0, ordinal)
             if placed is not None or not self.order.per_epoch:
                 return placed

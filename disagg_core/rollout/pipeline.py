@@ -66,6 +66,8 @@ class Pipeline:
         self._reserved: dict[int, int] = {}
         self._reserved_bytes = 0
         self.changed = threading.Condition()
+        # Looking for room and reserving it must be one step, or two workers take the same room. Not under `changed`:
+        # the look asks the channel, which may be slow to answer, and finished samples must not wait for that.
         self._admitting = threading.Lock()
         self.stopping = False
         self.error: BaseException | None = None
@@ -94,6 +96,8 @@ class Pipeline:
         """Lease work to `worker`, waiting for room or for prompts to come back; None when there is no more to do."""
         while not self.stopping:
             with self._admitting:
+                # What came back has its room still, so it does not wait for the watermarks. It must not: in order,
+                # everything behind it waits to be published, and their room comes back only then.
                 batch = self.source.lease_again(worker)
                 if batch is not None:
                     return batch
@@ -114,7 +118,7 @@ class Pipeline:
         began = self._clock()
         with self.changed:
             self.blocked += waiting_for_consumer
-            self.changed.wait(_LOOK_S)
+            self.changed.wait(_LOOK_S)  # bounded: room that came between the look and this wait wakes nobody
             self.blocked -= waiting_for_consumer
             self.blocked_s += (self._clock() - began) if waiting_for_consumer else 0.0
 
@@ -243,6 +247,7 @@ class Pipeline:
     @property
     def finished(self) -> bool:
         """Whether every prompt is published or rejected."""
+        # A drained source is not enough: it is done with a prompt as soon as its sample is stored.
         with self.changed:
             return not self._reserved and self.source.drained
 

@@ -164,9 +164,11 @@ class LogReader:
             if size > MAX_FRAME:
                 raise self._damage(BadFrame(f"a line of at most {MAX_FRAME} bytes", "no newline in that many"))
             size *= 2
+        # With the torn tail, which was looked at too: whoever waits for records waits for another size than this.
         self.seen_size = self.position.offset + len(data)
         if not data and self.position.offset:
-            self._check_not_shorter()
+            self._check_not_shorter()  # a file cut behind our back reads as empty, just like one with nothing new
+        # A torn tail is not kept until its rest comes: the next writer cuts it off and writes something else there.
         self._lines = data[:complete].split(b"\n")[:-1]
         self._next = 0
         return bool(self._lines)
@@ -204,6 +206,8 @@ class LogReader:
             return False
         if not any(is_intact(later) for later in self._lines[self._next + 1 :]):
             return True
+        # Over a network mount the pages of one append may arrive out of order, so an intact record behind a hole does
+        # not yet prove that the hole will stay.
         now = self._clock()
         if self._hole_since is None:
             self._hole_since = now

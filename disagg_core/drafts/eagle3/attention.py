@@ -146,6 +146,7 @@ class _Chunked(torch.autograd.Function):
                 at = piece.queries(heads // kv_heads)
                 scores = product(scaled[head, at], keys[head, piece.keys].t()).to(work)
                 _mask(plan, piece, scores)
+                # Without the clamp a row that sees no key would subtract -inf from -inf, which is NaN.
                 largest = scores.amax(-1, keepdim=True).clamp_(min=_EMPTY)
                 weights = scores.sub_(largest).exp_()
                 top[head, at], total[head, at] = largest, weights.sum(-1, keepdim=True)
@@ -154,6 +155,8 @@ class _Chunked(torch.autograd.Function):
         output = _by_row(block, rows)
         own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
         own_scores = [_own_scores(query, k, scale).to(work).unsqueeze(-1) for k in own_keys]
+        # The block was summed under its own largest score; an own score may be so much larger that its weight under
+        # that one would overflow. So both sides move to the largest of all.
         highest = torch.stack([largest, *own_scores]).amax(0)
         fade = (largest - highest).exp()
         sums, output = sums * fade, output * fade.to(query.dtype)
@@ -161,7 +164,7 @@ class _Chunked(torch.autograd.Function):
             weight = (score - highest).exp()
             sums += weight
             output += weight.to(query.dtype) * _spread(own_value, heads)
-        sums = sums.clamp_(min=torch.finfo(work).tiny)
+        sums = sums.clamp_(min=torch.finfo(work).tiny)  # a row that sees nothing gives 0, not 0 / 0
         output /= sums.to(query.dtype)
         logsumexp = (highest + sums.log()).squeeze(-1)
         ctx.plan, ctx.scale = plan, scale
@@ -175,6 +178,8 @@ class _Chunked(torch.autograd.Function):
         (grad_output,) = grads
         kv_heads, work = key.shape[1], logsumexp.dtype
         group, rows = query.shape[1] // kv_heads, query.shape[0]
+        # All that the slope of one score needs of the other scores. `output` is over block and own columns together, so
+        # this one number serves both.
         inner = (grad_output * output).sum(-1).to(work)  # [rows, heads]
         plain, grad, keys, values = (_by_kv_head(x, kv_heads) for x in (query, grad_output, key, value))
         limits, inners = (_by_kv_head(x.unsqueeze(-1), kv_heads) for x in (logsumexp, inner))
@@ -248,6 +253,7 @@ class _Flash(torch.autograd.Function):
         grad_output = grads[0].contiguous()
         heads, kv_heads = query.shape[1], key.shape[1]
         dense = [_to_dense(plan, x) for x in (grad_output, query, output)]
+        # The grid's other rows get a logsumexp of 0, which is not theirs; their gradient is 0, and so is what they add.
         dense_logsumexp = _to_dense(plan, logsumexp.unsqueeze(-1)).squeeze(-1)
         keys = _dense_keys(plan, key, value, heads)
         found = _flash_backward(dense[0], dense[1], *keys, dense[2], dense_logsumexp.contiguous(), ctx.extra, scale)

@@ -136,11 +136,15 @@ class _LmLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         work = torch.float64 if lm_head.dtype == torch.float64 else torch.float32
         empty = StepSums(*torch.zeros(5, plan.ttt_length, dtype=work, device=lm_head.device))
+        # Gradients are made here and only scaled in `backward`: the logits are at hand now, slice by slice, and keeping
+        # them, or making them again, would cost a K-wide tensor or a product. `total` alone takes gradients.
         gradients = _Gradients.like(lm_head, normed) if any(ctx.needs_input_grad) else None
         walk = _Walk(plan, teacher, lm_head, normed, work, compiled)
         if objective.section.type == "soft_cross_entropy":
             sums = walk.run(objective.slopes(empty), gradients)
         else:
+            # An LK loss divides by how many positions are live, and w depends on their acceptance: both are known only
+            # after all slices, so the slices are computed twice.
             sums = walk.run(None, None)
             if gradients is not None:
                 walk.run(objective.slopes(sums), gradients)
@@ -235,6 +239,7 @@ class _Walk:
         for normed, row, grad in zip(
             gradients.normed, rows, product(flat, self._lm_head).chunk(len(rows)), strict=True
         ):
+            # Added, not assigned: where u - k is before the start, `row` is the sample's first one, with a slope of 0.
             normed.index_add_(0, row, grad)
 
     def _teach(self, at: slice) -> _TeacherSlice:
@@ -243,7 +248,7 @@ class _Walk:
         hidden = teacher.hidden[plan.teacher_flat[at]].to(teacher.lm_head.dtype) * inside.unsqueeze(-1)
         logits = wide_product(hidden, teacher.lm_head.t(), self._work)  # [n, V]
         top, token = logits.max(dim=-1)
-        token = torch.where(inside, token, 0)
+        token = torch.where(inside, token, 0)  # among equal logits `max` may name any; the shift's zeros mean token 0
         if teacher.draft_ids is None or self._draft_index is None:
             probabilities = logits.sub_(top.unsqueeze(-1)).exp_()
             probabilities /= probabilities.sum(-1, keepdim=True)
@@ -264,6 +269,7 @@ def _figures(logits: Tensor, teacher: _TeacherSlice, weight: Tensor) -> Tensor:
     """
     top, token = logits.max(dim=-1)
     logits.sub_(top.unsqueeze(-1))
+    # p sums to one, so the cross entropy is the log of the total less this: no second pass for the log-softmax.
     agreement = torch.bmm(logits.unsqueeze(1), teacher.probabilities.unsqueeze(2)).flatten()
     q = logits.exp_()
     total = q.sum(-1)

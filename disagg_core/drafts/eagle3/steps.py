@@ -39,11 +39,12 @@ def run_steps(
     for k in range(plan.ttt_length):
         arguments = (k, state, key, value, own_keys, own_values)
         if checkpointing:
+            # Not the reentrant kind: it would lose the gradients of tensors that come inside a list.
             state, own_key, own_value = checkpoint(steps.step, *arguments, use_reentrant=False)
         else:
             state, own_key, own_value = steps.step(*arguments)
         states.append(state)
-        if k:
+        if k:  # new lists: a step that is computed again must find those that it was called with
             own_keys, own_values = [*own_keys, own_key], [*own_values, own_value]
     return states
 
@@ -81,6 +82,7 @@ class _Steps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the next state ``[rows, H]`` and this step's own key and value (the block's, unused, for k = 0)."""
         plan, width = self._plan, self._query_width
+        # The length grows with k for dynamic RoPE: in serving, every drafted token makes the sequence longer.
         cos, sin = self._draft.rotary(plan.row_positions + k, self._tokens + k, self._dtype)
         normed = self._layer.hidden_norm(state)
         token = plan.key_token[plan.row_key] + k

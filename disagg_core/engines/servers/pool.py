@@ -204,8 +204,9 @@ class ServerPool:
             logger.exception("the supervisor of %s failed", member.name)
             self._out(member, f"its supervisor failed: {type(error).__name__}: {error}")
         finally:
-            member.checked.set()
+            member.checked.set()  # else `start` waits for a thread that is gone
             if member.managed is not None:
+                # Before this thread ends, with which the kernel would kill the server at once.
                 member.managed.stop()
 
     def _keep_alive(self, member: PoolMember) -> None:
@@ -217,6 +218,7 @@ class ServerPool:
             if problem is None:
                 self._in(member, "back" if member.checked.is_set() else "started")
                 problem = self._watch(member)
+                # A server that dies soon after each start keeps its growing pause, however well it starts.
                 pause = 1.0 if time.monotonic() - began > _LONGEST_PAUSE_S else pause
             elif not member.checked.is_set():
                 failed_starts += 1
@@ -277,6 +279,7 @@ class ServerPool:
                     problem = self._checked(member)  # it may be another server by now
                 else:
                     problem = f"hangs: no good answer to a health check of {self._health_timeout_s:g} s"
+                # A dying server stops answering before its process is gone, and how that ended says more.
                 if problem is not None and not self._stop.wait(_POLL_S):
                     return _ended(member) or problem
         return None
