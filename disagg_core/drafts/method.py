@@ -184,7 +184,10 @@ class DraftModel(nn.Module, ABC):
 
     @abstractmethod
     def serving_state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint keeps, by serving name: all of the draft, nothing of the target."""
+        """Return the tensors that a checkpoint keeps: all of the draft, nothing of the target.
+
+        A part of the state dict, under the same names: training gathers and shards the tensors by them.
+        """
 
     @abstractmethod
     def load_serving_state_dict(self, state: Mapping[str, Tensor]) -> None:

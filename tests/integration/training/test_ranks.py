@@ -21,12 +21,16 @@ HERE = Path(__file__).parent
 
 def run_ranks(processes: int, told: Path, limit_s: float = 120.0) -> None:
     """Run `rank_main` under torchrun to its end."""
+    run_program(processes, ["rank_main.py", str(told)], told.with_suffix(".log"), limit_s)
+
+
+def run_program(processes: int, program: list[str], log: Path, limit_s: float = 120.0) -> None:
+    """Run a program of this folder with its arguments under torchrun to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
-    log = told.with_suffix(".log")
     with log.open("wb") as output:
         done = subprocess.run(
-            [*command, str(HERE / "rank_main.py"), str(told)],
+            [*command, str(HERE / program[0]), *program[1:]],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -34,6 +38,12 @@ def run_ranks(processes: int, told: Path, limit_s: float = 120.0) -> None:
             check=False,
         )
     assert done.returncode == 0, log.read_text()[-4000:]
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 1), (2, 3)])
+def test_what_some_ranks_saved_any_number_can_load(tmp_path: Path, saving: int, loading: int):
+    run_program(saving, ["reshard_main.py", "save", str(tmp_path)], tmp_path / "save.log")
+    run_program(loading, ["reshard_main.py", "load", str(tmp_path)], tmp_path / "load.log")
 
 
 def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
