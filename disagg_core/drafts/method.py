@@ -396,10 +396,7 @@ class DraftMethod(ABC):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return ``config.json`` and the tensors of an export, from `tensors` as `read` returned them, cast already.
 
-        `parts` are the target's, for formats that have room for them.
-
-        Raises:
-            IncompatibleDraft: the `parts` have other sizes than the config says.
+        `parts` are the target's, for formats that have room for them; `IncompatibleDraft` where they do not fit.
         """
 
     @abstractmethod

@@ -80,7 +80,7 @@ class Sampler:
         chance = torch.rand(p.shape, generator=self._generator, device=p.device)
         if drafted.probabilities is not None:
             chance = chance * drafted.probabilities.gather(2, drafted.picked[:, :, None]).squeeze(2)
-        accepted = _leading(chance < p)
+        accepted = _leading(inside & (chance < p))
         p = wanted[torch.arange(len(wanted), device=wanted.device), accepted]
         rest = (p - _rejected_from(drafted, accepted, vocab_size=p.shape[1])).clamp(min=0)
         return accepted, self._draw(torch.where(rest.sum(-1, keepdim=True) > 0, rest, p))

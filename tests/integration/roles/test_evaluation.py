@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
+from disagg_core.cli import drafts as commands
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
 from disagg_core.drafts.export import export_draft
 from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
@@ -144,6 +146,40 @@ def test_an_exported_draft_decodes_like_its_checkpoint(plan: RunPlan, tmp_path: 
     assert exported["lossless"]
     assert exported["accept_length"] == pytest.approx(trained["accept_length"], abs=0.3)
     assert json.loads((plan.dir.evaluation / "exported.json").read_text()) == exported
+
+
+def test_the_command_offers_the_formats_of_the_runs_method(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "find_run", lambda *_: plan.dir)
+    monkeypatch.setattr(commands, "read_plan", lambda _: plan)
+    draft = plan.dir.checkpoints / "step-30"
+
+    commands.export("test", tmp_path / "served", draft=draft)
+    commands.export("test", tmp_path / "named", "speculators", draft=draft)
+    with pytest.raises(BadInput, match=r"expected one of sglang \(SGLang\); hf .*; speculators \(vLLM\), found 'gguf'"):
+        commands.export("test", tmp_path / "other", "gguf", draft=draft)
+
+    assert f"{tmp_path / 'served'}: 15 tensors" in capsys.readouterr().out
+    config = json.loads((tmp_path / "named/config.json").read_text())["speculators_config"]
+    assert config["verifier"] == {"name_or_path": plan.spec.target.model, "architectures": ["LlamaForCausalLM"]}
+    assert config["proposal_methods"][0]["speculative_tokens"] == 4
+
+
+def test_a_draft_whose_files_name_no_layers_reads_those_of_the_run(plan: RunPlan, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(plan.dir.checkpoints / "step-0", tmp_path / "draft"))
+    document = json.loads((source / "config.json").read_text())
+    del document["eagle_config"]
+    (source / "config.json").write_text(json.dumps(document))
+    section = plan.spec.target.model_copy(update={"aux_layers": (0, 1, 3)})
+    deeper = {
+        "target": plan.target.model_copy(update={"num_layers": 6}),
+        "spec": plan.spec.model_copy(update={"target": section}),
+    }
+
+    draft = read_draft(source, plan.model_copy(update=deeper))
+
+    assert draft.config.layers == (0, 1, 3)
 
 
 def test_a_request_that_cannot_be_met_ends_the_process_with_its_reason(

@@ -86,32 +86,31 @@ def test_the_distribution_is_the_targets(small: LlamaForCausalLM, kind: str) -> 
     assert (0.02 < kept < 0.98) is (kind != "none")
 
 
-def first_tokens(logits: torch.Tensor, drafted: DraftedTokens) -> torch.Tensor:
-    """The part of the rows whose first token after verification is each of the vocabulary."""
-    accepted, own = Sampler(1.0, torch.Generator().manual_seed(5)).verify(logits, drafted)
-    first = torch.where(accepted > 0, drafted.ids[:, 0], own)
-    return torch.bincount(first, minlength=VOCAB) / len(first)
-
-
-@pytest.mark.parametrize("counts", [1, 0])
+@pytest.mark.parametrize("counts", [2, 1, 0])
 @pytest.mark.parametrize("certain", [True, False])
-def test_a_single_token_follows_the_target_however_it_was_drafted(certain: bool, counts: int) -> None:
-    """Drafted with certainty or drawn, from candidates that each row has its own of; as a proposal or as filler."""
+def test_every_token_follows_the_target_however_it_was_drafted(certain: bool, counts: int) -> None:
+    """Drafted with certainty or drawn, from candidates that each row and slot has its own of; proposals or filler."""
     rows, generator = 200_000, torch.Generator().manual_seed(1)
-    wanted = torch.softmax(torch.randn(VOCAB, generator=generator), dim=0)
-    candidates = torch.rand(rows, 1, VOCAB, generator=generator).argsort(-1)[..., :3]
-    picked, probabilities = Sampler(1.0, generator).pick(2 * torch.cos(candidates.float()))
-    drafted = DraftedTokens.picked_from(
-        candidates, picked, None if certain else probabilities, torch.full((rows,), counts)
-    )
+    wanted = torch.softmax(torch.randn(3, VOCAB, generator=generator), dim=-1)  # of each slot, whatever came before
+    candidates = torch.rand(rows, 2, VOCAB, generator=generator).argsort(-1)[..., :3]
+    taste = 2 * torch.cos(candidates + torch.tensor([[0.0], [2.0]]))
+    picked, probabilities = Sampler(1.0, generator).pick(taste)
+    proposals = torch.full((rows,), counts)
+    drafted = DraftedTokens.picked_from(candidates, picked, None if certain else probabilities, proposals)
 
-    found = first_tokens(wanted.log().expand(rows, 2, VOCAB), drafted)
+    accepted, own = Sampler(1.0, generator).verify(wanted.log().expand(rows, 3, VOCAB), drafted)
 
-    # Five standard deviations of a part of this many rows.
-    bound = 5 * (wanted * (1 - wanted) / rows).sqrt()
-    offered = torch.bincount(drafted.ids[:, 0], minlength=VOCAB) / rows
-    assert ((found - wanted).abs() < bound).all()
-    assert ((offered - wanted).abs() > bound).any(), "what was drafted follows something else"
+    said = torch.cat((drafted.ids, own[:, None]), dim=1).scatter(1, accepted[:, None], own[:, None])
+    for slot in range(counts + 1):
+        reached = said[accepted >= slot, slot]
+        bound = 5 * (wanted[slot] * (1 - wanted[slot]) / len(reached)).sqrt()  # five standard deviations
+        assert ((parts(reached) - wanted[slot]).abs() < bound).all()
+        assert slot == 2 or ((parts(drafted.ids[:, slot]) - wanted[slot]).abs() > bound).any(), "drafted otherwise"
+
+
+def parts(ids: torch.Tensor) -> torch.Tensor:
+    """How often each token of the vocabulary is among `ids`."""
+    return torch.bincount(ids, minlength=VOCAB) / len(ids)
 
 
 def test_filler_never_stands_even_where_the_target_would_say_the_same() -> None:
