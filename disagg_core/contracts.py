@@ -99,7 +99,7 @@ class PromptTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `ordinal` is its place in the run's seeded order over all epochs and the root of its sample id. `input_ids` and
     `loss_mask` have the same length; the mask holds 1 where a token may be trained on. With generation switched on
-    `input_ids` end where the target has to go on.
+    `input_ids` end where the target continues.
     """
 
     ordinal: int

@@ -85,7 +85,7 @@ class RunRecord:
         self.attempts = AttemptLoop(limit=self.plan.spec.run.attempts, first=self.plan.next_attempt())
 
     def attempt_ended(self, outcome: AttemptOutcome, roles: dict[Role, RoleRun]) -> None:
-        """Take note of how an attempt and its roles ended."""
+        """Record how an attempt and its roles ended."""
         self.attempts.record(outcome)
         self.roles = roles
         self.restarts.update({role: run.restarts for role, run in roles.items()})

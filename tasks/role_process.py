@@ -64,7 +64,7 @@ def run_role_process(
         return None
     if outcome is None:
         death = RoleFailed(
-            f"the {role} died without a word ({describe_exit(code)}); the end of {log}:\n{tail(log)}",
+            f"the {role} ended without reporting an outcome ({describe_exit(code)}); the end of {log}:\n{tail(log)}",
             "preempted" if code < 0 else "bug",
         )
         write_failure(outcome_file, started, death, died=True)

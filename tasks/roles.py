@@ -131,7 +131,7 @@ def judge(attempt: int, producer: RoleRun, consumer: RoleRun) -> AttemptOutcome:
 
 @task(name="run-producer", task_run_name="producer, attempt {assignment.attempt}", cache_policy=NO_CACHE)
 async def run_producer(assignment: RoleAssignment, supervision: Supervision) -> RoleRun:
-    """Run the rollout producer on its pool; restart it inside the attempt when it dies without a word."""
+    """Run the rollout producer on its pool; restart it inside the attempt when it dies without an outcome."""
     allowed = assignment.plan.spec.orchestration.producer_restarts
     restarts = 0
     while True:

@@ -54,7 +54,7 @@ class ChannelInspection:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more can happen: damaged, or both sides have said their last word."""
+        """Whether nothing more can happen: damaged, or both sides are in a terminal state."""
         return self.damage is not None or (self.writer.terminal and self.reader.terminal)
 
 

@@ -182,7 +182,7 @@ class PeerStatus:
 
     @property
     def terminal(self) -> bool:
-        """Whether this side has said its last word."""
+        """Whether this side is in a terminal state."""
         return self.state in ("ended", "done", "failed")
 
     def describe(self) -> str:

@@ -86,7 +86,7 @@ class ReferenceReader:
 
         Raises:
             ChannelBusy: there is a live reader.
-            ChannelClosed: the reader has said its last word already.
+            ChannelClosed: the reader is in a terminal state already.
         """
         with self._lock:
             if self._heartbeat is None:
@@ -248,7 +248,7 @@ class ReferenceReader:
         heartbeat.progressed(f"acknowledged record {cursor.seq} ({cursor.refs} references)", self._refs)
 
     def finish(self, state: Literal["done", "failed"], reason: str, failure_class: FailureClass | None) -> None:
-        """Say the reader's last word. See `StreamingRefChannel.finish` and `abandon`."""
+        """Enter a terminal state of the reader. See `StreamingRefChannel.finish` and `abandon`."""
         with self._lock:
             self.claim()
             self._check_running()

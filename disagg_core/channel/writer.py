@@ -1,4 +1,4 @@
-"""The writing side: one claimed producer, group commit, counts that survive restarts, and a last word.
+"""The writing side: one claimed producer, group commit, counts that survive restarts, and a terminal state.
 
 Several threads may publish at once. Whoever gets to commit takes along everything that has gathered meanwhile, so that
 one write and one fsync serve them all; nobody waits longer than for one commit before his own. `publish_many` returns
@@ -21,7 +21,7 @@ from disagg_core.errors import ChannelClosed, ChannelDamaged, FailureClass, Iden
 logger = logging.getLogger(__name__)
 
 LIVENESS_S = 0.25
-"""How often a waiting side looks whether the other one is still there."""
+"""How often a side that waits checks that the other one is alive."""
 
 
 class _Batch:
@@ -169,7 +169,7 @@ class ReferenceWriter:
         if self._tally.end is not None:
             raise ChannelClosed(f"{self._backend.where} has its end already: {describe_end(self._tally.end)}")
 
-    # --- last words ---
+    # --- terminal states ---
 
     def close(self, totals: StreamTotals) -> None:
         """Append the end-of-stream record. See `StreamingRefChannel.close`."""

@@ -214,7 +214,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def follow(self, states: Tensor, drafted: DraftedTokens, accepted: Tensor, own: Tensor, lengths: Tensor) -> None:
-        """Take note of what the target kept, and forget the rest.
+        """Advance past what the target kept, and drop the rest.
 
         Args:
             states: [batch, k + 1, layers * H_t], of the token emitted last and of the drafted ones.

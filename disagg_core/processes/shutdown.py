@@ -20,13 +20,13 @@ FLOW_RUN_S = 30.0
 """From SIGTERM to SIGKILL of a flow run's process. Prefect's own, not ours to choose."""
 
 ROLE_S = 25.0
-"""From SIGTERM to SIGKILL of a role's process tree: a checkpoint is saved, a stream gets its last word."""
+"""From SIGTERM to SIGKILL of a role's process tree: a checkpoint is saved, a stream is ended."""
 
 CHILDREN_S = 20.0
 """How long a cancelled parent waits for the flow runs that it dispatched."""
 
 DRIVE_S = 10.0
-"""How long a failed or stopped producer waits for its threads; the stream's last word comes after it."""
+"""How long a failed or stopped producer waits for its threads; the stream is ended after it."""
 
 POOL_S = 8.0
 """How long closing the server pool takes at most; it comes after the drive has ended."""

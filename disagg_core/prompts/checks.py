@@ -108,7 +108,7 @@ def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder
 
 
 def heldout_prompts(spec: RunSpec, tokenizer: Any, n: int) -> list[list[int]]:
-    """Return the token ids of the first `n` held-out prompts, each ending where the target has to go on.
+    """Return the token ids of the first `n` held-out prompts, each ending where the target continues.
 
     Of running text without `data.generate` the first half is the prompt. Prompts that cannot be encoded, or leave no
     room in `data.max_tokens`, are left out.

@@ -67,7 +67,7 @@ class PromptEncoder:
         return encoded
 
     def encode_prompt(self, record: Record) -> list[int]:
-        """Return the tokens of what the target is asked in `record`, ending where it has to go on.
+        """Return the prompt tokens of `record`, ending where the target continues.
 
         Running text without an answer is its own prompt.
 

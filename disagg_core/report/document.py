@@ -95,7 +95,7 @@ EndState = Literal["completed", "failed", "cancelled", "crashed"]
 """How a run ended. `crashed`: its process was killed, or it lost its Prefect server."""
 
 
-GO_ON = "Retry on its page in the Prefect UI goes on from its newest checkpoint"
+HOW_TO_RESUME = "Retry on its page in the Prefect UI resumes from its newest checkpoint"
 
 
 class RunReport(_Part):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from disagg_core.report.document import GO_ON, RunReport
+from disagg_core.report.document import HOW_TO_RESUME, RunReport
 from disagg_core.run.directory import RunDir
 
 BRIEF = ("trained", "steps", "accept length", "seconds")
@@ -101,7 +101,7 @@ def _end(report: RunReport) -> Iterator[Figure]:
     if report.failure:
         yield Figure(f"{report.state} ({report.failure.failure_class})", report.failure.message, "strong")
     if report.can_go_on:
-        yield Figure("to go on", GO_ON)
+        yield Figure("to resume", HOW_TO_RESUME)
     together = f", both roles together {report.roles_overlap_seconds:.0f} s" if report.roles else ""
     yield Figure("time", f"{report.seconds:.0f} s{together}", brief={"seconds": f"{report.seconds:.0f}"})
 

@@ -179,7 +179,7 @@ def read_draft(path: Path, plan: RunPlan) -> DraftModel:
         "vocab_size": (facts.vocab_size, config.vocab_size),
     }
     if method.name == plan.spec.draft.method:
-        layers = method.capture(plan.spec.draft, facts.num_layers, plan.spec.target.aux_layers).layers
+        layers = plan.capture.layers
         config = config if config.layers else config.with_layers(layers)
         pairs["layers"] = (layers, config.layers)
     faults = [f"{field}: expected {want}, found {found}" for field, (want, found) in pairs.items() if want != found]

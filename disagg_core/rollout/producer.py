@@ -1,7 +1,7 @@
 """The producer's drive loop: from prompts to a stream of references that always has an end or a failure.
 
 `build_disagg_online_producer` puts source, target, store and channel together; the `drive_producer` that it returns
-runs them until nothing is pending and nothing is leased, publishes in order, and writes the last word. Threads: one
+runs them until nothing is pending and nothing is leased, publishes in order, and ends the stream. Threads: one
 per rollout worker, two putters, and the caller's, which publishes and watches. Work is refilled continuously: a worker
 asks for its next prompts as soon as it has handed over the last ones.
 """

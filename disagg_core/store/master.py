@@ -17,7 +17,7 @@ from disagg_core.store.endpoints import StoreEndpoints
 _METRIC = re.compile(r"^(master_\w+) (\S+)$", re.MULTILINE)
 HTTP_TIMEOUT_S = 5.0
 MASTER_POLL_S = 0.05
-"""Pause between two looks whether a master that starts is there."""
+"""Pause between two checks that a master which is starting answers."""
 
 
 class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):

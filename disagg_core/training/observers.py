@@ -97,17 +97,17 @@ class Observers:
         self._observers = observers
 
     def on_step(self, record: Mapping[str, Any]) -> None:
-        """Tell all."""
+        """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_step(record)
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Tell all."""
+        """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_phase(phase, progress)
 
     def on_wait(self) -> None:
-        """Tell all."""
+        """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_wait()
 

@@ -45,10 +45,10 @@ class StepObserver(Protocol):
         """Take one step's figures, as they stand in ``metrics/train.jsonl``."""
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Take note that the trainer entered `phase`."""
+        """Record that the trainer entered `phase`."""
 
     def on_wait(self) -> None:
-        """Take note that the trainer waits for references."""
+        """Record that the trainer waits for references."""
 
 
 class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -121,7 +121,7 @@ def _demo_parameters() -> dict[str, Any]:
 
 
 def zombie_automation() -> Automation:
-    """Return the automation that crashes those of our runs whose process is gone without a word.
+    """Return the automation that marks our runs as crashed when their process is gone.
 
     The events of a flow run name its tags as related resources; other people's runs, which may beat at another rate,
     are none of its business.

@@ -46,7 +46,7 @@ KEEP_S = 7 * 24 * 3600
 """Seconds for which the server keeps a channel after its last heartbeat."""
 
 RECONNECT_S = LEASE_S
-"""How long a server may not answer: as long as the other side goes on believing in us."""
+"""How long a server may be silent: no longer than the other side takes to call us dead."""
 
 _APPEND_AT_ONCE = 512
 _IDS_AT_ONCE = 4096

@@ -13,7 +13,7 @@ Layer ids: ours and SGLang's id *k* is the output of decoder layer k. vLLM count
 k + 1; it does so for a draft in ``sglang`` format as well, which it would therefore feed from the wrong layers:
 give vLLM the ``speculators`` format.
 
-SGLang passes over names that it does not know without a word and starts with random weights in their place, so the
+SGLang silently ignores names that it does not know and starts with random weights in their place, so the
 check is ours: every difference between tensors and config is listed at once, by name.
 """
 

@@ -272,5 +272,5 @@ def test_an_exported_draft_of_another_target_is_refused(tmp_path, target_dir, en
     (source / "config.json").write_text(json.dumps(config))
     run.vocab_map.save(run.plan.dir.vocab_map)
 
-    with run.attempt(1), pytest.raises(IncompatibleDraft, match="aux layers"):
+    with run.attempt(1), pytest.raises(IncompatibleDraft, match="captured layers"):
         run_consumer(run.assignment(1))

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from disagg_core.cli import drafts as commands
+from disagg_core.contracts import Capture
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
+from disagg_core.drafts.eagle3.layers import default_layers
 from disagg_core.drafts.export import export_draft
 from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
 from disagg_core.roles.evaluation import (
@@ -89,9 +91,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
         root=root,
         spec=spec,
         target=facts,
+        capture=Capture(default_layers(facts.num_layers), last_hidden_state=True),
         tokenizer_version="none",
         draft_vocab_size=VOCAB,
-        prompts_per_epoch=None,
         total_prompts=None,
         total_steps=None,
         store_capacity=1,
@@ -171,13 +173,9 @@ def test_a_draft_whose_files_name_no_layers_reads_those_of_the_run(plan: RunPlan
     document = json.loads((source / "config.json").read_text())
     del document["eagle_config"]
     (source / "config.json").write_text(json.dumps(document))
-    section = plan.spec.target.model_copy(update={"aux_layers": (0, 1, 3)})
-    deeper = {
-        "target": plan.target.model_copy(update={"num_layers": 6}),
-        "spec": plan.spec.model_copy(update={"target": section}),
-    }
+    other = {"capture": Capture((0, 1, 3), last_hidden_state=True)}
 
-    draft = read_draft(source, plan.model_copy(update=deeper))
+    draft = read_draft(source, plan.model_copy(update=other))
 
     assert draft.config.layers == (0, 1, 3)
 
@@ -210,9 +208,8 @@ def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
 
 
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
-    facts = plan.target.model_copy(update={"vocab_size": 70, "num_layers": 6})
-    section = plan.spec.target.model_copy(update={"aux_layers": (0, 1, 3)})
-    other = {"target": facts, "spec": plan.spec.model_copy(update={"target": section})}
+    facts = plan.target.model_copy(update={"vocab_size": 70})
+    other = {"target": facts, "capture": Capture((0, 1, 3), last_hidden_state=True)}
 
     with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; layers: expected \(0, 1, 3\)"):
         read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update=other))

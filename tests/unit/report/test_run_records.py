@@ -62,7 +62,7 @@ def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: R
     assert "# Run night-1: cancelled" in markdown
     for row in ("| attempt | 2 |", "| prompts captured | 70 of 100 |", "| samples trained | 56 in 2 of 4 steps |"):
         assert row in markdown
-    assert "goes on from its newest checkpoint" in markdown
+    assert "resumes from its newest checkpoint" in markdown
     assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
