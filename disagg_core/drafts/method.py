@@ -106,7 +106,6 @@ class Batch(Protocol):
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Return the batch with the tensors that are computed with on `device`."""
-        ...
 
 
 class Batcher(ABC):
@@ -141,30 +140,24 @@ class DraftConfig(Protocol):
     @property
     def vocab_size(self) -> int:
         """The target's vocabulary V."""
-        ...
 
     @property
     def draft_vocab_size(self) -> int:
         """Tokens that the draft can propose, K; V where the method knows no reduced vocabulary."""
-        ...
 
     @property
     def target_hidden_size(self) -> int:
         """Width H_t of the target."""
-        ...
 
     @property
     def layers(self) -> tuple[int, ...] | None:
         """The target's layers that the draft reads; None where its files do not say."""
-        ...
 
     def with_layers(self, layers: tuple[int, ...]) -> DraftConfig:
         """Return the config of the same draft, said to read these `layers`."""
-        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a serving engine reads it, in plain JSON values."""
-        ...
 
 
 class DraftModel(nn.Module, ABC):
