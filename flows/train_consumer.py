@@ -6,6 +6,7 @@ import sys
 
 from prefect import flow
 
+from disagg_core.processes.shutdown import RANKS_S
 from disagg_core.run.plan import RoleAssignment
 from tasks.rendezvous import meet
 from tasks.role_process import run_role_process, write_assignment
@@ -38,4 +39,5 @@ def launcher(assignment: RoleAssignment, node_rank: int) -> list[str]:
         f"--nproc-per-node={training.processes}",
         f"--log-dir={assignment.dir.logs}",
         "--redirects=3",
+        f"--shutdown-timeout={RANKS_S:.0f}",
     ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
+from disagg_core.processes.interrupt import check_interrupt
 from disagg_core.prompts.order import seed_of
 from disagg_core.run_spec.document import GenerateSection
 
@@ -56,7 +57,7 @@ def continue_tasks(
 ) -> list[list[int]]:
     """Return the continuation of each task by a transformers causal LM, ending with an end-of-text id if it came.
 
-    All tasks are decoded as one batch.
+    All tasks are decoded as one batch. `check_interrupt` is asked before each step.
     """
     rooms = [sampling.room(task) for task in tasks]
     draws = _draws(tasks, rooms, sampling) if sampling.temperature > 0 else None
@@ -92,6 +93,7 @@ def _decode(
     kept = list(alive)  # the rows that are in the batch, finished or not
     tokens: list[list[int]] = [[] for _ in prompts]
     for step in range(max(rooms)):
+        check_interrupt()
         logits = model(
             input_ids=ids,
             attention_mask=mask[:, : width + step],

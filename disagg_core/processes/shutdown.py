@@ -22,6 +22,9 @@ FLOW_RUN_S = 30.0
 ROLE_S = 25.0
 """From SIGTERM to SIGKILL of a role's process tree: a checkpoint is saved, a stream is ended."""
 
+RANKS_S = 22.0
+"""From SIGTERM to SIGKILL of the ranks of a consumer, by torchrun, which ends after them."""
+
 CHILDREN_S = 20.0
 """How long a cancelled parent waits for the flow runs that it dispatched."""
 
@@ -41,6 +44,7 @@ NESTED = {
     "a cancellation and its flow run": (CANCELLATION_S, FLOW_RUN_S),
     "the platform and a flow run": (PLATFORM_S, FLOW_RUN_S),
     "a flow run and its role": (FLOW_RUN_S, ROLE_S),
+    "a role and its ranks": (ROLE_S, RANKS_S),
     "a role, its drive and its pool": (ROLE_S, DRIVE_S + POOL_S),
     "a drive and the pool that it waits for": (DRIVE_S, POOL_S),
     "the pool and its servers": (POOL_S, SERVER_S),

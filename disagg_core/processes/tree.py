@@ -16,8 +16,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from disagg_core.errors import PortTaken
 from disagg_core.processes import launch
+from disagg_core.processes.retry import wait_until
+
+_GONE_S = 5.0
+"""How long the kernel may take to end what was killed; a process on a hung mount takes for ever."""
 
 
 def spawn(
@@ -44,18 +50,45 @@ def spawn(
 
 
 def stop_tree(process: subprocess.Popen[bytes], *, grace_s: float, first: signal.Signals = signal.SIGTERM) -> int:
-    """End `process` and everything in its session's process group; return its exit code.
+    """End `process`, which `spawn` started, and all that descends from it, whatever sessions; return its exit code.
 
-    Sends `first`, also to a process that is paused, waits up to `grace_s` seconds, then kills the whole group.
+    Sends `first`, also to a process that is paused, waits up to `grace_s` seconds for its end, then kills what is left
+    of the tree. Of processes that belong to others, and so cannot be looked at, those that are orphans are not found.
     """
+    descent = descendants(process)
     if process.poll() is None:
         process.send_signal(first)
         process.send_signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace_s)
+    descent |= descendants(process)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for left in descent:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    wait_until(lambda: not any(map(lives, descent)), timeout_s=_GONE_S, every_s=0.02)
     return process.wait()
+
+
+def descendants(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    """Return what descends from `process`, which `spawn` started, also where the processes between have ended."""
+    found: set[psutil.Process] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found |= set(psutil.Process(process.pid).children(recursive=True))
+    mark = launch.mark_of(os.getpid(), process.pid)
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if other.pid != process.pid and mark in other.environ().get(launch.TREES, ""):
+                found.add(other)
+    return found
+
+
+def lives(process: psutil.Process) -> bool:
+    """Tell whether `process` is there, and no zombie whose parent has not looked at it yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def describe_exit(code: int) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,10 +23,11 @@ from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed, classify
+from disagg_core.processes.launch import die_with_parent
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
-from disagg_core.run.outcomes import exit_code_of, read_outcome, write_failure, write_outcome
+from disagg_core.run.outcomes import exit_with, read_outcome, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.parts import load_target_parts
@@ -227,14 +230,16 @@ def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     return Observers(*observers)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the role described by the JSON file named in `arguments`; return the exit code."""
+def main(arguments: list[str]) -> None:
+    """Run the role described by the JSON file named in `arguments`, and exit."""
+    if "LOCAL_RANK" in os.environ:  # torchrun's ranks have sessions of their own, and nobody without torchrun
+        die_with_parent(signal.SIGKILL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     assignment = RoleAssignment.model_validate_json(Path(arguments[0]).read_bytes())
     stop = StopSignal("consumer")
     stop.install()
-    return exit_code_of(lambda: run_consumer(assignment, stop=stop))
+    exit_with(lambda: run_consumer(assignment, stop=stop))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -24,6 +24,7 @@ from disagg_core.engines.contract import Target
 from disagg_core.engines.registry import target_of
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.processes.interrupt import interruptible
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.roles.connections import open_channel, open_store
@@ -33,7 +34,7 @@ from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_map_of
 from disagg_core.run.metrics import JsonlMetrics
-from disagg_core.run.outcomes import exit_code_of, write_failure, write_outcome
+from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.settings import get_settings
@@ -130,7 +131,7 @@ def _assemble(
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
-    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter))
+    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter, stop))
     target.prepare(identity)
     source = _open_source(assignment, pool, target, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
@@ -158,14 +159,17 @@ def _open_prompts(plan: RunPlan, stack: contextlib.ExitStack) -> EncodedPrompts:
     return pool
 
 
-def _vocab_version(plan: RunPlan, pool: EncodedPrompts, target: Target, enter: Callable[..., None]) -> str:
+def _vocab_version(
+    plan: RunPlan, pool: EncodedPrompts, target: Target, enter: Callable[..., None], stop: StopSignal
+) -> str:
     """Derive the run's vocabulary map if it has none yet; return its version."""
     cache = get_settings().home / "vocab_maps"
 
     def progress(done: int, total: int | None) -> None:
         enter("vocabulary map", counted=done, of=total)
 
-    return vocab_map_of(plan, pool, target, cache=cache, progress=progress).version
+    with interruptible(stop.check):
+        return vocab_map_of(plan, pool, target, cache=cache, progress=progress).version
 
 
 def _open_source(
@@ -227,14 +231,14 @@ def _covered(path: Path) -> OrdinalSet:
     )
 
 
-def main() -> int:
-    """Run the role of the assignment file given as the only argument; return the exit code."""
+def main() -> None:
+    """Run the role of the assignment file given as the only argument, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = StopSignal("producer")
     stop.install()
     assignment = RoleAssignment.model_validate_json(Path(sys.argv[1]).read_bytes())
-    return exit_code_of(lambda: run_producer(assignment, stop=stop))
+    exit_with(lambda: run_producer(assignment, stop=stop))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,6 +19,7 @@ from torch import Tensor
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Stored, Target
 from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.processes.interrupt import interruptible
 from disagg_core.processes.retry import join_all
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.meter import RolloutMeter
@@ -139,6 +140,10 @@ def _new_sample(captured: Captured) -> NewSample:
     )
 
 
+class _Stopped(Exception):
+    """The pipeline stops, and nobody waits for what this thread computes."""
+
+
 class RolloutWorker:
     """Leases prompts, has them captured, and answers for every one of them.
 
@@ -168,10 +173,17 @@ class RolloutWorker:
     def run(self) -> None:
         """Work until nothing is left or the pipeline stops."""
         try:
-            while (batch := self._pipeline.next_batch(self.name)) is not None:
-                self.capture(batch)
+            with interruptible(self._check_stopping):
+                while (batch := self._pipeline.next_batch(self.name)) is not None:
+                    self.capture(batch)
+        except _Stopped:
+            log.info("%s ends in the middle of a batch: the pipeline stops", self.name)
         except BaseException as error:  # noqa: BLE001 - the drive loop raises it
             self._pipeline.stop(error)
+
+    def _check_stopping(self) -> None:
+        if self._pipeline.stopping:
+            raise _Stopped
 
     def capture(self, batch: PromptBatch) -> None:
         """Have one batch captured and answer for each of its leases."""

@@ -6,7 +6,12 @@ too there is none at all.
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -71,3 +76,28 @@ def exit_code_of(role: Callable[[], object]) -> int:
     except DraftlineError:
         return 1
     return 0
+
+
+def exit_with(role: Callable[[], object]) -> None:
+    """Run `role` and end this process with its exit code, also where it left threads behind.
+
+    A thread inside torch is a daemon that an ordinary exit would unwind through C++ frames: the process would abort,
+    and a role that did all its work would count as one that died.
+    """
+    try:
+        code = exit_code_of(role)
+    except Exception:
+        if not _left_behind():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _left_behind():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _left_behind() -> bool:
+    return any(thread is not threading.main_thread() for thread in threading.enumerate())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from disagg_core.errors import BadInput
+from disagg_core.errors import BadInput, FailureClass, RoleFailed, classify
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others; longer than the slowest step or checkpoint."""
@@ -108,6 +108,23 @@ class Ranks:
         if self.control is not None:
             dist.all_reduce(values, group=self.control)
         return values
+
+    def first_does(self, work: Callable[[], object]) -> None:
+        """Have rank 0 do `work`, and all ranks wait for its end: one that left sooner would have torchrun end rank 0.
+
+        Raises:
+            RoleFailed: on the other ranks, where it failed; its own error is raised on rank 0.
+        """
+        if self.is_first:
+            try:
+                work()
+            except BaseException as error:
+                self.broadcast(f"{classify(error)} {type(error).__name__}: {error}".encode())
+                raise
+        failure = self.broadcast(b"").decode()
+        if failure and not self.is_first:
+            failure_class, reason = failure.split(" ", 1)
+            raise RoleFailed(f"rank 0 failed: {reason}", cast(FailureClass, failure_class))
 
     def leave(self) -> None:
         """Destroy the process group if this object made it."""

@@ -24,8 +24,9 @@ from torch import Tensor
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import SampleRef, ordinal_of
 from disagg_core.drafts.method import Batch, Batcher, Sample
-from disagg_core.errors import ChannelError, FailureClass, SampleLost, SampleUnusable
+from disagg_core.errors import ChannelError, FailureClass, Preempted, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.processes.interrupt import interruptible
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
@@ -34,8 +35,8 @@ PREFETCH_BYTES = 4 * 1024**3
 """Bytes of samples that one rank fetches ahead, besides the window in training."""
 POLL_S = 0.5
 """A rank that waits for references or samples looks this often whether it has to stop."""
-KEEPALIVE_S = 10.0
-"""Rank 0 talks to the other ranks at least this often while it waits for references."""
+KEEPALIVE_S = 1.0
+"""Rank 0 talks to the other ranks at least this often while it waits for references: one of them may have to stop."""
 
 EndReason = Literal["end of stream", "stop requested", "stream failed"]
 _log = logging.getLogger(__name__)
@@ -254,8 +255,9 @@ class FeatureDataLoader:
         while True:
             missing = self._global_batch_size - len(self._partial)
             try:
-                got = self._queue.get(missing, timeout=timeout)
-            except TimeoutError:
+                with interruptible(self._check_stop):
+                    got = self._queue.get(missing, timeout=timeout)
+            except (TimeoutError, Preempted):
                 return []
             except ChannelError as error:
                 _log.error("the stream broke off; what was fetched is trained first: %s", error)
@@ -267,6 +269,10 @@ class FeatureDataLoader:
             if self._ending is not None or len(self._partial) == self._global_batch_size:
                 refs, self._partial = self._partial, []
                 return refs
+
+    def _check_stop(self) -> None:
+        if self._stop:
+            raise Preempted("asked to stop while waiting for references")
 
     def _untrained(self, refs: list[SampleRef]) -> list[SampleRef]:
         """Return `refs` without those that the restored weights have seen; these are quarantined and removed."""
@@ -290,15 +296,16 @@ class FeatureDataLoader:
         )
 
     def _arrived(self, pending: _Pending) -> bool:
-        """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before it had its own.
+        """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before all had theirs.
 
         A store that is away may keep a transfer for longer than there is time after a stop signal.
         """
         left: set[Future[dict[str, Tensor]]] = set(pending.futures())
-        while left := wait(left, POLL_S).not_done:
-            if self._stop:
-                break
-        return not self._ranks.sum([float(len(left))])[0]
+        while True:
+            left = wait(left, POLL_S).not_done
+            missing, stops = self._ranks.sum([float(len(left)), float(self._stop)])
+            if not missing or stops:
+                return not missing
 
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
         """Collate a window's samples, which have arrived."""

@@ -190,7 +190,7 @@ class Trainer:
         self._saved_cursor = self.progress.cursor()
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step boundary, if there is none; every rank must call it.
+        """Write a checkpoint of this step boundary, if there is none; every rank must call it, none returns before.
 
         One of the same step with another cursor is replaced: a window without anything to train on is acknowledged
         all the same. None without a checkpoint policy.
@@ -204,12 +204,8 @@ class Trainer:
         self._phase("saving")
         draft = self.weights()
         optimizer = gather_optimizer(self._draft, self._step.optimizer)
-        if self._ranks.is_first:
-            save_checkpoint(
-                policy.root,
-                CheckpointContent(draft, self._draft.config.to_dict(), optimizer, self._rng(), self._state(policy)),
-                keep=policy.keep,
-            )
+        content = CheckpointContent(draft, self._draft.config.to_dict(), optimizer, self._rng(), self._state(policy))
+        self._ranks.first_does(lambda: save_checkpoint(policy.root, content, keep=policy.keep))
         self._saved, self._saved_cursor = path, cursor
         return path
 

@@ -40,6 +40,7 @@ from disagg_core.channel.records import (
 from disagg_core.channel.redis import scripts as redis_scripts
 from disagg_core.channel.redis.address import RedisAddress, answered, connect, keys_of
 from disagg_core.errors import BadInput, ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
+from disagg_core.processes.interrupt import check_interrupt
 from disagg_core.processes.retry import Retry, wait_until
 
 KEEP_S = 7 * 24 * 3600
@@ -100,6 +101,7 @@ class RedisBackend:
     def _pause(self, seconds: float) -> None:
         if self._closing.wait(seconds):
             raise ChannelUnavailable(f"{self.where} was closed while its server was away")
+        check_interrupt()
 
     # --- claims ---
 

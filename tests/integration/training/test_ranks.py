@@ -88,3 +88,23 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
     assert read_state(newest).cursor.trained == [(0, 8), (10, 16)]
     saved = load_file(newest / "draft.safetensors")
     assert all(torch.equal(saved[name], two[name]) for name in two)
+
+
+def test_no_rank_goes_on_before_rank_0_has_written_the_checkpoint(tmp_path: Path):
+    """One that left would have torchrun end rank 0 in the middle of it."""
+    run_program(2, ["waiting_main.py", "save", str(tmp_path)], tmp_path / "log")
+
+    assert (tmp_path / "rank 1 went on").read_text() == "complete: True"
+
+
+def test_all_ranks_know_that_rank_0_could_not_write_the_checkpoint(tmp_path: Path):
+    run_program(2, ["waiting_main.py", "fail", str(tmp_path)], tmp_path / "log")
+
+    assert (tmp_path / "rank 0").read_text() == "MemoryError  no room"
+    assert (tmp_path / "rank 1").read_text() == "RoleFailed out_of_memory rank 0 failed: MemoryError: no room"
+
+
+def test_one_rank_that_is_asked_to_stop_while_all_wait_for_references_stops_all_at_once(tmp_path: Path):
+    run_program(2, ["waiting_main.py", "stop", str(tmp_path)], tmp_path / "log")
+
+    assert float((tmp_path / "seconds").read_text()) < 4.0, "half of what SIGTERM leaves for the checkpoint, and less"

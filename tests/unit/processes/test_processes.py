@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from disagg_core.errors import PortTaken
-from disagg_core.processes.tree import check_port, describe_exit, free_port, spawn, stop_tree, tail
+from disagg_core.processes.tree import check_port, describe_exit, free_port, lives, spawn, stop_tree, tail
 
 pytestmark = pytest.mark.unit
 
@@ -43,6 +43,50 @@ def test_one_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) ->
     children = psutil.Process(process.pid).children()
     assert describe_exit(stop_tree(process, grace_s=0.2)) == "killed by SIGKILL"
     eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+
+
+IN_A_SESSION_OF_ITS_OWN = (
+    f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True); "
+)
+"""As torchrun starts its ranks."""
+
+
+def test_what_has_a_session_of_its_own_ends_with_the_tree(tmp_path: Path) -> None:
+    process = spawn([sys.executable, "-c", IN_A_SESSION_OF_ITS_OWN + "time.sleep(60)"], tmp_path / "log")
+    eventually(lambda: tail(tmp_path / "log") == "up")
+    (rank,) = psutil.Process(process.pid).children()
+    stop_tree(process, grace_s=0.2)
+    assert not lives(rank)
+
+
+def test_what_was_left_behind_by_a_leader_that_died_ends_with_the_tree(tmp_path: Path) -> None:
+    process = spawn([sys.executable, "-c", IN_A_SESSION_OF_ITS_OWN + "time.sleep(60)"], tmp_path / "log")
+    eventually(lambda: tail(tmp_path / "log") == "up")
+    (rank,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert lives(rank)
+    stop_tree(process, grace_s=0.2)
+    assert not lives(rank)
+
+
+def test_a_tree_inside_a_tree_ends_with_the_outer_one_and_not_the_other_way_round(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from disagg_core.processes.tree import spawn\n"
+        f"spawn([sys.executable, '-c', {IN_A_SESSION_OF_ITS_OWN + 'time.sleep(60)'!r}], "
+        f"Path({str(tmp_path / 'inner')!r}), death_signal=0)\n"
+        "time.sleep(60)"
+    )
+    outer = spawn([sys.executable, "-c", code], tmp_path / "outer")
+    eventually(lambda: tail(tmp_path / "inner") == "up")
+    everything = psutil.Process(outer.pid).children(recursive=True)
+    other = spawn([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "other")
+    outer.kill()
+    outer.wait()
+    stop_tree(outer, grace_s=0.2)
+    assert not any(lives(process) for process in everything)
+    assert other.poll() is None
+    stop_tree(other, grace_s=5)
 
 
 def test_one_that_is_paused_hears_sigterm_all_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Child of the tests of what ranks wait for: rank 0's checkpoint, and a stop that only rank 1 was asked for."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+from disagg_core.channel import StreamingRefChannel
+from disagg_core.errors import RoleFailed
+from disagg_core.processes.retry import wait_until
+from disagg_core.training import trainer as trainer_module
+from disagg_core.training.distributed import Ranks
+from tests.integration.training.consumer_kit import consumer
+
+
+def save(ranks: Ranks, folder: Path) -> None:
+    """Save a checkpoint that rank 0 takes its time to write; rank 1 notes what it finds when it may go on."""
+    write = trainer_module.save_checkpoint
+
+    def slowly(*args, **kwargs):
+        wait_until((folder / "rank 1 went on").exists, timeout_s=3.0, every_s=0.05)
+        write(*args, **kwargs)
+
+    trainer_module.save_checkpoint = slowly
+    with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
+        trainer, _ = consumer(channel if ranks.is_first else None, None, ranks, checkpoints=folder / "checkpoints")
+        path = trainer.save()
+        if not ranks.is_first:
+            (folder / "rank 1 went on").write_text(f"complete: {(path / 'manifest.json').exists()}")
+
+
+def fail(ranks: Ranks, folder: Path) -> None:
+    """Have rank 0 fail to write; each rank notes what it sees of that."""
+
+    def broken(*args, **kwargs):
+        raise MemoryError("no room")
+
+    trainer_module.save_checkpoint = broken
+    with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
+        trainer, _ = consumer(channel if ranks.is_first else None, None, ranks, checkpoints=folder / "checkpoints")
+        try:
+            trainer.save()
+        except (MemoryError, RoleFailed) as error:
+            failure_class = getattr(error, "failure_class", "")
+            (folder / f"rank {ranks.rank}").write_text(f"{type(error).__name__} {failure_class} {error}")
+
+
+def stop(ranks: Ranks, folder: Path) -> None:
+    """Wait for a stream without samples; only rank 1 is asked to stop, and notes how long that took."""
+    asked: list[float] = []
+    with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
+        _, loader = consumer(channel if ranks.is_first else None, None, ranks)
+
+        def ask() -> None:
+            asked.append(time.monotonic())
+            loader.request_stop()
+
+        if not ranks.is_first:
+            threading.Timer(1.5, ask).start()
+        assert list(loader) == []
+        assert loader.end_reason == "stop requested"
+        if not ranks.is_first:
+            (folder / "seconds").write_text(str(time.monotonic() - asked[0]))
+
+
+if __name__ == "__main__":
+    with Ranks.join("cpu") as these:
+        {"save": save, "fail": fail, "stop": stop}[sys.argv[1]](these, Path(sys.argv[2]))
