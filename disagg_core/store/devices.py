@@ -32,8 +32,9 @@ class DeviceCopies:
         if ready is None:
             pack_into(buffer, tensors, layout)
             return
-        pool.pin()
-        stream = self._stream(_gpu_of(tensors), "out")
+        gpu = _gpu_of(tensors)
+        pool.pin(gpu)
+        stream = self._stream(gpu, "out")
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             pack_into(buffer, tensors, layout, non_blocking=True)
@@ -45,7 +46,7 @@ class DeviceCopies:
         """Return the tensors in `buffer`, a part of `pool`, as copies on `device`; the buffer is free on return."""
         if device.type != "cuda":
             return unpack(buffer.to(device, copy=True), specs)
-        pool.pin()
+        pool.pin(device)
         stream = self._stream(device, "in")
         with torch.cuda.stream(stream):
             copy = buffer.to(device, non_blocking=True)
@@ -59,6 +60,14 @@ class DeviceCopies:
             if key not in self._streams:
                 self._streams[key] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             return self._streams[key]
+
+
+def named(device: str | torch.device) -> torch.device:
+    """Return `device` with its number: ``cuda`` means the caller's GPU, and another thread has another one."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def written_so_far(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import BadInput, DraftlineError, StoreMisuse
+from disagg_core.store.capacity import STAGING_BYTES
 from disagg_core.store.codes import Verdict, error_from_code, verdict_of
-from disagg_core.store.devices import DeviceCopies, written_so_far
+from disagg_core.store.devices import DeviceCopies, named, written_so_far
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView, StoreHealth
-from disagg_core.store.outgoing import Outgoing, Shapes, layout_of
+from disagg_core.store.memory import TransferMemory
+from disagg_core.store.outgoing import CPU, Outgoing, Shapes, layout_of
 from disagg_core.store.packing import grouped, in_a_row, unpack
 from disagg_core.store.reclaimer import Reclaimer
 from disagg_core.store.references import (
@@ -40,12 +42,10 @@ from disagg_core.store.references import (
     pattern_of,
 )
 from disagg_core.store.session import Session
-from disagg_core.store.staging import StagingPool
 from disagg_core.store.transfers import Link, SampleReader, SampleWriter
 
 log = logging.getLogger(__name__)
 
-STAGING_BYTES = 64 << 20
 LENT_FROM_BYTES = 256 << 10
 
 
@@ -61,8 +61,9 @@ class MooncakeFeatureStore:
         put_timeout_s: how long a put waits for room in a full store.
         retry_timeout_s: how long a master or an owner that does not answer properly is tried again.
         connect_timeout_s: how long to wait for the master at the start.
-        staging_bytes: transfer memory for each direction, taken when first used, and as much for what is allocated
-            and for what is handed out in place; a larger sample gets memory of its own.
+        staging_bytes: transfer memory for each direction, taken when first used and given up when idle, and as much
+            for what is allocated and for what is handed out in place; see `capacity.staging_bytes_for`. A sample that
+            does not fit makes it larger.
         threads: threads of `submit_put` and as many of `submit_get`.
         expected: what the references of this run must carry; others are refused. None accepts every identity.
         wrap: put around the native client; for fault injection.
@@ -110,19 +111,19 @@ class MooncakeFeatureStore:
             full_timeout_s=put_timeout_s,
             retry_timeout_s=retry_timeout_s,
         )
-        self._in = StagingPool(staging_bytes, self._register, "incoming")
-        self._lent = StagingPool(staging_bytes, self._register, "lent")
+        self._memory = TransferMemory(self._session, staging_bytes)
+        self._in, self._lent = self._memory.pool("incoming"), self._memory.pool("lent")
+        self._out = Outgoing(self._memory.pool)
         self._writer = SampleWriter(self._link)
         self._reader = SampleReader(self._link)
         self._copies = DeviceCopies()
-        self._out = Outgoing(staging_bytes, self._register)
         self._putters = ThreadPoolExecutor(threads, thread_name_prefix="store-put")
         self._getters = ThreadPoolExecutor(threads, thread_name_prefix="store-get")
         self._submitted = threading.BoundedSemaphore(4 * threads)
 
     # --- put ------------------------------------------------------------------------------------------------------
 
-    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
+    def allocate(self, shapes: Shapes, filled_from: torch.device = CPU) -> Mapping[str, Tensor]:
         """Return uninitialised CPU tensors for one sample, from transfer memory while there is room.
 
         Given to `put` as it is, the filled mapping is sent from where it lies; a put of anything else copies it first.
@@ -130,13 +131,14 @@ class MooncakeFeatureStore:
 
         Args:
             shapes: shape and dtype of each tensor, in the order in which they will be put.
+            filled_from: where what will be copied into them lies; for a GPU the memory is page-locked.
 
         Raises:
             BadInput: a dtype is not in `packing.DTYPES`.
             StoreMisuse: after close, or in a forked child.
         """
         with self._session.operation():
-            return self._out.allocate(shapes)
+            return self._out.allocate(shapes, named(filled_from))
 
     def put(
         self,
@@ -248,13 +250,13 @@ class MooncakeFeatureStore:
         check_reference(ref, self.namespace, self._expected)
         begin = time.perf_counter()
         with self._session.operation():
-            tensors = self._get(ref, torch.device(device), time.monotonic())
+            tensors = self._get(ref, named(device), time.monotonic())
         self._link.counters.add(gets=1, get_bytes=ref.size_bytes, get_seconds=time.perf_counter() - begin)
         return tensors
 
     def get_many(self, refs: Sequence[SampleRef], device: str | torch.device = "cpu") -> list[dict[str, Tensor]]:
         """Return the tensors of many samples in order, small ones read several at a time; errors as in `get`."""
-        where = torch.device(device)
+        where = named(device)
         for ref in refs:
             check_reference(ref, self.namespace, self._expected)
         begin = time.perf_counter()
@@ -270,7 +272,7 @@ class MooncakeFeatureStore:
         """`get` on another thread."""
         self._session.check()
         try:
-            return self._getters.submit(self.get, ref, device)
+            return self._getters.submit(self.get, ref, named(device))
         except RuntimeError as error:
             raise StoreMisuse("the feature store was closed while a get was submitted") from error
 
@@ -364,9 +366,9 @@ class MooncakeFeatureStore:
         left = self._reclaimer.stop(timeout_s=5.0)
         if left:
             log.warning("%d objects under %s could not be removed; they are left to the sweep", left, self.namespace)
+        self._memory.stop()
         self._session.close()
-        for pool in (self._out, self._in, self._lent):
-            pool.close()
+        self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -387,10 +389,6 @@ class MooncakeFeatureStore:
     def _remove_parked(self, keys: Sequence[str]) -> Sequence[int]:
         with self._session.raw() as client:
             return _removal_codes(client, keys)
-
-    def _register(self, address: int, size: int) -> int:
-        code: int = self._session.client.register_buffer(address, size)
-        return code
 
 
 def _removal_codes(client: Any, keys: Sequence[str]) -> Sequence[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,11 +19,18 @@ from disagg_core.store.staging import Slot, StagingPool
 
 Shapes: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each tensor of a sample, in the order in which they will be put."""
-Allocate: TypeAlias = Callable[[Shapes], Mapping[str, Tensor]]
-"""Makes the tensors of a sample, uninitialised; `MooncakeFeatureStore.allocate` or `allocate_plain`."""
+CPU = torch.device("cpu")
 
 
-def allocate_plain(shapes: Shapes) -> dict[str, Tensor]:
+class Allocate(Protocol):
+    """Makes the tensors of a sample, uninitialised; `MooncakeFeatureStore.allocate` or `allocate_plain`."""
+
+    def __call__(self, shapes: Shapes, filled_from: torch.device = CPU) -> Mapping[str, Tensor]:
+        """Return CPU tensors of `shapes`, which will be filled with what lies on the device `filled_from`."""
+        ...
+
+
+def allocate_plain(shapes: Shapes, filled_from: torch.device = CPU) -> dict[str, Tensor]:
     """Return uninitialised tensors in ordinary memory."""
     return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -63,24 +70,28 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
 
 
 class Outgoing:
-    """The outgoing transfer memory of one client: `staging_bytes` for copies, as much for what producers allocate."""
+    """The outgoing transfer memory of one client: a pool for copies, and one for what producers allocate.
 
-    def __init__(self, staging_bytes: int, register: Callable[[int, int], int]) -> None:
-        self._copied = StagingPool(staging_bytes, register, "outgoing")
-        self._allocated = StagingPool(staging_bytes, register, "allocated")
+    Args:
+        new_pool: makes a pool of transfer memory with the name given.
+    """
+
+    def __init__(self, new_pool: Callable[[str], StagingPool]) -> None:
+        self._copied = new_pool("outgoing")
+        self._allocated = new_pool("allocated")
         self._copies = DeviceCopies()
 
-    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
+    def allocate(self, shapes: Shapes, filled_from: torch.device = CPU) -> Mapping[str, Tensor]:
         """Return tensors that lie as a packed sample, in transfer memory if there is room at this moment.
 
-        The memory comes back when the last of them is gone.
+        The memory comes back when the last of them is gone; it is page-locked if `filled_from` is a GPU.
         """
         layout = plan_layout({name: torch.empty(s, dtype=dtype, device="meta") for name, (s, dtype) in shapes.items()})
         slot = self._allocated.acquire_now(layout.size_bytes)
         if slot is None:
             return allocate_plain(shapes)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._allocated.pin()
+        if filled_from.type == "cuda":
+            self._allocated.pin(filled_from)
         return PackedTensors(Packed(slot, layout))
 
     def packed(
@@ -99,11 +110,6 @@ class Outgoing:
         """
         in_place = [sample.packed for sample in samples if self._holds(sample)]
         return nullcontext(in_place) if len(in_place) == len(samples) else self._copy(samples, ready, timeout_s)
-
-    def close(self) -> None:
-        """Undo the page-locking of the memory."""
-        for pool in (self._copied, self._allocated):
-            pool.close()
 
     def _holds(self, sample: Mapping[str, Tensor]) -> TypeGuard[PackedTensors]:
         return isinstance(sample, PackedTensors) and sample.packed.slot.pool is self._allocated

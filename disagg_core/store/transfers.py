@@ -123,6 +123,8 @@ class SampleWriter:
             code = session.client.put_from(key, slot.address, slot.size, session.hard_pin)
             if code == 0:
                 return key
+            if not is_settled(code):
+                slot.keep_mapped()
             tries = tries or self._link.tries(began)
             self._after_failure(key, code, slot.size, tries)
 
@@ -139,6 +141,8 @@ class SampleWriter:
         try:
             for index, code in enumerate(codes):
                 if code:
+                    if not is_settled(code):
+                        slots[index].keep_mapped()
                     self._after_failure(keys[index], code, sizes[index], link.tries(time.monotonic()))
                     keys[index] = self.write(slots[index], sample_ids[index])
                     stored.append(keys[index])
