@@ -8,6 +8,7 @@ from rich.text import Text
 
 from disagg_core.contracts import Capture
 from disagg_core.run.plan import RunPlan
+from disagg_core.store.capacity import most_regions
 
 _GIB = 1024**3
 _MIB = 1024**2
@@ -83,6 +84,7 @@ def _numbers(plan: RunPlan) -> Table:
         "memory in the store",
         f"up to {_size(marks.high_bytes or 0)} in flight, of {_size(plan.store_capacity)}",
     )
+    table.add_row("memory for transfers", _transfers(plan))
     table.add_row("reference channel", spec.channel.url or "files in the run's directory")
     return table
 
@@ -90,6 +92,14 @@ def _numbers(plan: RunPlan) -> Table:
 def _captured(capture: Capture) -> str:
     layers = ", ".join(str(layer) for layer in capture.layers)
     return f"{layers}; and the last hidden state" if capture.last_hidden_state else layers
+
+
+def _transfers(plan: RunPlan) -> str:
+    """Say what memory a process takes to put or to get samples: one direction for copies, one for samples in place."""
+    usual, most = 2 * plan.staging_bytes, 2 * plan.staging_bytes * most_regions(plan.staging_bytes)
+    writer = "in each SGLang server" if plan.spec.target.backend == "sglang" else "in the producer"
+    ranks = f"in each of {plan.spec.world_size} ranks" if plan.spec.world_size > 1 else "in the trainer"
+    return f"up to {_size(usual)} {writer} and {ranks}, for a minute after failed transfers up to {_size(most)}"
 
 
 def _size(count: int) -> str:

@@ -254,7 +254,7 @@ class TransformersTarget:
         samples = []
         for row, task in enumerate(batch):
             tokens = len(task.input_ids)
-            sample = self._allocate(shapes_of(self._capture, tokens, width, dtype))
+            sample = self._allocate(shapes_of(self._capture, tokens, width, dtype), states.layers[0].device)
             sample["input_ids"].copy_(torch.tensor(task.input_ids, dtype=torch.int32))
             sample["loss_mask"].copy_(torch.tensor(task.loss_mask, dtype=torch.uint8))
             for place, state in enumerate(states.layers):

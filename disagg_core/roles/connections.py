@@ -41,5 +41,6 @@ def open_store(assignment: RoleAssignment, expected: RunIdentity | None = None) 
         protocol=section.protocol,
         checksum=section.checksum,
         put_timeout_s=section.put_timeout_s,
+        staging_bytes=assignment.plan.staging_bytes,
         expected=expected,
     )

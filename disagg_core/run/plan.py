@@ -17,6 +17,7 @@ from disagg_core.errors import SpecError
 from disagg_core.run.directory import AttemptDir, RunDir
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.store.capacity import staging_bytes_for
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
 
@@ -59,6 +60,11 @@ class RunPlan(BaseModel):
     def max_sample_bytes(self) -> int:
         """The most bytes that one sample takes in the store."""
         return self.watermarks.max_sample_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """The memory that one process takes for transfers in one direction."""
+        return staging_bytes_for(self.max_sample_bytes)
 
     def next_attempt(self) -> int:
         """Return the number of the first attempt that was not begun: 1 unless an earlier process of this run ended."""

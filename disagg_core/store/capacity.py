@@ -40,14 +40,14 @@ def most_regions(region_bytes: int) -> int:
     return max(2, min(4, 4 * STAGING_BYTES // region_bytes))
 
 
-def available_bytes() -> int:
+def available_bytes(process: Path = Path("/proc/self")) -> int:
     """Return the memory that may still be taken here: the machine's, or where that is less, what a cgroup allows.
 
-    The limits of this process's own cgroup and of every one above it count: Slurm and systemd set them on the job's,
+    The limits of the own cgroup of `process` and of every one above it count: Slurm and systemd set them on the job's,
     the step's, the service's, a container runtime on the one that the container sees as the root.
     """
     available: int = psutil.virtual_memory().available
-    return min([available, *(max(0, left) for left in _left_in_cgroups(Path("/proc/self")))])
+    return min([available, *(max(0, left) for left in _left_in_cgroups(process))])
 
 
 def check_capacity(capacity: int) -> None:

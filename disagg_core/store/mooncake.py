@@ -96,6 +96,7 @@ class MooncakeFeatureStore:
             raise BadInput(f"expected staging_bytes and threads above 0, found {staging_bytes} and {threads}")
         self.endpoints = endpoints
         self.namespace = namespace
+        self.staging_bytes = staging_bytes
         self._uri = f"mooncake://{endpoints.master_address}/{namespace}"
         self._expected = expected
         self._room_timeout_s = put_timeout_s + retry_timeout_s  # others wait for room with staging memory in hand
@@ -351,8 +352,9 @@ class MooncakeFeatureStore:
 
     @property
     def counters(self) -> dict[str, int | float]:
-        """Counts, bytes and seconds since the store was opened, for metrics and the report."""
-        return {**self._link.counters.snapshot(), "parked_removals": len(self._reclaimer)}
+        """Counts, bytes and seconds since the store was opened, and the transfer memory it holds."""
+        held = {"parked_removals": len(self._reclaimer), "staging_bytes": self._memory.total_bytes}
+        return {**self._link.counters.snapshot(), **held}
 
     def close(self) -> None:
         """Let the transfers in progress end, try parked removals for a few seconds, then disconnect.

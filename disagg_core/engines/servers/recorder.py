@@ -59,8 +59,8 @@ class CapturableRequest(Protocol):
 class WritableStore(Protocol):
     """What the writer does with a feature store, as `MooncakeFeatureStore` does it."""
 
-    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
-        """Return memory for the tensors of one sample."""
+    def allocate(self, shapes: Shapes, filled_from: torch.device) -> Mapping[str, Tensor]:
+        """Return memory for the tensors of one sample, which lie on `filled_from` before they are copied into it."""
         ...
 
     def put(
@@ -269,7 +269,8 @@ class _RecordingWriter:
         started = time.perf_counter()
         capture, aux = order.identity.capture, recording.aux[0]
         hidden_size = aux.shape[1] // len(capture.layers)
-        tensors = store.allocate(shapes_of(capture, order.num_tokens, hidden_size, aux.dtype))
+        shapes = shapes_of(capture, order.num_tokens, hidden_size, aux.dtype)
+        tensors = store.allocate(shapes, aux.device)
         tensors["input_ids"].copy_(torch.tensor(recording.input_ids, dtype=torch.int32))
         tensors["loss_mask"].copy_(torch.tensor(mask_of(order.loss_spans, order.num_tokens), dtype=torch.uint8))
         _gather(recording.aux, tensors["aux_hidden_states"])

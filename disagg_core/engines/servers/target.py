@@ -32,10 +32,14 @@ _FEWEST_TOKENS = 3
 
 
 class SweepableStore(Protocol):
-    """What the target needs of the feature store: where it is, and how to take back what a server left there."""
+    """What the target needs of the feature store: where it is, and how to take back what a server left there.
+
+    `staging_bytes` is the transfer memory of one direction that a client of it takes.
+    """
 
     endpoints: StoreEndpoints
     namespace: str
+    staging_bytes: int
 
     def abort(self, ref: SampleRef) -> None:
         """Remove one sample."""
@@ -95,6 +99,7 @@ class ServedTarget(ABC):
             protocol=store_section.protocol,
             checksum=store_section.checksum,
             put_timeout_s=min(store_section.put_timeout_s, section.request_timeout_s / 2),
+            staging_bytes=store.staging_bytes,
         )
         self._max_tokens = max_tokens
         self._log_dir = log_dir

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import msgspec
 
 from disagg_core.contracts import FeatureSpec, RunIdentity, SampleRef
+from disagg_core.store.capacity import STAGING_BYTES
 
 SGLANG_VERSION = "0.5.23"
 """The only SGLang version whose internals the plugin knows."""
@@ -23,7 +24,7 @@ WIRE_KEY = "draftline"
 
 
 class StoreAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which feature store a server has to write to, and how."""
+    """Which feature store a server has to write to, how, and with how much transfer memory of one direction."""
 
     master_address: str
     metrics_address: str
@@ -31,6 +32,7 @@ class StoreAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     protocol: str
     checksum: bool
     put_timeout_s: float
+    staging_bytes: int = STAGING_BYTES
 
 
 class CaptureOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="capture"):

@@ -105,6 +105,7 @@ def _open_store(address: StoreAddress) -> WritableStore:
         protocol=address.protocol,
         checksum=address.checksum,
         put_timeout_s=address.put_timeout_s,
+        staging_bytes=address.staging_bytes,
     )
 
 

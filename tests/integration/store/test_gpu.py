@@ -32,7 +32,7 @@ def test_allocated_memory_is_page_locked_and_takes_copies_from_the_gpu(
     store: MooncakeFeatureStore, identity: RunIdentity
 ) -> None:
     hidden = torch.randn(1 << 20, device="cuda")
-    places = store.allocate({"x": ((1 << 20,), torch.float32)})
+    places = store.allocate({"x": ((1 << 20,), torch.float32)}, hidden.device)
     places["x"].copy_(hidden, non_blocking=True)
     torch.cuda.synchronize()
     ref = store.put("s1", places, identity=identity, source_task_id="t", num_tokens=1)

@@ -6,8 +6,6 @@ import threading
 import pytest
 import torch
 
-from disagg_core.errors import BadInput, StoreTooLarge
-from disagg_core.store.capacity import available_bytes, check_capacity
 from disagg_core.store.owner import SMALLEST_MAPPING, added, fault_in, writable_mappings
 
 pytestmark = pytest.mark.unit
@@ -51,11 +49,3 @@ def resident(address: int) -> int:
         elif inside and head == "Rss:":
             return int(line.split()[1])
     raise AssertionError("no such mapping")
-
-
-def test_a_capacity_is_compared_with_the_machine() -> None:
-    check_capacity(1)
-    with pytest.raises(StoreTooLarge, match="has room for"):
-        check_capacity(2 * available_bytes())
-    with pytest.raises(BadInput, match="found -5"):
-        check_capacity(-5)

@@ -63,8 +63,8 @@ class Shelf:
         self.full = False
         self.closed = False
 
-    def allocate(self, shapes: Shapes) -> Mapping[str, Tensor]:
-        return allocate_plain(shapes)
+    def allocate(self, shapes: Shapes, filled_from: torch.device) -> Mapping[str, Tensor]:
+        return allocate_plain(shapes, filled_from)
 
     def put(
         self,

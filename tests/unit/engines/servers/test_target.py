@@ -36,6 +36,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.endpoints = StoreEndpoints(master_address="h:1", metrics_address="h:2")
+        self.staging_bytes = 80 << 20
         self.namespace = "run/1"
         self.aborted: list[str] = []
         self.swept: list[str | None] = []
