@@ -35,6 +35,7 @@ from disagg_core.processes.retry import wait_until
 from disagg_core.processes.tree import check_port
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
+from disagg_core.store.capacity import available_bytes
 from disagg_core.target.facts import TargetFacts
 
 Level = Literal["ok", "warning", "failed"]
@@ -60,8 +61,7 @@ def machine_findings(settings: Settings) -> Iterator[Finding]:
     yield Finding("ok", "python", sys.version.split()[0])
     yield from _packages()
     yield _gpus()
-    memory = psutil.virtual_memory()
-    yield Finding("ok", "memory", f"{_gib(memory.available)} of {_gib(memory.total)} available")
+    yield Finding("ok", "memory", f"{_gib(available_bytes())} of {_gib(psutil.virtual_memory().total)} available")
     yield from _tried("home", lambda: _home(settings.home))
     yield from _tried("address", lambda: _address(settings))
     if settings.prefect_port is not None:
@@ -197,34 +197,13 @@ def _port(host: str, port: int) -> str:
 
 def _store(settings: Settings) -> str:
     """Take one sample through a real store: library, master, owner, put, get, removal."""
-    import torch
-
-    from disagg_core.contracts import RunIdentity
-    from disagg_core.store import MooncakeFeatureStore, managed_store, require_mooncake
+    from disagg_core.store import MooncakeFeatureStore, managed_store, require_mooncake, round_trip
 
     require_mooncake()
-    identity = RunIdentity(
-        run_id="doctor",
-        attempt=1,
-        strategy="doctor",
-        target_model_version="",
-        tokenizer_version="",
-        vocab_map_version="",
-        draft_weight_version=0,
-        capture=Capture(layers=(0,), last_hidden_state=True),
-        dtype="float32",
-    )
-    sample = {"last_hidden_state": torch.arange(4096, dtype=torch.float32).view(64, 64)}
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
         endpoints = stack.enter_context(managed_store(_STORE_BYTES, host=settings.host, log_dir=Path(logs)))
         store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace="doctor/1", host=settings.host))
-        began = time.perf_counter()
-        ref = store.put("s000000000", sample, identity=identity, source_task_id="doctor", num_tokens=64)
-        same = torch.equal(store.get(ref)["last_hidden_state"], sample["last_hidden_state"])
-        store.release(ref)
-        spent = time.perf_counter() - began
-    if not same:
-        raise OSError("a sample came back from a Mooncake store changed")
+        spent = round_trip(store)
     version = importlib.metadata.version(_mooncake_distribution())
     return f"Mooncake {version}: one sample put, got and removed in {spent * 1000:.0f} ms"
 

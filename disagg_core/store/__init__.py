@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from disagg_core.store.master import StoreHealth
     from disagg_core.store.mooncake import MooncakeFeatureStore
     from disagg_core.store.references import NewSample
+    from disagg_core.store.sample_probe import round_trip
     from disagg_core.store.services import StoreServices, managed_store, probe_store, running_store
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "managed_store": "store.services",
     "probe_store": "store.services",
     "require_mooncake": "store.library",
+    "round_trip": "store.sample_probe",
     "running_store": "store.services",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "managed_store",
     "probe_store",
     "require_mooncake",
+    "round_trip",
     "running_store",
 ]
 

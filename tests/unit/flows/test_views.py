@@ -199,6 +199,8 @@ def test_the_plan_names_pools_gpus_and_bytes() -> None:
     for expected in ("gpu-rollout", "gpu-train", "32773", "128.0 MiB", "28 samples = 7 ranks x 1 x 4", "64.0 GiB"):
         assert expected in shown
     assert re.search(r"optimizer steps +│ 100 ", shown)
+    assert plan.staging_bytes == 386 << 20  # three samples of 128 MiB and a little
+    assert "up to 772.0 MiB in each SGLang server and in each of 7 ranks" in shown
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
