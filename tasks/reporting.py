@@ -58,8 +58,9 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=f"Report of run {plan.run_id}")
     rows = [{"figure": figure.label, "value": figure.value} for figure in figures_of(report)]
     create_table_artifact(rows, key=f"figures-{key}", description="What the run came to")
-    data = base64.b64encode(picture.read_bytes()).decode()
-    create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
     if report.archive:
         create_link_artifact(
             report.archive.manifest, link_text="archive manifest", key=f"archive-{key}", description=report.archive.url

@@ -6,6 +6,7 @@ whoever finds it, from what lies in its directory: how far its roles last said t
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -20,20 +21,37 @@ from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue, read_progress
 
+log = logging.getLogger(__name__)
 
-def write_report(plan: RunPlan, report: RunReport) -> Path:
-    """Write report.png, report.md and, last, report.json into the run's directory; return the picture."""
-    picture = plan.dir.root / "report.png"
-    evaluation = report.evaluation
-    plot_run(
-        plan.dir.metrics / "train.jsonl",
-        picture,
-        title=f"{plan.run_id}: {plan.spec.draft.title} draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
-        accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
-    )
-    shown = f"{to_markdown(report)}\n![Loss and accept length]({picture.name})\n"
+
+def write_report(plan: RunPlan, report: RunReport) -> Path | None:
+    """Write report.png, report.md and, last, report.json into the run's directory.
+
+    Returns the picture; None if it could not be drawn, which is logged and costs nothing else.
+    """
+    picture = _picture(plan, report)
+    shown = to_markdown(report)
+    if picture is not None:
+        shown += f"\n![Loss and accept length]({picture.name})\n"
     write_atomically(plan.dir.root / "report.md", shown)
     write_atomically(plan.dir.report, report.model_dump_json(indent=2))
+    return picture
+
+
+def _picture(plan: RunPlan, report: RunReport) -> Path | None:
+    picture = plan.dir.root / "report.png"
+    evaluation = report.evaluation
+    try:
+        plot_run(
+            plan.dir.metrics / "train.jsonl",
+            picture,
+            title=f"{plan.run_id}: {plan.spec.draft.title} draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
+            accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
+        )
+    except Exception:  # whatever the drawing library makes of the figures, the report has to be written
+        log.warning("the report of %s has no picture", plan.run_id, exc_info=True)
+        picture.unlink(missing_ok=True)
+        return None
     return picture
 
 

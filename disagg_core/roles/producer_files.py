@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from disagg_core.engines.contract import Target
+from disagg_core.files import LineFile
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompt_source import Rejection
@@ -24,20 +25,24 @@ _METRICS_S = 5.0
 
 
 class RejectedFile:
-    """The attempt's ``rejected.jsonl``: every prompt without a sample, and why; a restarted producer reads it."""
+    """The attempt's ``rejected.jsonl``: every prompt without a sample, and why; a restarted producer reads it.
+
+    A prompt whose line is damaged is taken up again, and rejected again.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        self.ordinals = {msgspec.json.decode(line, type=Rejection).ordinal for line in whole}
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(sum(map(len, whole)))
+        self._file = LineFile(path)
+        self.ordinals: set[int] = set()
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                self.ordinals.add(msgspec.json.decode(line, type=Rejection).ordinal)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                log.warning("%s, line %d cannot be read and is passed over: %s", path, number, error)
 
     def write(self, rejection: Rejection) -> None:
         """Append one prompt."""
         log.warning("%s: %s is %s: %s", rejection.source, rejection.ordinal, rejection.kind, rejection.reason)
-        self._file.write(msgspec.json.encode(rejection) + b"\n")
+        self._file.append(msgspec.json.encode(rejection))
 
     def __enter__(self) -> RejectedFile:
         return self

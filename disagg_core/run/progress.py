@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import msgspec
 
 from disagg_core.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 ProgressValue = str | int | float | bool | None
 
@@ -30,9 +33,12 @@ class ProgressFile:
             self.flush()
 
     def flush(self) -> None:
-        """Write the state now."""
-        write_atomically(self._path, msgspec.json.encode({**self._fields, "time": round(time.time(), 3)}))
+        """Write the state now; where the file system refuses it, a watcher sees the older one until the next time."""
         self._written_at = self._clock()
+        try:
+            write_atomically(self._path, msgspec.json.encode({**self._fields, "time": round(time.time(), 3)}))
+        except OSError as error:
+            log.warning("%s: the progress cannot be written: %s", self._path, error)
 
 
 def read_progress(path: Path) -> dict[str, ProgressValue]:

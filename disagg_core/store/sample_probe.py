@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from disagg_core.contracts import RunIdentity
+from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.errors import SampleLost
 from disagg_core.store.mooncake import MooncakeFeatureStore
 
@@ -28,12 +28,12 @@ def round_trip(store: MooncakeFeatureStore) -> float:
     identity = RunIdentity(
         run_id=run_id,
         attempt=int(attempt),
-        strategy="eagle3",
+        strategy="probe",
         target_model_version="",
         tokenizer_version="",
         vocab_map_version="",
         draft_weight_version=0,
-        aux_layers=(0, 1, 2),
+        capture=Capture((0,), last_hidden_state=False),
         dtype="int32",
     )
     sample = torch.randint(-(2**31), 2**31, (_NUMBERS,), dtype=torch.int32)

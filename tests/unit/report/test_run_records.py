@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from disagg_core.errors import RoleFailed, StoreUnavailable
+from disagg_core.report import records
 from disagg_core.report.records import last_progress, read_report, report_interrupted
 from disagg_core.run.known import OtherVersion, UnknownRun, find_run, known_runs, read_plan
 from disagg_core.run.outcomes import write_failure
@@ -122,3 +123,27 @@ def test_a_run_is_found_by_its_id_or_by_what_only_it_begins_with(tmp_path: Path)
     for name in ("dawn", "not-begun", "", "../night"):
         with pytest.raises(UnknownRun, match=r"no run .*; there are: night, night-1a2b, night-1c3d, noon-77"):
             find_run(tmp_path, name)
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 1, "lo{"step": 2, "loss": 1.0}\n', b"\0" * 4096 + b"\n", b"[1]\n"])
+def test_a_damaged_metrics_file_does_not_cost_the_report(plan: RunPlan, damage: bytes) -> None:
+    begin_attempt(plan, 1, prompts=40, step=1, trained=28)
+    plan.dir.metrics.mkdir(parents=True)
+    (plan.dir.metrics / "train.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + damage)
+    assert report_interrupted(plan.dir, "crashed", "its host died", "f") is not None
+    assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert read_report(plan.dir.report).state == "crashed"
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_report(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        (plan.root / "report.png").write_bytes(b"half")
+        raise ValueError("cannot convert float infinity to integer")
+
+    monkeypatch.setattr(records, "plot_run", broken)
+    assert report_interrupted(plan.dir, "crashed", "its host died", "f") is not None
+    assert read_report(plan.dir.report).state == "crashed"
+    assert "report.png" not in (plan.root / "report.md").read_text()
+    assert not (plan.root / "report.png").exists()

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from disagg_core.engines.contract import ServerHealth
-from disagg_core.roles.producer_files import Reporter
+from disagg_core.roles.producer_files import RejectedFile, Reporter
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
+from disagg_core.rollout.prompt_source import Rejection
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
 from disagg_core.run.plan import RoleAssignment, make_plan
 from disagg_core.run.progress import ProgressFile, read_progress
@@ -56,3 +57,20 @@ def test_progress_counts_answered_prompts_up_to_the_total_with_those_of_earlier_
     assert (shown["prompts"], shown["total_prompts"], shown["published"]) == (46, 100, 5)
     (line,) = read_metrics(tmp_path / "rollout.jsonl")
     assert line["store_put_retries"] == Store.counters["put_retries"]
+
+
+def test_a_damaged_line_of_the_rejected_prompts_costs_that_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    rejections = [
+        Rejection(ordinal=number, source=f"p:{number}", kind="rejected", reason="r", attempts=1) for number in range(3)
+    ]
+    with RejectedFile(path) as file:
+        for rejection in rejections:
+            file.write(rejection)
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:-30] + bytes(30) + b"\n" + third + third[:-5])
+    with RejectedFile(path) as file:
+        assert file.ordinals == {0, 2}
+        file.write(rejections[1])
+    with RejectedFile(path) as file:
+        assert file.ordinals == {0, 1, 2}
