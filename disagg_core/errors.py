@@ -163,6 +163,10 @@ class CheckpointError(DraftlineError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class CheckpointNotSaved(CheckpointError):
+    """A checkpoint could not be written: the bytes it needs and those that are free are named. Older ones stay."""
+
+
 class SampleUnusable(DraftlineError):
     """A sample arrived whole but cannot be trained on; it is quarantined with this reason."""
 

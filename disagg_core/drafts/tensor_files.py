@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,9 +17,16 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     """Write `tensors` and `metadata` to `file`; what was there is replaced, not atomically.
 
     safetensors by itself makes files that only their owner can read, whatever the umask.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written, as on a full disk; no part of it stays.
     """
     file.unlink(missing_ok=True)
     file.touch()
     mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata=dict(metadata))
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except (OSError, SafetensorError):
+        file.unlink(missing_ok=True)
+        raise
     file.chmod(mode)

@@ -41,11 +41,12 @@ def write_report(plan: RunPlan, report: RunReport) -> Path | None:
 def _picture(plan: RunPlan, report: RunReport) -> Path | None:
     picture = plan.dir.root / "report.png"
     evaluation = report.evaluation
+    target = "/".join(Path(plan.spec.target.model).parts[-2:])
     try:
         plot_run(
             plan.dir.metrics / "train.jsonl",
             picture,
-            title=f"{plan.run_id}: {plan.spec.draft.title} draft for {'/'.join(Path(plan.spec.target.model).parts[-2:])}",
+            title=f"{plan.run_id}: {plan.spec.draft.title} draft for {target}",
             accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
         )
     except Exception:  # whatever the drawing library makes of the figures, the report has to be written

@@ -24,17 +24,19 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS, save_tensors
-from disagg_core.errors import CheckpointError
+from disagg_core.errors import CheckpointError, CheckpointNotSaved
 from disagg_core.ordinals import OrdinalSet
 
 FORMAT = 1
@@ -44,6 +46,8 @@ RNG_FILE = "rng.safetensors"
 STATE_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 
+_READ_PAUSES_S = (1.0, 4.0)
+"""Between tries to read a checkpoint: a file handle that went stale is looked up anew, a mount may come back."""
 _STEP_DIR = re.compile(r"^step-(\d+)$")
 _log = logging.getLogger(__name__)
 
@@ -115,11 +119,27 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
     """Write `content` to ``<root>/step-<k>`` as a whole, then prune all but the `keep` newest (and step 0).
 
     Returns the checkpoint's directory. A damaged or older checkpoint of the same step is replaced.
+
+    Raises:
+        CheckpointNotSaved: it could not be written, as on a full disk; nothing of it stays, and the others do.
     """
     final = checkpoint_path(root, content.state.step)
     draft = root / f".{final.name}.{os.getpid()}.tmp"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(root)  # it may be what fills the disk
+        _write(draft, content)
+        _put_in_place(draft, final)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointNotSaved(_why_not_saved(final, content, error)) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    prune_checkpoints(root, keep=keep)
+    return final
+
+
+def _write(draft: Path, content: CheckpointContent) -> None:
+    """Write all files of `content` into the new directory `draft`, the manifest last, down to the disk."""
     draft.mkdir()
     save_tensors(content.draft, draft / CHECKPOINT_WEIGHTS, {"format": "pt"})
     save_tensors(content.optimizer, draft / OPTIMIZER_FILE, {})
@@ -133,12 +153,33 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
     (draft / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     _sync(draft / MANIFEST_FILE)
     _sync(draft)
-    if final.exists():  # set aside: removing it takes time, in which there would be none
-        final.rename(draft.with_suffix(".replaced.tmp"))
-    draft.rename(final)
-    _sync(root)
-    prune_checkpoints(root, keep=keep)
-    return final
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Rename `draft` to `final`; what is there is set aside: removing it takes time, in which there would be none."""
+    aside = draft.with_suffix(".replaced.tmp")
+    if final.exists():
+        final.rename(aside)
+    try:
+        draft.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    _sync(final.parent)
+
+
+def _why_not_saved(final: Path, content: CheckpointContent, error: Exception) -> str:
+    groups = (content.draft, content.optimizer, content.rng)
+    needed = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+    try:
+        free = f"{shutil.disk_usage(final.parent).free} bytes are free there"
+    except OSError as unknown:
+        free = f"how much is free there cannot be told ({unknown})"
+    return (
+        f"{final}: the checkpoint could not be written ({error}): it needs {needed} bytes, {free}; make room (a run "
+        "needs it for archive.keep + 2 of them), or set DRAFTLINE_HOME to a larger disk and resume"
+    )
 
 
 def _entry_of(path: Path) -> _FileEntry:
@@ -161,18 +202,26 @@ def prune_checkpoints(root: Path, *, keep: int) -> list[Path]:
     asked before training starts, so a damaged one is replaced as training passes it.
     """
     removed = [path for step, path in _by_step(root)[keep:] if step > 0]
-    removed += [path for path in root.glob(".step-*.tmp") if path.is_dir()]
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
-    return removed
+    return removed + _remove_unfinished(root)
+
+
+def _remove_unfinished(root: Path) -> list[Path]:
+    """Remove what writers that died have left below `root`; return it."""
+    left = [path for path in root.glob(".step-*.tmp") if path.is_dir()]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return left
 
 
 def _by_step(root: Path) -> list[tuple[int, Path]]:
     """Return (step, directory) of everything called step-<k> below `root`, newest first."""
     if not root.is_dir():
         return []
-    found = [(match, path) for path in root.iterdir() if (match := _STEP_DIR.match(path.name)) and path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found), reverse=True)
+    with os.scandir(root) as entries:  # which knows a directory from its entry; to look at it may be an error
+        found = [(match, entry) for entry in entries if (match := _STEP_DIR.match(entry.name)) and entry.is_dir()]
+    return sorted(((int(match[1]), root / entry.name) for match, entry in found), reverse=True)
 
 
 def verify_checkpoint(path: Path) -> int:
@@ -180,6 +229,7 @@ def verify_checkpoint(path: Path) -> int:
 
     Raises:
         CheckpointError: no manifest, another format, or a file whose size or SHA-256 is not the manifest's.
+        OSError: it cannot be read at present, whether it is whole or not.
     """
     manifest_path = path / MANIFEST_FILE
     if not manifest_path.is_file():
@@ -203,15 +253,42 @@ def verify_checkpoint(path: Path) -> int:
 
 
 def newest_complete(root: Path) -> Path | None:
-    """Return the newest checkpoint below `root` that is whole, or None; those that are not are skipped, and logged."""
+    """Return the newest checkpoint below `root` that is whole, or None; those that are not are skipped, and logged.
+
+    One that the file system does not give out (EIO, ESTALE) is tried a few times, then skipped as well.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none that can be read. To begin anew would throw them away.
+    """
+    unreadable: OSError | None = None
     for _step, path in _by_step(root):
         try:
-            verify_checkpoint(path)
+            _verify_patiently(path)
         except CheckpointError as error:
             _log.warning("skipping a damaged checkpoint: %s", error)
+        except OSError as error:
+            _log.error("skipping a checkpoint that cannot be read: %s: %s", path, error)
+            unreadable = error
         else:
             return path
+    if unreadable is not None:
+        raise CheckpointError(
+            f"{root}: expected a checkpoint to go on from, found none that can be read ({unreadable}); see to the "
+            "disk or mount and resume, or remove the checkpoints to begin anew"
+        ) from unreadable
     return None
+
+
+def _verify_patiently(path: Path) -> None:
+    for pause_s in _READ_PAUSES_S:
+        try:
+            verify_checkpoint(path)
+        except OSError as error:
+            _log.warning("%s cannot be read, trying again: %s", path, error)
+            time.sleep(pause_s)
+        else:
+            return
+    verify_checkpoint(path)
 
 
 def read_state(path: Path) -> TrainerState:

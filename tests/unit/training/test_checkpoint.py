@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not there."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import time
@@ -10,11 +11,13 @@ import msgspec
 import pytest
 import torch
 
-from disagg_core.errors import CheckpointError
+from disagg_core.errors import CheckpointError, CheckpointNotSaved
+from disagg_core.training import checkpoint
 from disagg_core.training.checkpoint import (
     CheckpointContent,
     DataCursor,
     TrainerState,
+    covered_ordinals,
     load_checkpoint,
     newest_complete,
     prune_checkpoints,
@@ -22,6 +25,7 @@ from disagg_core.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from tests.unit.core.test_files import largest_file
 
 pytestmark = pytest.mark.unit
 
@@ -116,6 +120,109 @@ def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
     (path / "manifest.json").write_bytes(msgspec.json.encode({"format": 7, "step": 1, "files": {}}))
     with pytest.raises(CheckpointError, match="expected checkpoint format 1, found 7"):
         verify_checkpoint(path)
+
+
+class Mount:
+    """Stands before the reads of checkpoints and refuses those below the given directories for the first few times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        self._code = code
+        self._away: dict[Path, int] = {}
+        self._verify = verify_checkpoint
+        monkeypatch.setattr(checkpoint, "verify_checkpoint", self)
+        monkeypatch.setattr(checkpoint, "_READ_PAUSES_S", (0.001, 0.001))
+
+    def refuse(self, path: Path, times: int) -> None:
+        self._away[path] = times
+
+    def __call__(self, path: Path) -> int:
+        if self._away.get(path, 0) > 0:
+            self._away[path] -= 1
+            raise OSError(self._code, "the mount does not answer", str(path))
+        return self._verify(path)
+
+
+@pytest.fixture(params=[errno.EIO, errno.ESTALE], ids=["EIO", "ESTALE"])
+def mount(request, monkeypatch):
+    return Mount(monkeypatch, request.param)
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_falls_back_to_the_older_one(tmp_path, mount, caplog):
+    paths = [save_checkpoint(tmp_path, content(step), keep=9) for step in (1, 2, 3)]
+    mount.refuse(paths[2], times=99)
+    assert newest_complete(tmp_path) == paths[1]
+    assert "cannot be read" in caplog.text
+    assert covered_ordinals(tmp_path).ranges() == [(0, 16), (99, 99)]
+
+
+def test_a_checkpoint_that_can_be_read_again_is_the_newest(tmp_path, mount):
+    paths = [save_checkpoint(tmp_path, content(step), keep=9) for step in (1, 2)]
+    mount.refuse(paths[1], times=2)
+    assert newest_complete(tmp_path) == paths[1]
+
+
+def test_with_no_checkpoint_that_can_be_read_the_run_does_not_begin_anew(tmp_path, mount):
+    for step in (1, 2):
+        mount.refuse(save_checkpoint(tmp_path, content(step), keep=9), times=99)
+    with pytest.raises(CheckpointError, match="found none that can be read"):
+        newest_complete(tmp_path)
+
+
+def test_an_unreadable_file_inside_a_checkpoint_counts_as_one(tmp_path, monkeypatch):
+    """The error comes from the file system itself here: a directory stands where the weights were."""
+    monkeypatch.setattr(checkpoint, "_READ_PAUSES_S", ())
+    paths = [save_checkpoint(tmp_path, content(step), keep=9) for step in (1, 2)]
+    (paths[1] / "manifest.json").unlink()
+    (paths[1] / "manifest.json").symlink_to("/proc/self/mem")
+    assert newest_complete(tmp_path) == paths[0]
+
+
+@pytest.mark.parametrize("limit", [100, 400], ids=["for the first file", "for a later one"])
+def test_a_disk_without_room_leaves_no_half_checkpoint_and_the_older_one(tmp_path, limit):
+    older = save_checkpoint(tmp_path, content(1), keep=2)
+    with largest_file(limit), pytest.raises(CheckpointNotSaved, match=r"step-2: .* needs \d+ bytes, \d+ .* free"):
+        save_checkpoint(tmp_path, content(2), keep=2)
+    assert list(tmp_path.iterdir()) == [older]
+    assert newest_complete(tmp_path) == older
+    assert newest_complete(tmp_path) != save_checkpoint(tmp_path, content(2), keep=2)
+
+
+def test_a_disk_that_refuses_what_it_had_taken_leaves_no_half_checkpoint_either(tmp_path, monkeypatch):
+    older = save_checkpoint(tmp_path, content(1), keep=2)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sync", refuse)
+    with pytest.raises(CheckpointNotSaved, match="No space left"):
+        save_checkpoint(tmp_path, content(2), keep=2)
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_what_killed_writers_left_makes_room_before_the_next_is_written(tmp_path, monkeypatch):
+    left = tmp_path / ".step-4.123.tmp"
+    left.mkdir()
+    seen = []
+    write = checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda draft, what: (seen.append(left.exists()), write(draft, what)))
+    save_checkpoint(tmp_path, content(5), keep=2)
+    assert seen == [False]
+
+
+def test_a_checkpoint_that_cannot_take_its_place_leaves_the_one_that_has_it(tmp_path, monkeypatch):
+    older = save_checkpoint(tmp_path, content(2), keep=2)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == older and ".replaced" not in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointNotSaved, match="No space left"):
+        save_checkpoint(tmp_path, dataclasses.replace(content(2), config={"hidden_size": 5}), keep=2)
+    assert same(load_checkpoint(older), content(2))
+    assert list(tmp_path.iterdir()) == [older]
 
 
 def test_nothing_saved_means_nothing_to_resume(tmp_path):
