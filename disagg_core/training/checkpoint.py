@@ -178,7 +178,7 @@ def _why_not_saved(final: Path, content: CheckpointContent, error: Exception) ->
         free = f"how much is free there cannot be told ({unknown})"
     return (
         f"{final}: the checkpoint could not be written ({error}): it needs {needed} bytes, {free}; make room (a run "
-        "needs it for archive.keep + 2 of them), or set DRAFTLINE_HOME to a larger disk and resume"
+        "needs it for archive.keep + 2 of them) and resume"
     )
 
 
