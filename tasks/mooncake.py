@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -43,7 +44,7 @@ class FeatureStoreServices:
         """Return the endpoints of a store that answers and has room; start a managed one anew if it was lost."""
         return await self.prepare(attempt, get_run_logger())
 
-    async def prepare(self, attempt: int, log: LoggingAdapter) -> StoreEndpoints:
+    async def prepare(self, attempt: int, log: logging.Logger | LoggingAdapter) -> StoreEndpoints:
         """Do what `ready` does, telling `log` what is waited for and what was found.
 
         Raises:
@@ -69,7 +70,7 @@ class FeatureStoreServices:
         self._managed = None
         self._running.close()
 
-    async def _ours(self, attempt: int, log: LoggingAdapter) -> tuple[StoreEndpoints, int]:
+    async def _ours(self, attempt: int, log: logging.Logger | LoggingAdapter) -> tuple[StoreEndpoints, int]:
         deadline = time.monotonic() + self._plan.spec.orchestration.stall_timeout_s
         while True:
             try:
@@ -98,7 +99,7 @@ class FeatureStoreServices:
             )
         )
 
-    async def _external(self, attempt: int, log: LoggingAdapter) -> tuple[StoreEndpoints, int]:
+    async def _external(self, attempt: int, log: logging.Logger | LoggingAdapter) -> tuple[StoreEndpoints, int]:
         section, capacity = self._plan.spec.store, self._plan.store_capacity
         endpoints = StoreEndpoints(
             master_address=section.master_address or "", metrics_address=section.metrics_address or ""
