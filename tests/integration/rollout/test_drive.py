@@ -106,10 +106,10 @@ def test_a_poisonous_prompt_does_not_take_its_neighbours_along(bench):
             in_flight.add(ordinal)
             changed.notify_all()
             if ordinal == 9:
-                changed.wait_for(lambda: len(in_flight) == 8, timeout=0.5)  # in company, if there is any
+                changed.wait_for(lambda: len(in_flight - killed) == 8, timeout=0.5)  # in company, if there is any
                 killed.update(in_flight)
             elif changed.wait_for(lambda: 9 in in_flight, timeout=0.05):
-                changed.wait_for(lambda: 9 not in in_flight, timeout=20)
+                changed.wait_for(lambda: ordinal in killed, timeout=20)
             in_flight.remove(ordinal)
             changed.notify_all()
 
