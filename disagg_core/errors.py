@@ -1,14 +1,12 @@
 """Every error that a caller may catch. Each says what was expected, what was found, and the way out.
 
-`failure_class` tells the attempts loop what kind of failure it is, and so whether another attempt makes sense.
+`failure_class` tells the attempts loop what kind of failure it is: `disagg_core.failures` has the policy of each.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-FailureClass = Literal["out_of_memory", "store_lost", "target_unavailable", "stalled", "preempted", "bad_input", "bug"]
-"""Why an attempt ended. `bad_input` and `bug` are not retried; the others are."""
+from disagg_core.failures import FailureClass as FailureClass
+from disagg_core.failures import class_of_foreign
 
 
 class DraftlineError(Exception):
@@ -97,7 +95,7 @@ class ChannelStalled(ChannelError):
 class ChannelUnavailable(ChannelError, Transient):
     """The channel's server or mount cannot be reached."""
 
-    failure_class: FailureClass = "stalled"
+    failure_class: FailureClass = "infrastructure"
 
 
 class IdentityMismatch(ChannelError):
@@ -172,7 +170,9 @@ class SampleUnusable(DraftlineError):
 
 
 class TrainingDiverged(DraftlineError):
-    """The loss or the gradient is not finite; nothing of that step is saved."""
+    """Loss or gradient was not finite for several windows in a row; the weights are those from before."""
+
+    failure_class: FailureClass = "diverged"
 
 
 class Preempted(DraftlineError):
@@ -198,11 +198,14 @@ class RoleFailed(DraftlineError):
 
 
 def classify(error: BaseException) -> FailureClass:
-    """Return the failure class of `error`: its own if it is one of ours, else by what it is."""
-    if isinstance(error, DraftlineError):
-        return error.failure_class
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out_of_memory"
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
-        return "out_of_memory"
-    return "bug"
+    """Return the failure class of `error`: its own if it is one of ours, else by the evidence that it holds.
+
+    An error without a class of its own, ours or foreign, has that of the error that it was raised from.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        found = [classify(part) for part in error.exceptions]
+        return next((failure_class for failure_class in found if failure_class != "bug"), "bug")
+    failure_class = error.failure_class if isinstance(error, DraftlineError) else class_of_foreign(error)
+    if failure_class == "bug" and error.__cause__ is not None:
+        return classify(error.__cause__)
+    return failure_class

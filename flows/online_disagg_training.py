@@ -13,17 +13,17 @@ from prefect.runtime import flow_run as runtime
 from disagg_core.report.document import EndState, RunReport
 from disagg_core.report.records import report_interrupted
 from disagg_core.run.directory import RunDir
-from disagg_core.run.plan import RoleAssignment, run_id_of
+from disagg_core.run.plan import run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
+from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
 from tasks.completion import verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
-from tasks.mooncake import feature_store_services, ready_store
+from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
 from tasks.reporting import RunRecord, emit, publish_report
-from tasks.roles import run_roles
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
@@ -59,13 +59,12 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
     try:
         async with feature_store_services(plan) as store:
             for attempt in record.attempts:
-                endpoints = await ready_store(store, attempt)
-                assignment = RoleAssignment(plan=plan, attempt=attempt, store=endpoints)
-                outcome, roles = await run_roles(assignment, store.require_alive)
+                await pause_before_next(record.attempts)
+                outcome, roles = await run_attempt(plan, attempt, store)
                 record.attempt_ended(outcome, roles)
                 if not outcome.finished:
                     emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
-            record.completion = await verify_completion(plan, outcome.attempt, endpoints, record.roles)
+            record.completion = await verify_completion(plan, outcome.attempt, store.endpoints, record.roles)
         record.archive = archive_run(plan, record.completion)
         emit(plan, "archived", url=record.archive.url)
         record.evaluation = await evaluate_draft(plan, record.completion)

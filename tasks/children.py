@@ -122,7 +122,8 @@ async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
 
 async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
     """Read a flow run; ride out a server that is away for up to `_SERVER_AWAY_S`."""
-    retry = Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S)
+    clock = asyncio.get_running_loop().time
+    retry = Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock)
     return await retry.of(lambda: client.read_flow_run(run_id))
 
 

@@ -38,7 +38,13 @@ class FeatureStoreServices:
         self._plan = plan
         self._running = contextlib.ExitStack()
         self._managed: StoreServices | None = None
-        self._was_ready = False
+        self._endpoints: StoreEndpoints | None = None
+
+    @property
+    def endpoints(self) -> StoreEndpoints:
+        """Where the store is that was ready last."""
+        assert self._endpoints is not None, "no store was ready yet"
+        return self._endpoints
 
     async def ready(self, attempt: int) -> StoreEndpoints:
         """Return the endpoints of a store that answers and has room; start a managed one anew if it was lost."""
@@ -52,13 +58,12 @@ class FeatureStoreServices:
             StoreUnavailable: there was none before the stall timeout.
         """
         if self._plan.spec.store.mode == "external":
-            endpoints, swept = await self._external(attempt, log)
+            self._endpoints, swept = await self._external(attempt, log)
         else:
-            endpoints, swept = await self._ours(attempt, log)
-        self._was_ready = True
+            self._endpoints, swept = await self._ours(attempt, log)
         if swept:
             log.warning("removed %d samples that an earlier attempt left behind", swept)
-        return endpoints
+        return self._endpoints
 
     def require_alive(self) -> None:
         """Raise `StoreUnavailable`, if a process of a managed store has ended; an external one is not ours."""
@@ -82,7 +87,7 @@ class FeatureStoreServices:
                 return endpoints, await asyncio.to_thread(self._check, endpoints, attempt)
             except (StoreError, StoreTooLarge) as error:
                 self.stop()
-                if not self._was_ready:
+                if self._endpoints is None:
                     raise
                 if time.monotonic() >= deadline:
                     raise StoreUnavailable(f"the feature store cannot be started anew: {error}") from error
@@ -120,7 +125,7 @@ class FeatureStoreServices:
             now = time.monotonic()
             if found > most:
                 most, joined = found, now
-            if found and not self._was_ready and now - joined >= min(_OWNERS_JOIN_S, limit_s):
+            if found and self._endpoints is None and now - joined >= min(_OWNERS_JOIN_S, limit_s):
                 await asyncio.to_thread(probe_store, endpoints, capacity)
             if now - began >= limit_s:
                 raise StoreUnavailable(

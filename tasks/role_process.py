@@ -22,8 +22,10 @@ from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
 from disagg_core.files import write_atomically
+from disagg_core.processes.memory_kills import MemoryKills
 from disagg_core.processes.shutdown import ROLE_S
 from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
+from disagg_core.run.deaths import cause_of_death
 from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress
@@ -57,18 +59,29 @@ def run_role_process(
     outcome_file = assignment.dir.state / f"{role}-outcome.json"
     progress = _ProgressArtifact(role, assignment)
     started = time.time()
-    code = _run_tree(command, log, progress.publish_if_due)
+    log_began = log.stat().st_size if log.is_file() else 0
+    memory = MemoryKills()
+
+    def every_second() -> None:
+        memory.look()
+        progress.publish_if_due()
+
+    code = _run_tree(command, log, every_second)
     progress.publish()
     outcome = read_outcome(outcome_file)
     if outcome is None and code == 0 and not leaves_outcome:
         return None
     if outcome is None:
-        death = RoleFailed(
-            f"the {role} ended without reporting an outcome ({describe_exit(code)}); the end of {log}:\n{tail(log)}",
-            "preempted" if code < 0 else "bug",
-        )
+        failure_class, why = cause_of_death(code, log, since=log_began, memory=memory)
+        end = f"the {role} ended without reporting an outcome ({why}); the end of {log}:\n{tail(log)}"
+        death = RoleFailed(end, failure_class)
         write_failure(outcome_file, started, death, died=True)
         raise death
+    if outcome.failure_class == "infrastructure":  # a rank that saw its connection break cannot know why
+        failure_class, why = cause_of_death(code, log, since=log_began, memory=memory)
+        if failure_class == "out_of_memory":
+            write_failure(outcome_file, started, RoleFailed(f"{outcome.message}; {why}", failure_class), died=True)
+            outcome = read_outcome(outcome_file) or outcome
     if outcome.state == "failed" or code != 0:
         raise RoleFailed(
             f"the {role} failed: {outcome.message or describe_exit(code)}; its log is {log}",

@@ -106,8 +106,12 @@ class Retry:
 
     async def of(self, call: Callable[[], Awaitable[T]]) -> T:
         """Await `call()`, again and again, as `__call__` does; the pauses are asyncio's."""
+
+        async def awaited() -> T:  # a plain function that returns an awaitable would not be awaited by tenacity
+            return await call()
+
         trying = tenacity.AsyncRetrying(sleep=_pause_and(self._on_wait), **self._options(self._budget()))
-        return await trying(call)
+        return await trying(awaited)
 
     def _budget(self) -> _Budget:
         return _Budget(self._budget_s, self._clock, self._what)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from disagg_core.failures import POLICIES
 from disagg_core.report.document import HOW_TO_RESUME, RunReport
 from disagg_core.run.directory import RunDir
 
@@ -100,6 +101,7 @@ def _evaluation(report: RunReport) -> Iterator[Figure]:
 def _end(report: RunReport) -> Iterator[Figure]:
     if report.failure:
         yield Figure(f"{report.state} ({report.failure.failure_class})", report.failure.message, "strong")
+        yield Figure("way out", POLICIES[report.failure.failure_class].way_out)
     if report.can_go_on:
         yield Figure("to resume", HOW_TO_RESUME)
     together = f", both roles together {report.roles_overlap_seconds:.0f} s" if report.roles else ""

@@ -77,14 +77,19 @@ def _outcome_path(state: Path, rank: int) -> Path:
 
 
 def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseException:
-    """Return the failure that another rank noted, if all that this one saw was its connection breaking."""
-    if isinstance(error, DraftlineError) or ranks.size == 1 or not ranks.is_first or classify(error) != "bug":
+    """Return the failure that another rank noted, if all that this one saw was its connection breaking.
+
+    A rank that was killed leaves no note: the broken connection is then all that is known, and classed as what it is.
+    """
+    if ranks.size == 1 or not ranks.is_first or isinstance(error, DraftlineError):
+        return error
+    if classify(error) not in ("bug", "infrastructure"):
         return error
 
     def noted() -> RoleFailed | None:
         for rank in range(1, ranks.size):
             note = read_outcome(_outcome_path(state, rank))
-            if note is not None and note.failure_class not in (None, "bug"):
+            if note is not None and note.failure_class not in (None, "infrastructure"):
                 return RoleFailed(f"rank {rank}: {note.message}", note.failure_class)
         return None
 

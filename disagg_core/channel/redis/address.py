@@ -87,7 +87,7 @@ def answered(where: str, command: Callable[[], _T]) -> _T:
 
     Raises:
         BadInput: the server refuses us, or is none that can hold a channel.
-        ChannelUnavailable: it does not answer, or has no memory left.
+        ChannelUnavailable: it does not answer, has no memory left, or is in the middle of a fail-over.
     """
     try:
         return command()
@@ -96,6 +96,8 @@ def answered(where: str, command: Callable[[], _T]) -> _T:
     except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError) as error:
         raise ChannelUnavailable(f"{where} cannot be used: {error}; check the server and the way to it") from error
     except redis.ResponseError as error:
+        if isinstance(error, _FAILING_OVER) or _FAIL_OVER_WORDS.search(str(error)):
+            raise ChannelUnavailable(f"{where} takes no commands at present: {error}; does it fail over?") from error
         raise BadInput(f"{where} does not do what a channel needs: {error}") from error
 
 
@@ -119,6 +121,18 @@ _REFUSED = (
     redis.exceptions.AuthorizationError,
     redis.exceptions.NoPermissionError,
 )
+
+
+_FAILING_OVER = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+)
+_FAIL_OVER_WORDS = re.compile(
+    r"\b(READONLY|MISCONF|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|LOADING|TRYAGAIN|UNBLOCKED|BUSY)\b"
+)
+"""What a server says that will take the same command later; inside the message where it comes out of a script."""
 
 
 def channel_names(address: RedisAddress, *, password: SecretStr | None, ca: Path | None) -> list[str]:

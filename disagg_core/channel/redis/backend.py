@@ -96,7 +96,14 @@ class RedisBackend:
             longest_s=_LONGEST_PAUSE_S,
             sleep=self._pause,
         )
-        return retry(answered, self.where, command)
+        return retry(self._answered, command)
+
+    def _answered(self, command: Callable[[], _T]) -> _T:
+        try:
+            return answered(self.where, command)
+        except ChannelUnavailable:  # the server may have another address by now: connect anew, do not reuse
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            raise
 
     def _pause(self, seconds: float) -> None:
         if self._closing.wait(seconds):
@@ -119,7 +126,7 @@ class RedisBackend:
         other = self._claim["reader" if side == "writer" else "writer"]
         keys = [self._claim[side], other, self._refs, self._ids, self._meta, self._cursor]
         arguments: list[Any] = [status.epoch, frame(status), KEEP_S]
-        return bool(answered(self.where, lambda: self._beat(keys=keys, args=arguments)))
+        return bool(self._answered(lambda: self._beat(keys=keys, args=arguments)))
 
     # --- log ---
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # From the ground up. A room may import rooms of lower floors only, and itself.
 FLOORS = [
-    {"errors", "contracts", "ordinals", "files"},
+    {"errors", "failures", "contracts", "ordinals", "files"},
     {"run_spec", "processes", "settings"},
     {"target", "store"},
     {"drafts", "prompts", "run"},
