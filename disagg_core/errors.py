@@ -148,6 +148,17 @@ class PromptRejected(DraftlineError):
     """One prompt cannot be trained on (too long, nothing to train on, refused by the template): it is counted."""
 
 
+class TargetBroken(DraftlineError):
+    """The target in this process fails with prompts that it captured before: only a new process can help.
+
+    Its class is that of the error that the target raises now.
+    """
+
+    def __init__(self, message: str, failure_class: FailureClass) -> None:
+        super().__init__(message)
+        self.failure_class = failure_class
+
+
 class TargetUnavailable(Transient):
     """No target is able to capture at present."""
 
@@ -183,6 +194,12 @@ class Preempted(DraftlineError):
 
 class AccountingError(DraftlineError):
     """The run's numbers do not add up: which identity fails and by how much."""
+
+
+class TooManyLost(DraftlineError):
+    """More prompts or samples came to nothing than the run allows: how many, of how many, and why."""
+
+    failure_class: FailureClass = "infrastructure"
 
 
 class EvaluationFailed(DraftlineError):

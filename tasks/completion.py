@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.errors import RoleFailed
+from disagg_core.errors import RoleFailed, TooManyLost
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import ServerFigures, TrainingFigures
 from disagg_core.run.outcomes import RoleOutcome
@@ -44,6 +44,7 @@ async def verify_completion(
 
     Raises:
         AccountingError: the numbers do not add up, or samples were left in the store.
+        TooManyLost: they add up, but too much came to nothing.
     """
     evicted = MasterView(endpoints).health().evicted
     if evicted:  # an alarm: what was evicted is captured again, but only we may free a sample
@@ -53,7 +54,33 @@ async def verify_completion(
     completion = complete(plan, attempt, producer, consumer, keys_left=left, evicted=evicted)
     get_run_logger().info("accounting: %s", completion.accounting)
     completion.accounting.check()
+    check_losses(plan, attempt, completion)
     return completion
+
+
+def check_losses(plan: RunPlan, attempt: int, completion: Completion) -> None:
+    """Raise `TooManyLost` if the target refused, or the trainer quarantined, more than the run document allows.
+
+    Prompts whose own form cannot be used do not count. One prompt, and the samples of one optimizer step, are always
+    allowed: of a small run they are a large share.
+    """
+    accounting, spec = completion.accounting, plan.spec
+    reasons = Counter(record.reason for record in _rejections(plan, attempt) if record.kind != "rejected")
+    refused = reasons.total()
+    if refused > max(1, spec.rollout.max_rejected * accounting.prompts):
+        often = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise TooManyLost(
+            f"{refused} of {accounting.prompts} prompts were refused or quarantined for other reasons than their own "
+            f"form, rollout.max_rejected allows {spec.rollout.max_rejected:.1%}: {often}. The checkpoints are kept; "
+            "look at the target's GPU and log, or raise the share"
+        )
+    allowed = max(spec.global_batch_size, spec.training.max_quarantined * accounting.published)
+    if accounting.quarantined > allowed:
+        raise TooManyLost(
+            f"{accounting.quarantined} of {accounting.published} samples were quarantined by the trainer, "
+            f"training.max_quarantined allows {spec.training.max_quarantined:.1%}; the consumer's log names each with "
+            "its reason. The checkpoints are kept; look at the target's states, or raise the share"
+        )
 
 
 def complete(
@@ -84,7 +111,7 @@ def complete(
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
         first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
-        rejected_reasons=_rejected_reasons(plan.dir.attempt(attempt).state / "rejected.jsonl"),
+        rejected_reasons=dict(Counter(record.reason for record in _rejections(plan, attempt))),
         servers=made.servers,
     )
 
@@ -116,8 +143,14 @@ def _result(run: RoleRun) -> RoleOutcome:
     return run.outcome
 
 
-def _rejected_reasons(path: Path) -> dict[str, int]:
-    if not path.is_file():
-        return {}
-    records = (msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line)
-    return dict(Counter(str(record["reason"]) for record in records))
+class _Rejected(msgspec.Struct):
+    """What is read of a line of ``rejected.jsonl``."""
+
+    reason: str
+    kind: str = "rejected"
+
+
+def _rejections(plan: RunPlan, attempt: int) -> list[_Rejected]:
+    path = plan.dir.attempt(attempt).state / "rejected.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [msgspec.json.decode(line, type=_Rejected) for line in lines if line]

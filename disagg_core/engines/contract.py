@@ -69,6 +69,7 @@ class Failed:
     `retryable` False: the sample itself is unusable wherever it is tried (too long for the model, no live position
     after generation, rows that do not match tokens); it is rejected at once with `reason`. True: it is leased again,
     on another server where there is one, until `max_prompt_attempts`; then it is quarantined with `reason`.
+    `own_form`: the prompt's own form is why, as a look at it shows, and no doing of the target's.
     Something that was stored for the task before it failed has been removed again.
     """
 
@@ -76,6 +77,7 @@ class Failed:
     reason: str
     retryable: bool
     server: str = "local"
+    own_form: bool = False
 
 
 CaptureOutcome: TypeAlias = Captured | Stored | Failed
@@ -153,6 +155,7 @@ class Target(Protocol):
         Raises:
             TargetUnavailable: no server is usable at present. None of the tasks without an outcome was attempted;
                 they keep their number of attempts.
+            TargetBroken: a target in this process is no longer able to capture; no task is blamed for it.
         """
         ...
 

@@ -26,7 +26,7 @@ from disagg_core.engines.contract import (
     shapes_of,
 )
 from disagg_core.engines.generation import Sampling, continue_tasks
-from disagg_core.errors import TargetError
+from disagg_core.errors import TargetBroken, TargetError, classify
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target.facts import TargetFacts
@@ -77,6 +77,7 @@ class TransformersTarget:
         self._device = torch.device("cpu")
         self._states: LayerStates | None = None
         self._lock = threading.Lock()
+        self._known_good: list[PromptTask] = []
         self._health = ServerHealth("local")
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -128,14 +129,16 @@ class TransformersTarget:
             if reason is None:
                 usable.append(task)
             else:
-                yield Failed(task, reason, retryable=False)
+                yield Failed(task, reason, retryable=False, own_form=True)
         if self._sampling is not None:
             continued: list[PromptTask] = []
             for outcome in self._generated(usable, self._sampling):
                 if isinstance(outcome, Failed):
                     yield outcome
                 elif len(outcome.task.input_ids) + len(outcome.tokens) < 3:
-                    yield Failed(outcome.task, "prompt and continuation have less than 3 tokens", retryable=False)
+                    yield Failed(
+                        outcome.task, "prompt and continuation have less than 3 tokens", retryable=False, own_form=True
+                    )
                 else:
                     continued.append(_with_continuation(outcome))
             usable = continued
@@ -160,7 +163,7 @@ class TransformersTarget:
             if reason is None:
                 usable.append(task)
             else:
-                yield Failed(task, reason, retryable=False)
+                yield Failed(task, reason, retryable=False, own_form=True)
         yield from self._generated(usable, self._sampling)
 
     def _unusable(self, task: PromptTask) -> str | None:
@@ -207,6 +210,7 @@ class TransformersTarget:
             return
         finally:
             states.clear()
+        self._known_good = batch
         share = 1 / len(batch)
         for task, tensors in zip(batch, samples, strict=True):
             original = originals[task.ordinal]
@@ -223,15 +227,40 @@ class TransformersTarget:
 
     def _one_by_one(self, batch: list[PromptTask], error: Exception, again: Any) -> Iterator[Any]:
         """Yield the outcomes of the two halves of a batch that failed, down to the task that makes it fail."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
         if len(batch) == 1:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+            self._check_target(error)
             yield Failed(batch[0], f"{type(error).__name__}: {str(error).splitlines()[0]}", retryable=True)
             return
         log.warning("a batch of %d prompts failed, trying its halves: %s", len(batch), error)
         middle = len(batch) // 2
         yield from again(batch[:middle])
         yield from again(batch[middle:])
+
+    def _check_target(self, error: Exception) -> None:
+        """Run a batch that is known to be good: an error is the prompt's only if that passes right after it.
+
+        A CUDA error stays with the process: every prompt that is left would fail. The batch is the last one that was
+        captured, or before the first a few tokens that every model has.
+
+        Raises:
+            TargetBroken: it fails as well.
+        """
+        states = self._prepared()
+        good = self._known_good or [PromptTask(ordinal=0, source="", input_ids=[0, 0, 0, 0], loss_mask=[0] * 4)]
+        try:
+            with self._lock:
+                self._forward(states, good)
+        except (RuntimeError, IndexError) as further:
+            first, found = str(error).splitlines()[0], str(further).splitlines()[0]
+            raise TargetBroken(
+                f"target {self._facts.model} on {self._device}: a prompt failed ({first}), and {len(good)} prompt(s) "
+                f"that are known to be good fail right after it ({found}): it is the target's fault or its GPU's",
+                classify(further),
+            ) from further
+        finally:
+            states.clear()
 
     def _prepared(self) -> LayerStates:
         if self._states is None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from disagg_core.contracts import PromptTask, SampleRef
-from disagg_core.errors import ChannelUnavailable
+from disagg_core.errors import ChannelUnavailable, TargetUnavailable
 from disagg_core.rollout.flow_control import FlowControl
 from disagg_core.rollout.leases import Lease
 from disagg_core.rollout.prompt_source import PromptBatch, PromptSource
@@ -24,6 +24,8 @@ from disagg_core.rollout.reorder import ReorderBuffer
 from disagg_core.run.watermarks import Watermarks
 
 _LOOK_S = 0.1
+FAILURES_IN_ROW = 32
+"""So many failed attempts without a sample between them are the target's fault and not the prompts'."""
 
 
 def largest_group(marks: Watermarks, wanted: int) -> int:
@@ -49,6 +51,7 @@ class Pipeline:
         ordered: bool,
         in_flight: Callable[[], tuple[int, int]],
         sample_bytes: Callable[[PromptTask], int],
+        failures_in_row: int = FAILURES_IN_ROW,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if source.group > (most := largest_group(marks, source.group)):
@@ -74,6 +77,8 @@ class Pipeline:
         self.blocked = 0
         self.blocked_s = 0.0
         self._unavailable_since: float | None = None
+        self._failures_in_row = 0
+        self._most_failures = failures_in_row
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
@@ -163,16 +168,22 @@ class Pipeline:
             return True
 
     def failed(self, lease: Lease, reason: str, server: str) -> None:
-        """Count a failed attempt; the prompt goes back, or out if it was the last one."""
+        """Count a failed attempt; the prompt goes back, or out if it was the last one.
+
+        The target's failures in a row, whosever prompts, end the run: that many bad prompts do not stand together.
+        """
         with self.changed:
+            self._count_failure(reason)
             if self.source.fail(lease, reason, server):
                 self._dropped(lease.ordinal)
             self.changed.notify_all()
 
-    def rejected(self, lease: Lease, reason: str) -> None:
-        """Take a prompt out for good."""
+    def rejected(self, lease: Lease, reason: str, *, own_form: bool = False) -> None:
+        """Take a prompt out for good; one that is out for its own form is no failure of the target's."""
         with self.changed:
-            if self.source.reject(lease, reason):
+            if not own_form:
+                self._count_failure(reason)
+            if self.source.reject(lease, reason, own_form=own_form):
                 self._dropped(lease.ordinal)
             self._unavailable_since = None
             self.changed.notify_all()
@@ -190,6 +201,16 @@ class Pipeline:
                 self._dropped(ordinal)
             self.changed.notify_all()
 
+    def _count_failure(self, reason: str) -> None:
+        self._failures_in_row += 1
+        if self._failures_in_row >= self._most_failures and not self.stopping:
+            self.stop(
+                TargetUnavailable(
+                    f"the target failed {self._failures_in_row} times in a row, whatever the prompt; the last time: "
+                    f"{reason}; look at its GPU and its log"
+                )
+            )
+
     def _dropped(self, ordinal: int) -> None:
         self._reorder.drop(ordinal)
         self._unreserve(ordinal)
@@ -204,8 +225,9 @@ class Pipeline:
             return self._clock() - self._unavailable_since
 
     def available(self) -> None:
-        """Note that a server has answered."""
+        """Note that the target has captured something."""
         with self.changed:
+            self._failures_in_row = 0
             self._unavailable_since = None
 
     # --- publication -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from disagg_core.errors import (
 from disagg_core.processes.retry import Retry, join_all
 from disagg_core.processes.shutdown import DRIVE_S
 from disagg_core.rollout.meter import RolloutMeter
-from disagg_core.rollout.pipeline import Pipeline, largest_group
+from disagg_core.rollout.pipeline import FAILURES_IN_ROW, Pipeline, largest_group
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.worker import Putters, RolloutWorker
 from disagg_core.run.watermarks import Watermarks
@@ -49,6 +49,8 @@ _CHANNEL_AWAY_S = 60.0
 """A channel may be away for so long, whatever was wanted of it, before the run fails."""
 _CHANNEL_PAUSE_S = 0.25
 _JOIN_S = 60.0
+_CRASHES_IN_ROW = 4
+"""A server that dies fails all that is under way at once; so many times in a row is no accident."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,10 @@ def build_disagg_online_producer(
     """
     marks = watermarks or Watermarks.resolve(rollout, window, max_sample_bytes=max_sample_bytes)
     source = _source_of(prompts, marks, target, rollout)
-    pipeline = _pipeline_of(source, marks, rollout, channel, bytes_of or (lambda task: marks.max_sample_bytes))
+    workers_wanted = max(rollout.workers, target.concurrency)
+    pipeline = _pipeline_of(
+        source, marks, rollout, channel, bytes_of or (lambda task: marks.max_sample_bytes), workers_wanted
+    )
     meter = RolloutMeter()
     putters = Putters(pipeline, store, identity, meter)
     workers = [
@@ -324,7 +329,7 @@ def build_disagg_online_producer(
             meter=meter,
             unavailable_timeout_s=unavailable_timeout_s,
         )
-        for number in range(max(rollout.workers, target.concurrency))
+        for number in range(workers_wanted)
     ]
     return workers, Drive(
         pipeline=pipeline, workers=workers, putters=putters, store=store, channel=channel, meter=meter, on_tick=on_tick
@@ -346,8 +351,16 @@ def _pipeline_of(
     rollout: RolloutSection,
     channel: StreamingRefChannel,
     sample_bytes: Callable[[PromptTask], int],
+    workers: int,
 ) -> Pipeline:
     def in_flight() -> tuple[int, int]:
         return channel.in_flight_remote(), channel.in_flight_bytes_remote()
 
-    return Pipeline(source, marks, ordered=rollout.ordered, in_flight=in_flight, sample_bytes=sample_bytes)
+    return Pipeline(
+        source,
+        marks,
+        ordered=rollout.ordered,
+        in_flight=in_flight,
+        sample_bytes=sample_bytes,
+        failures_in_row=max(FAILURES_IN_ROW, _CRASHES_IN_ROW * workers),
+    )

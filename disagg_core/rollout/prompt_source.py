@@ -21,15 +21,19 @@ EncodedGroup = dict[int, PromptTask | RejectedPrompt | None]
 """The prompts of one group by ordinal; None where the order has ended."""
 
 
+RejectionKind = Literal["rejected", "refused", "quarantined"]
+
+
 class Rejection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of an attempt's ``rejected.jsonl``: a prompt that no sample was published for, and why.
 
-    `kind` is ``rejected`` for a prompt that cannot be used and ``quarantined`` for one that used up its attempts.
+    `kind` is ``rejected`` for a prompt whose own form cannot be used, ``refused`` for one that the target or the store
+    would not have, and ``quarantined`` for one that used up its attempts.
     """
 
     ordinal: int
     source: str
-    kind: Literal["rejected", "quarantined"]
+    kind: RejectionKind
     reason: str
     attempts: int
 
@@ -161,9 +165,7 @@ class PromptSource:
                 leases[lease.ordinal] = lease
         return PromptBatch([task for task in tasks.values() if isinstance(task, PromptTask)], leases)
 
-    def _tell(
-        self, ordinal: int, source: str, kind: Literal["rejected", "quarantined"], reason: str, attempts: int
-    ) -> None:
+    def _tell(self, ordinal: int, source: str, kind: RejectionKind, reason: str, attempts: int) -> None:
         self._on_reject(Rejection(ordinal=ordinal, source=source, kind=kind, reason=reason, attempts=attempts))
 
     # --- answers ---------------------------------------------------------------------------------------------------
@@ -190,13 +192,14 @@ class PromptSource:
                 self._tell(lease.ordinal, task.source, "quarantined", reason, lease.failures + 1)
             return quarantined
 
-    def reject(self, lease: Lease, reason: str) -> bool:
-        """Take an unusable prompt out; False if the lease is stale."""
+    def reject(self, lease: Lease, reason: str, *, own_form: bool = False) -> bool:
+        """Take an unusable prompt out, for its own form or not; False if the lease is stale."""
         with self._lock:
             rejected = self._book.reject(lease)
             if rejected:
                 task = self._tasks.pop(lease.ordinal)
-                self._tell(lease.ordinal, task.source, "rejected", reason, lease.failures + 1)
+                kind: RejectionKind = "rejected" if own_form else "refused"
+                self._tell(lease.ordinal, task.source, kind, reason, lease.failures + 1)
             return rejected
 
     def give_back(self, lease: Lease) -> bool:

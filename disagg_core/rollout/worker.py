@@ -219,8 +219,8 @@ class RolloutWorker:
             case Failed(reason=reason, retryable=True, server=server) if lease is not None:
                 log.warning("prompt %d failed on %s: %s", lease.ordinal, server, reason)
                 self._pipeline.failed(lease, reason, server)
-            case Failed(reason=reason) if lease is not None:
-                self._pipeline.rejected(lease, reason)
+            case Failed(reason=reason, own_form=own_form) if lease is not None:
+                self._pipeline.rejected(lease, reason, own_form=own_form)
 
     def _wait_for_target(self, error: TargetUnavailable) -> None:
         """Pause after the target was not available; stop the run if that has been so for too long."""

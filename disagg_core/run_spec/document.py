@@ -124,6 +124,9 @@ class RolloutSection(Section):
     workers: int = Field(1, ge=1, le=64, description="Capture workers; 1 gives a reproducible order.")
     batch_tokens: int = Field(8192, ge=8, description="Padded tokens of one capture batch (transformers).")
     max_prompt_attempts: int = Field(3, ge=1, description="A prompt that fails this often is quarantined.")
+    max_rejected: float = Field(
+        0.05, ge=0, le=1, description="The run fails with more prompts refused or quarantined: a share of all."
+    )
     ordered: bool = Field(True, description="Publish in prompt order, or as captures complete.")
     high_watermark_refs: int = Field(256, ge=1, description="Pause capture at so many samples in flight.")
     low_watermark_refs: int | None = Field(None, ge=1, description="Go on below this many; by default half of high.")
@@ -180,6 +183,12 @@ class TrainingSection(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     prefetch_samples: int = Field(64, ge=1, description="Samples that the loader fetches ahead.")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of one trainer process on CPU.")
+    max_quarantined: float = Field(
+        0.05, ge=0, le=1, description="The run fails with more samples quarantined: a share of those published."
+    )
+    max_diverged_windows: int = Field(
+        5, ge=1, description="End after so many windows in a row whose loss or gradient is not finite."
+    )
 
 
 class EvaluationSection(Section):

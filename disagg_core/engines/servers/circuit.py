@@ -3,6 +3,9 @@
 Pure state machine, clock injected. ``closed``: works. ``open``: failed `threshold` times in a row; no work for
 `probation_s`, doubled with each relapse up to sixteen times that. ``probation``: one request at a time; the first
 success closes the circuit, a failure opens it again.
+
+A server that says it is busy has not failed. It is paused, for longer each time in a row, and then gets half as many
+requests at a time; each success gives it back a part of one, as TCP's congestion control does (RFC 5681).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ CircuitState = Literal["closed", "open", "probation"]
 
 _LONGEST_PROBATION = 16
 _EVENTS_KEPT = 50
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 
 
 @dataclass
@@ -25,6 +29,9 @@ class _Circuit:
     relapses: int = 0
     open_until: float = 0.0
     in_flight: int = 0
+    room: float = math.inf
+    paused_until: float = 0.0
+    pause_s: float = 0.0
     failures: int = 0
     last_reason: str = ""
     events: list[str] = field(default_factory=list)
@@ -87,10 +94,23 @@ class CircuitBreakers:
         circuit = self._circuits[name]
         circuit.in_flight -= 1
         circuit.failures_in_row = 0
+        circuit.pause_s = 0.0
+        circuit.room += 1 / circuit.room
         if circuit.state != "closed" and not math.isinf(circuit.open_until):
             circuit.state = "closed"
             circuit.relapses = 0
             self._note(circuit, "works again")
+
+    def busy(self, name: str, reason: str) -> None:
+        """End a request that the server had no room for. Those that were under way with it say nothing new."""
+        circuit = self._circuits[name]
+        now = self._clock()
+        if now >= circuit.paused_until:
+            circuit.room = max(1.0, min(circuit.room, circuit.in_flight) / 2)
+            circuit.pause_s = min(max(_FIRST_PAUSE_S, 2 * circuit.pause_s), _LONGEST_PAUSE_S)
+            circuit.paused_until = now + circuit.pause_s
+            self._note(circuit, f"paused for {circuit.pause_s:g} s: {reason}")
+        circuit.in_flight -= 1
 
     def failed(self, name: str, reason: str) -> None:
         """End a request that the server did not answer: refused, broken off, or timed out."""
@@ -140,7 +160,10 @@ class CircuitBreakers:
         return circuit.state != "open"
 
     def _places(self, name: str) -> int:
-        return self._concurrency if self._circuits[name].state == "closed" else 1
+        circuit = self._circuits[name]
+        if self._clock() < circuit.paused_until:
+            return 0
+        return int(min(circuit.room, self._concurrency)) if circuit.state == "closed" else 1
 
     def _open(self, circuit: _Circuit, reason: str) -> None:
         pause = self._probation_s * min(2**circuit.relapses, _LONGEST_PROBATION)

@@ -19,12 +19,20 @@ class ServerUnreachable(ServerFailure):
     """Nobody took the request: whatever it asked for was not tried."""
 
 
-class PromptRefused(DraftlineError):
-    """The server answered that it will not run this prompt; `retryable`: another server may."""
+class ServerBusy(ServerFailure):
+    """The server has more than it can do at present; whatever it was asked for, nothing of it is left there."""
 
-    def __init__(self, message: str, *, retryable: bool) -> None:
+
+class PromptRefused(DraftlineError):
+    """The server answered that it will not run this prompt; `retryable`: another server may.
+
+    `own_form`: nobody was asked, the prompt's own form says it.
+    """
+
+    def __init__(self, message: str, *, retryable: bool, own_form: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.own_form = own_form
 
 
 class ServerClient(Protocol):
@@ -55,6 +63,7 @@ class ServerClient(Protocol):
 
         Raises:
             PromptRefused: there is no sample; nothing is stored.
+            ServerBusy: there is none because the server could not keep up; nothing is stored.
             ServerFailure: it is not known whether something was stored.
         """
         ...

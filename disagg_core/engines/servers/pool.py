@@ -151,6 +151,12 @@ class ServerPool:
             self._members[name].captured += captured
             self._changed.notify_all()
 
+    def busy(self, name: str, reason: str) -> None:
+        """End a request that the server had no room for: it gets less to do, and is not suspected of anything."""
+        with self._changed:
+            self._breakers.busy(name, reason)
+            self._changed.notify_all()
+
     def failed(self, name: str, reason: str) -> None:
         """End a request that was not answered, and have the server looked at."""
         with self._changed:

@@ -144,12 +144,12 @@ class Recorder:
             recording.aux.clear()
             recording.last.clear()
 
-    def refuse(self, recording: Recording, reason: str, *, retryable: bool) -> None:
-        """Settle `recording` without a sample."""
+    def refuse(self, recording: Recording, reason: str, *, retryable: bool, busy: bool = False) -> None:
+        """Settle `recording` without a sample; `busy`: it was not to be had at present."""
         recording.aux.clear()
         recording.last.clear()
         recording.handed_over = True
-        recording.reply = RefusedReply(reason=reason, retryable=retryable)
+        recording.reply = RefusedReply(reason=reason, retryable=retryable, busy=busy)
         logger.warning("capture refused: %s", reason)
 
     def finish(self, recording: Recording, input_ids: list[int], facts: Callable[[], ServerFacts]) -> None:
@@ -180,7 +180,7 @@ class Recorder:
         with self._changed:
             if self._pending_bytes and self._pending_bytes + recording.nbytes > self._max_pending_bytes:
                 full = f"the server's writer is behind: {self._pending_bytes} bytes of states wait for the store"
-                self.refuse(recording, full, retryable=True)
+                self.refuse(recording, full, retryable=True, busy=True)
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="draftline-writer", daemon=True)
@@ -264,7 +264,8 @@ class _RecordingWriter:
 
     def _write(self, order: CaptureOrder, recording: Recording) -> Reply:
         if self._clock() > order.deadline:
-            return RefusedReply(reason="the request's time was over before its sample was written", retryable=True)
+            late = "the request's time was over before its sample was written"
+            return RefusedReply(reason=late, retryable=True, busy=True)
         store = self._store(order.store)
         started = time.perf_counter()
         capture, aux = order.identity.capture, recording.aux[0]
@@ -289,7 +290,8 @@ class _RecordingWriter:
         )
         if self._clock() > order.deadline:
             store.abort(ref)
-            return RefusedReply(reason="the sample was written after the request's time was over", retryable=True)
+            late = "the sample was written after the request's time was over"
+            return RefusedReply(reason=late, retryable=True, busy=True)
         return StoredReply(ref=ref, copy_s=copied - started, put_s=time.perf_counter() - copied)
 
     def _store(self, address: StoreAddress) -> WritableStore:

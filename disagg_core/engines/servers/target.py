@@ -14,7 +14,13 @@ from typing import Any, Protocol, TypeVar
 from disagg_core.contracts import Capture, PromptTask, RunIdentity, SampleRef
 from disagg_core.engines.contract import CaptureOutcome, Failed, Generated, ServerHealth, Stored
 from disagg_core.engines.generation import Sampling
-from disagg_core.engines.servers.contract import PromptRefused, ServerClient, ServerFailure, ServerUnreachable
+from disagg_core.engines.servers.contract import (
+    PromptRefused,
+    ServerBusy,
+    ServerClient,
+    ServerFailure,
+    ServerUnreachable,
+)
 from disagg_core.engines.servers.pool import PoolMember, ServerPool
 from disagg_core.engines.servers.probe import Reference, check_probe, probe_ids, reference_states
 from disagg_core.engines.servers.wire import CaptureOrder, StoreAddress, spans_of
@@ -199,10 +205,14 @@ class ServedTarget(ABC):
 
         def run(task: PromptTask) -> _Outcome:
             avoided = avoid.get(task.ordinal, frozenset())
+            began = time.monotonic()
             while True:  # a server that cannot be reached is soon out, and with the last one acquire() raises
                 client = pool.acquire(avoided)
                 try:
                     return work(client, task)
+                except ServerBusy as error:  # it is paused; another one, or the same later, takes the task
+                    if time.monotonic() - began > self._section.request_timeout_s:
+                        raise TargetUnavailable(f"the servers are busy: {error}") from error
                 except ServerUnreachable:
                     avoided |= {client.name}
 
@@ -256,6 +266,7 @@ class ServedTarget(ABC):
 
         Raises:
             ServerUnreachable: the task was not tried, and keeps its number of attempts.
+            ServerBusy: so it does where the server could not keep up.
         """
         pool = self._prepared()
         try:
@@ -263,7 +274,12 @@ class ServedTarget(ABC):
             outcome = work()
         except PromptRefused as refused:
             pool.succeeded(client.name, captured=False)
-            return Failed(task, str(refused), retryable=refused.retryable, server=client.name)
+            return Failed(
+                task, str(refused), retryable=refused.retryable, server=client.name, own_form=refused.own_form
+            )
+        except ServerBusy as error:
+            pool.busy(client.name, str(error))
+            raise
         except ServerUnreachable as error:
             pool.failed(client.name, str(error))
             raise
@@ -285,10 +301,13 @@ class ServedTarget(ABC):
         if not 0 <= lowest <= highest < self._facts.vocab_size:
             wrong = highest if lowest >= 0 else lowest
             raise PromptRefused(
-                f"token id {wrong} is not of the target, whose vocabulary has {self._facts.vocab_size}", retryable=False
+                f"token id {wrong} is not of the target, whose vocabulary has {self._facts.vocab_size}",
+                retryable=False,
+                own_form=True,
             )
         if self._sampling is not None and self._sampling.room(task) < 1:
-            raise PromptRefused(f"no room for a continuation after {len(task.input_ids)} tokens", retryable=False)
+            full = f"no room for a continuation after {len(task.input_ids)} tokens"
+            raise PromptRefused(full, retryable=False, own_form=True)
 
     def _continuation(self, client: ServerClient, task: PromptTask, sampling: Sampling) -> list[int]:
         tokens = client.generate(task.input_ids, self._sampling_parameters(task, sampling))
@@ -298,7 +317,8 @@ class ServedTarget(ABC):
                 f"found {len(tokens)} from {min(tokens)} to {max(tokens)}"
             )
         if len(task.input_ids) + len(tokens) < _FEWEST_TOKENS:
-            raise PromptRefused(f"prompt and continuation have less than {_FEWEST_TOKENS} tokens", retryable=False)
+            few = f"prompt and continuation have less than {_FEWEST_TOKENS} tokens"
+            raise PromptRefused(few, retryable=False, own_form=True)
         return tokens
 
     def _store_sample(

@@ -73,12 +73,14 @@ class StoredReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class RefusedReply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
     """There is no sample, and nothing of it is in the store. `retryable`: another server may do better.
 
-    `store`: it was the store that failed, or this server's way to it; the prompt has no part in it.
+    `store`: it was the store that failed, or this server's way to it; the prompt has no part in it. `busy`: neither
+    failed, the server could not keep up; to be tried again when it has less to do.
     """
 
     reason: str
     retryable: bool
     store: bool = False
+    busy: bool = False
 
 
 class ServerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from disagg_core.engines.servers.contract import PromptRefused, ServerFailure, ServerUnreachable
+from disagg_core.engines.servers.contract import PromptRefused, ServerBusy, ServerFailure, ServerUnreachable
 from disagg_core.engines.servers.wire import (
     WIRE_KEY,
     CaptureOrder,
@@ -31,6 +31,12 @@ from disagg_core.errors import TargetError
 _CONNECT_TIMEOUT_S = 10.0
 _REFUSALS = frozenset({400, 413, 422})
 """What a server answers to a prompt it will not run. Any other error is the server's, or of a proxy before it."""
+
+_BUSY = frozenset({429, 503})
+"""What a server or a proxy before it answers that has too much to do: nothing was tried."""
+
+_ELSEWHERE = frozenset({401, 403, 404, 405, 407})
+"""What somebody answers who does not run prompts for us, whatever the prompt: nothing was tried."""
 
 _Body = TypeVar("_Body")
 
@@ -117,11 +123,14 @@ class SglangClient:
 
         Raises:
             PromptRefused: there is no sample; nothing is stored.
+            ServerBusy: likewise, because the server could not keep up.
             ServerFailure: it is not known whether something was stored.
         """
         reply = self._order(input_ids, order)
         if isinstance(reply, RefusedReply) and reply.store:
             raise ServerFailure(f"{self.name} cannot write to the store: {reply.reason}")
+        if isinstance(reply, RefusedReply) and reply.busy:
+            raise ServerBusy(f"{self.name} is behind: {reply.reason}")
         if isinstance(reply, RefusedReply):
             raise PromptRefused(reply.reason, retryable=reply.retryable)
         if not isinstance(reply, StoredReply):
@@ -198,6 +207,13 @@ class SglangClient:
             raise ServerFailure(f"{self.name}: {_describe(error)}") from error
         if response.status_code in _REFUSALS:
             raise PromptRefused(f"{self.name} answered {response.status_code}: {_said(response)}", retryable=False)
+        if response.status_code in _BUSY:
+            raise ServerBusy(f"{self.name} answered {response.status_code}: {_said(response)}")
+        if response.status_code in _ELSEWHERE:
+            raise ServerUnreachable(
+                f"{self.name} answered {response.status_code}: {_said(response)}; it wants a key, or {self.url} is no "
+                "server of ours"
+            )
         if response.status_code != 200:
             raise ServerFailure(f"{self.name} answered {response.status_code}: {_said(response)}")
         answer = self._read(response, _Answer)

@@ -10,7 +10,7 @@ from disagg_core.contracts import Capture, PromptTask, RunIdentity
 from disagg_core.engines.contract import Captured, Failed, Generated
 from disagg_core.engines.generation import Sampling, choose_tokens
 from disagg_core.engines.transformers import TransformersTarget, group_for
-from disagg_core.errors import TargetError
+from disagg_core.errors import TargetBroken, TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.target.facts import read_target_facts
 
@@ -243,3 +243,44 @@ def test_a_model_that_is_not_the_planned_one_is_refused(model_dir):
 
 def test_groups_fill_the_token_budget_and_no_more():
     assert [group_for(tokens) for tokens in (8, 1024, 8192, 10**6)] == [1, 16, 64, 64]
+
+
+def dying(target, after, error):
+    """Let every forward pass after the first `after` ones raise `error`, as after a sticky CUDA error."""
+    module = target._states.decoder.module
+    healthy, passes = module.forward, 0
+
+    def forward(*args, **options):
+        nonlocal passes
+        passes += 1
+        if passes > after:
+            raise error
+        return healthy(*args, **options)
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("after", [0, 1, 2], ids=["before the first", "after one batch", "after two"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "infrastructure"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "infrastructure"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+    ],
+)
+def test_a_target_that_fails_with_a_known_good_batch_blames_no_prompt(make_target, after, error, expected):
+    target = make_target(batch_tokens=64)
+    dying(target, after, error)
+    outcomes = []
+    with pytest.raises(TargetBroken, match="known to be good") as broken:
+        outcomes.extend(target.capture(tasks_of(*[30] * 12), avoid={}))
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    assert broken.value.failure_class == expected
+
+
+def test_a_target_that_dies_while_it_generates_blames_no_prompt(make_target):
+    target = make_target(sampling=GREEDY)
+    dying(target, 5, torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
+    with pytest.raises(TargetBroken):
+        list(target.capture(tasks_of(7, 30, 12), avoid={}))

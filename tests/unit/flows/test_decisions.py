@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from disagg_core.errors import EvaluationFailed, RoleFailed, StoreUnavailable
+from disagg_core.errors import EvaluationFailed, RoleFailed, StoreUnavailable, TooManyLost
 from disagg_core.report.document import EvaluationFigures
 from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.outcomes import RoleOutcome
@@ -23,7 +23,7 @@ from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher
 from tasks import roles
 from tasks.children import Supervision
-from tasks.completion import complete
+from tasks.completion import Completion, check_losses, complete
 from tasks.evaluation import judge_draft
 from tasks.rendezvous import meet
 from tasks.reporting import RunRecord
@@ -144,6 +144,40 @@ def test_the_report_lists_why_prompts_were_rejected(plan: RunPlan) -> None:
     (state / "rejected.jsonl").write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons))
     completion = complete(plan, 1, done(**PRODUCED), done(**TRAINED), keys_left=0)
     assert completion.rejected_reasons == {"too long": 2, "empty": 1}
+
+
+def rejections(plan: RunPlan, *kinds: str) -> None:
+    state = plan.dir.attempt(1).state
+    state.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"reason": f"why {kind}", "kind": kind}) + "\n" for kind in kinds)
+    (state / "rejected.jsonl").write_text("".join(lines))
+
+
+def completed(plan: RunPlan, prompts: int, rejected: int, quarantined: int = 0) -> Completion:
+    refs = prompts - rejected
+    produced = done(prompts=prompts, refs=refs, rejected=rejected)
+    trained = done(**TRAINED | {"samples": refs - quarantined, "quarantined": quarantined})
+    return complete(plan, 1, produced, trained, keys_left=0)
+
+
+def test_a_run_whose_target_refused_too_much_does_not_complete(plan: RunPlan) -> None:
+    rejections(plan, *["quarantined"] * 3, *["refused"] * 3)
+    with pytest.raises(TooManyLost, match=r"6 of 100 prompts .* rollout.max_rejected allows 5.0%: 3 x why") as lost:
+        check_losses(plan, 1, completed(plan, 100, 6))
+    assert lost.value.failure_class == "infrastructure"
+    check_losses(plan, 1, completed(plan, 120, 6))
+
+
+def test_prompts_of_a_form_that_cannot_be_used_do_not_count_against_the_target(plan: RunPlan) -> None:
+    rejections(plan, *["rejected"] * 60, "refused")
+    check_losses(plan, 1, completed(plan, 100, 61))
+
+
+def test_a_run_that_trained_on_too_little_of_what_was_captured_does_not_complete(plan: RunPlan) -> None:
+    allowed = max(plan.spec.global_batch_size, 50)
+    check_losses(plan, 1, completed(plan, 1000, 0, quarantined=allowed))
+    with pytest.raises(TooManyLost, match=r"training\.max_quarantined"):
+        check_losses(plan, 1, completed(plan, 1000, 0, quarantined=allowed + 1))
 
 
 def figures(**changes: object) -> EvaluationFigures:

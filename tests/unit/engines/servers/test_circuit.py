@@ -83,3 +83,33 @@ def test_places_are_never_exceeded_and_never_leak(steps):
             circuits.succeeded(name) if step == "ok" else circuits.failed(name, "x")
         for report in circuits.reports():
             assert report.in_flight == out.count(report.name) <= 2
+
+
+def test_a_busy_server_is_paused_and_gets_half_as_much_and_has_not_failed():
+    circuits, clock = breakers("a", concurrency=8)
+    assert [circuits.acquire() for _ in range(8)] == ["a"] * 8
+    for _ in range(8):
+        circuits.busy("a", "the writer is behind")
+    assert circuits.acquire() is None, "it is paused"
+    assert circuits.any_usable, "the target is not away"
+    clock.now += 0.5
+    assert [circuits.acquire() for _ in range(5)] == ["a"] * 4 + [None]
+    (report,) = circuits.reports()
+    assert (report.state, report.failures) == ("closed", 0)
+
+
+def test_pauses_of_a_server_that_stays_busy_grow_and_it_gets_its_places_back_when_it_works():
+    circuits, clock = breakers("a", concurrency=8)
+    pauses = []
+    assert circuits.acquire() == "a"
+    for _ in range(6):
+        circuits.busy("a", "full")
+        began = clock.now
+        while circuits.acquire() is None:
+            clock.now += 0.25
+        pauses.append(clock.now - began)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    for _ in range(60):
+        circuits.succeeded("a")
+        assert circuits.acquire() == "a"
+    assert [circuits.acquire() for _ in range(8)] == ["a"] * 7 + [None]

@@ -303,6 +303,7 @@ def test_states_beyond_the_bound_are_refused_for_now(shelf: Shelf) -> None:
 
     assert isinstance(second, RefusedReply)
     assert second.retryable
+    assert second.busy, "nothing has failed"
     assert isinstance(settled(recorder, first), StoredReply)
 
 

@@ -353,3 +353,49 @@ def test_a_prepared_target_takes_a_new_identity_and_starts_nothing(
     list(target.capture([task(1)], avoid={}))
 
     assert seen == ["m", "w"]
+
+
+@pytest.mark.parametrize("said", ["busy reply", 429, 503])
+def test_a_server_that_is_behind_costs_no_prompt_an_attempt(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], ledger: Ledger, said: str | int
+) -> None:
+    """Its writer waits for the store: every other request is turned away, and all samples come all the same."""
+    server = scripted()
+    reply = encode_reply(RefusedReply(reason="the server's writer is behind", retryable=True, busy=True))
+    busy = (200, {"meta_info": {WIRE_KEY: [reply]}}) if isinstance(said, str) else (said, {"error": "too much"})
+    turned_away: set[str] = set()
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        order = decode_order(body["sampling_params"]["custom_params"][WIRE_KEY])
+        assert isinstance(order, CaptureOrder)
+        if order.sample_id.endswith(("1", "5")) and order.sample_id not in turned_away:
+            turned_away.add(order.sample_id)
+            return busy
+        return stored(body)
+
+    server.answer = answer
+    target = target_over(server, server_concurrency=4)
+
+    outcomes = list(target.capture([task(ordinal) for ordinal in range(8)], avoid={}))
+
+    assert len(turned_away) == 2
+    assert all(isinstance(outcome, Stored) for outcome in outcomes)
+    health = target.health()[0]
+    assert (health.captured, health.failures, health.state) == (8, 0, "closed")
+    assert any("paused" in event for event in health.events)
+    assert ledger.swept == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_runs_nothing_for_us_is_not_the_prompts_affair(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget], status: int
+) -> None:
+    wrong, right = scripted(), scripted()
+    wrong.answer = lambda body: (status, {"error": "no"})
+    right.answer = stored
+    target = target_over(wrong, right)
+
+    outcomes = list(target.capture([task(ordinal) for ordinal in range(6)], avoid={}))
+
+    assert {outcome.server for outcome in outcomes} == {right.url}
+    assert all(isinstance(outcome, Stored) for outcome in outcomes)
