@@ -227,6 +227,10 @@ class StreamingRefChannel:
         """Return the state of the writer: `absent`, `running`, `released`, `lost`, `ended` or `failed`."""
         return self._reader.writer_status()
 
+    def check_not_failed(self) -> None:
+        """Raise `ProducerFailed`, with its class, if the stream ends with a failure; takes nothing from it."""
+        self._reader.check_not_failed()
+
     @property
     def delivered(self) -> int:
         """References delivered so far, those acknowledged by an earlier reader of the attempt included."""

@@ -176,8 +176,8 @@ class ChannelBackend(ClaimStore, Protocol):
     def tally(self) -> Tally:
         """Return what the log holds at present, claiming and changing nothing. Costs at most what is new."""
 
-    def sample_ids(self) -> Iterator[str]:
-        """Return the sample ids of every reference ever published to this channel, in order."""
+    def sample_ids(self, skip: int = 0) -> Iterator[str]:
+        """Return the sample ids of every reference ever published to this channel, in order, but the first `skip`."""
 
     def read(self, position: Position, max_records: int) -> list[Entry]:
         """Return up to `max_records` intact records behind `position`; an empty list when there is nothing yet.

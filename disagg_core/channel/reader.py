@@ -270,6 +270,12 @@ class ReferenceReader:
             return PeerStatus("writer", state, describe_end(end), claim)
         return PeerStatus("writer", self._peer.state(claim), claim=claim)
 
+    def check_not_failed(self) -> None:
+        """Raise `ProducerFailed` if that is how the stream ends, read or not."""
+        end = self._end or self._backend.tally().end
+        if isinstance(end, FailRecord):
+            raise ProducerFailed(end.reason, end.failure_class)
+
     def _check_writer(self) -> None:
         claim = self._backend.read_claim("writer")
         token = (self._position.seq, None if claim is None else (claim.epoch, claim.progress))

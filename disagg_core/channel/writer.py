@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from disagg_core.channel.contract import Cursor, Framed, Position, Tally
+from disagg_core.channel.contract import Cursor, Framed, Tally
 from disagg_core.channel.liveness import Heartbeat, IdleWatch, PeerStatus, PeerWatch
 from disagg_core.channel.records import EndRecord, FailRecord, OpenRecord, RefRecord, encode_ref, frame, frame_ref
 from disagg_core.channel.session import ChannelSession
@@ -63,7 +63,7 @@ class ReferenceWriter:
                 self._recover(self._heartbeat)
 
     def _recover(self, heartbeat: Heartbeat) -> None:
-        known = self._tally.last
+        known = self._tally
         tally = self._backend.recover()
         cursor = self._backend.load_cursor()
         if cursor is not None and cursor.seq > tally.last.seq:
@@ -76,20 +76,19 @@ class ReferenceWriter:
                 f"{self._backend.where}: the stream was written under claim {tally.last.epoch}, but the newest claim "
                 f"is {heartbeat.claim.epoch}: claims were removed; start a new attempt"
             )
-        if known.seq:
-            self._note_landed(known, tally.last)
+        if known.last.seq and tally.refs > known.refs:
+            self._note_landed(known.refs)
         self._tally = tally
         if tally.end is None and tally.last.epoch < heartbeat.claim.epoch:
             self._append([self._opening(heartbeat)], heartbeat)
         self._appendable = True
 
-    def _note_landed(self, known: Position, last: Position) -> None:
-        """Remember which references of a failed commit landed after all, so that a retry does not double them."""
-        while known.seq < last.seq:
-            for entry in self._backend.read(known, 1024):
-                known = entry.after
-                if isinstance(entry.record, RefRecord):
-                    self._landed.add(entry.record.ref.key)
+    def _note_landed(self, known_refs: int) -> None:
+        """Remember which references of a failed commit landed after all, so that a retry does not double them.
+
+        Taken from the list of sample ids: the records themselves may be acknowledged, and forgotten, by now.
+        """
+        self._landed.update(self._backend.sample_ids(known_refs))
 
     def _opening(self, heartbeat: Heartbeat) -> Framed:
         record = OpenRecord(
@@ -147,7 +146,7 @@ class ReferenceWriter:
         framed: list[Framed] = []
         for batch in group:
             for ref, encoded in zip(batch.refs, batch.encoded, strict=True):
-                if ref.key in self._landed:
+                if ref.sample_id in self._landed:
                     continue
                 seq += 1
                 record = RefRecord(seq=seq, attempt=ref.attempt, epoch=epoch, ref=ref)
@@ -156,7 +155,7 @@ class ReferenceWriter:
             self._append(framed, self._heartbeat)
             self._idle.stop_waiting()
         if self._landed:
-            self._landed.difference_update(ref.key for batch in group for ref in batch.refs)
+            self._landed.difference_update(ref.sample_id for batch in group for ref in batch.refs)
 
     def _append(self, framed: list[Framed], heartbeat: Heartbeat) -> None:
         self._appendable = False  # until we know that all of it landed

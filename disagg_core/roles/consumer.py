@@ -37,6 +37,8 @@ from disagg_core.training.observers import MetricsObserver, Observers, ProgressO
 from disagg_core.training.trainer import StepObserver, TrainOutcome
 
 POLL_S = 0.2
+NAMES_S = 90.0
+"""How long an NFS mount may go on saying that there is no such file (acdirmax is 60 s)."""
 PEER_NOTE_S = 5.0
 """How long rank 0 looks for another rank's note of its failure."""
 
@@ -152,7 +154,7 @@ def _wait_for_vocab_map(
     while not path.is_file():
         if progress is not None:
             progress.update(phase="waiting for the vocabulary map", step=0)
-        if channel is not None and (done := _producer_progress(channel, path)) != seen:
+        if channel is not None and (done := _producer_progress(channel, path, limit_s, stop)) != seen:
             seen, since = done, time.monotonic()
         if channel is not None and time.monotonic() - since > limit_s:
             raise ChannelStalled(
@@ -163,7 +165,7 @@ def _wait_for_vocab_map(
     return VocabMap.load(path)
 
 
-def _producer_progress(channel: StreamingRefChannel, awaited: Path) -> int:
+def _producer_progress(channel: StreamingRefChannel, awaited: Path, limit_s: float, stop: StopSignal) -> int:
     """Return a number that grows with the producer's progress.
 
     Raises:
@@ -171,9 +173,11 @@ def _producer_progress(channel: StreamingRefChannel, awaited: Path) -> int:
             is not there.
     """
     status = channel.writer_status()
-    if status.terminal:
-        channel.poll(1)  # raises ProducerFailed, with the failure's class, if that is how the stream ended
-        if not awaited.is_file():
+    if status.terminal and not awaited.is_file():
+        channel.check_not_failed()
+        # A network mount may believe for a minute that a file is not there which another host has made.
+        wait_s = min(NAMES_S, limit_s)
+        if not wait_until(awaited.is_file, timeout_s=wait_s, every_s=POLL_S, on_wait=stop.check):
             raise RoleFailed(f"{status.describe()}, but {awaited} is not there; see the producer's log")
     return status.claim.progress if status.claim is not None else 0
 

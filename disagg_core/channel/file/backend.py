@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from disagg_core.channel.contract import ClaimStatus, Cursor, Entry, Framed, Position, Side, Tally
 from disagg_core.channel.file.claims import FileClaims
@@ -23,9 +25,14 @@ from disagg_core.channel.file.log import WAY_OUT, LogReader, is_intact
 from disagg_core.channel.file.mount import is_local_mount
 from disagg_core.channel.records import RefRecord, decode_document, frame
 from disagg_core.errors import ChannelBusy, ChannelDamaged, ChannelUnavailable, ForeignChannel
-from disagg_core.processes.retry import wait_until
+from disagg_core.processes.interrupt import check_interrupt
+from disagg_core.processes.retry import Retry, wait_until
 
 _SCAN = 1024
+_RETRY_S = 1.0
+"""How long an operation is tried again before the channel counts as away, which callers wait out for longer."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.2
+_T = TypeVar("_T")
 _FIRST_LOOK_S = 0.001
 _LONGEST_LOOK_S = {"local": 0.002, "remote": 0.020}
 """Pauses between two looks at the directory: 1 ms, then up to 2 ms on a local mount, where a look costs microseconds,
@@ -65,16 +72,14 @@ class FileBackend:
 
     def read_claim(self, side: Side) -> ClaimStatus | None:
         """See `ClaimStore`."""
-        with self._reported():
-            return self._claims.read_claim(side)
+        return self._call(lambda: self._claims.read_claim(side))
 
     def swap_claim(self, side: Side, status: ClaimStatus) -> bool:
-        """See `ClaimStore`."""
-        with self._reported():
-            return self._claims.swap_claim(side, status)
+        """See `ClaimStore`. One that took effect before it failed finds its own claim, as its caller looks for."""
+        return self._call(lambda: self._claims.swap_claim(side, status))
 
     def beat(self, side: Side, status: ClaimStatus) -> bool:
-        """See `ClaimStore`."""
+        """See `ClaimStore`. Tried once: the next heartbeat is the retry."""
         with self._reported():
             return self._claims.beat(side, status)
 
@@ -83,21 +88,35 @@ class FileBackend:
     def check_owner(self) -> None:
         """Look at the log's first record and the cursor. See `ChannelBackend`."""
         self.load_cursor()
-        with self._reported(), self._open_log(Position()) as log:
-            log.read(1)
+        with self._open_log(Position()) as log:
+            self._call(lambda: self._read_from(log, 1))
 
     def recover(self) -> Tally:
         """Repair a torn tail and return what the log holds. See `ChannelBackend`."""
-        with self._scanning, self._reported():
+        with self._scanning:
+            return self._call(self._recovered)
+
+    def _recovered(self) -> Tally:
+        try:
             if self._writing is None:
                 self._writing = self._files.open_append(self._log)
                 self._files.sync_directory(self._directory)
             self._scanner.close()
-            tally = self.tally()
+            tally = self._scan()
             size = os.fstat(self._writing).st_size
             if size > tally.last.offset:
                 self._cut_torn_tail(tally.last.offset, size)
             return tally
+        except OSError:
+            self._stop_writing()
+            raise
+
+    def _stop_writing(self) -> None:
+        """Let go of the log's descriptor, which may be stale: `recover` opens another."""
+        descriptor, self._writing = self._writing, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _cut_torn_tail(self, end: int, size: int) -> None:
         assert self._writing is not None
@@ -123,32 +142,51 @@ class FileBackend:
                     f"found {size}"
                 )
             data = b"".join([item.line for item in batch])
-            self._files.write(self._writing, data)
-            self._files.sync(self._writing)
+            try:
+                self._files.write(self._writing, data)
+                self._files.sync(self._writing)
+            except OSError:
+                self._stop_writing()
+                raise
             self._scanner.position = Position(batch[-1].record.seq, size + len(data), epoch)
             self._tally = self._tally.plus([item.record for item in batch], self._scanner.position)
         return self._tally.last
 
     def tally(self) -> Tally:
         """Scan what is new and return the totals. See `ChannelBackend`."""
-        with self._scanning, self._reported():
-            while self._tally.end is None and (entries := self._scanner.read(_SCAN)):
-                self._tally = self._tally.plus([entry.record for entry in entries], self._scanner.position)
-            return self._tally._replace(last=self._scanner.position)
+        with self._scanning:
+            return self._call(self._scan)
 
-    def sample_ids(self) -> Iterator[str]:
+    def _scan(self) -> Tally:
+        while self._tally.end is None and (entries := self._read_from(self._scanner, _SCAN)):
+            self._tally = self._tally.plus([entry.record for entry in entries], self._scanner.position)
+        return self._tally._replace(last=self._scanner.position)
+
+    def _read_from(self, log: LogReader, max_records: int) -> list[Entry]:
+        """Read on; after an error of the mount from the same place of a newly opened file: the old one may be stale."""
+        before = log.position
+        try:
+            return log.read(max_records)
+        except OSError:
+            log.close()
+            log.position = before  # what was taken before the error is read again
+            raise
+
+    def sample_ids(self, skip: int = 0) -> Iterator[str]:
         """Read the log from its beginning. See `ChannelBackend`."""
         with self._open_log(Position()) as log:
-            while entries := log.read(_SCAN):
-                yield from (entry.record.ref.sample_id for entry in entries if isinstance(entry.record, RefRecord))
+            seen = 0
+            while entries := self._call(lambda: self._read_from(log, _SCAN)):
+                names = [entry.record.ref.sample_id for entry in entries if isinstance(entry.record, RefRecord)]
+                yield from names[max(0, skip - seen) :]
+                seen += len(names)
 
     def read(self, position: Position, max_records: int) -> list[Entry]:
         """See `ChannelBackend`."""
-        with self._reported():
-            if self._reader.position != position:
-                self._reader.close()
-                self._reader = self._open_log(position)
-            return self._reader.read(max_records)
+        if self._reader.position != position:
+            self._reader.close()
+            self._reader = self._open_log(position)
+        return self._call(lambda: self._read_from(self._reader, max_records))
 
     def _open_log(self, position: Position) -> LogReader:
         return LogReader(
@@ -164,11 +202,9 @@ class FileBackend:
 
     def load_cursor(self) -> Cursor | None:
         """See `ChannelBackend`."""
-        with self._reported():
-            try:
-                data = self._cursor.read_bytes()
-            except FileNotFoundError:
-                return None
+        data = self._call(self._cursor_bytes)
+        if data is None:
+            return None
         cursor = decode_document(data, Cursor, str(self._cursor))
         if (cursor.run_id, cursor.attempt) != (self._run_id, self._attempt):
             raise ForeignChannel(
@@ -177,15 +213,23 @@ class FileBackend:
             )
         return cursor
 
+    def _cursor_bytes(self) -> bytes | None:
+        try:
+            return self._cursor.read_bytes()
+        except FileNotFoundError:
+            return None
+
     def store_cursor(self, cursor: Cursor) -> None:
         """See `ChannelBackend`."""
-        with self._reported():
-            if not self._claims.is_newest("reader", cursor.epoch):
-                raise ChannelBusy(f"the reader's claim {cursor.epoch} of {self.where} was taken over; stop here")
-            draft = self._directory / f".cursor-{cursor.epoch:06d}.tmp"
-            self._files.write_file(draft, frame(cursor), durable=True)
-            self._files.replace(draft, self._cursor)
-            self._files.sync_directory(self._directory)
+        self._call(lambda: self._replace_cursor(cursor))
+
+    def _replace_cursor(self, cursor: Cursor) -> None:
+        if not self._claims.is_newest("reader", cursor.epoch):
+            raise ChannelBusy(f"the reader's claim {cursor.epoch} of {self.where} was taken over; stop here")
+        draft = self._directory / f".cursor-{cursor.epoch:06d}.tmp"
+        self._files.write_file(draft, frame(cursor), durable=True)
+        self._files.replace(draft, self._cursor)
+        self._files.sync_directory(self._directory)
 
     # --- waiting ---
 
@@ -227,9 +271,17 @@ class FileBackend:
         """See `ChannelBackend`."""
         self._reader.close()
         self._scanner.close()
-        if self._writing is not None:
-            os.close(self._writing)
-            self._writing = None
+        self._stop_writing()
+
+    def _call(self, operation: Callable[[], _T]) -> _T:
+        """Do what may be done twice, again for a moment if the mount fails: a name that is replaced may be stale."""
+        retry = Retry(OSError, budget_s=_RETRY_S, every_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S, sleep=self._pause)
+        with self._reported():
+            return retry(operation)
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        check_interrupt()
 
     def _reported(self) -> _Reported:
         return _Reported(self.where)

@@ -194,9 +194,9 @@ class RedisBackend:
         assert isinstance(record, (EndRecord, FailRecord))
         return record
 
-    def sample_ids(self) -> Iterator[str]:
+    def sample_ids(self, skip: int = 0) -> Iterator[str]:
         """See `ChannelBackend`."""
-        start = 0
+        start = skip
         while ids := self._ids_from(start):
             yield from (sample_id.decode() for sample_id in ids)
             start += len(ids)

@@ -188,3 +188,49 @@ def test_an_answer_that_is_lost_does_not_double_a_batch(redis_port: int) -> None
         assert len(sent) == 2
         assert list(writer.published_sample_ids()) == names(4)
         assert writer.published == 4
+
+
+@pytest.mark.parametrize("acknowledged", [1, 3, 4], ids=["a part of it", "all of it but one", "all of it"])
+def test_an_append_whose_answer_was_lost_is_not_doubled_and_hangs_nobody_when_it_was_acknowledged_meanwhile(
+    redis_port: int, acknowledged: int
+) -> None:
+    """Redis ran the append, the producer's link stayed down, and the consumer, whose link is fine, went on."""
+    url = f"redis://127.0.0.1:{redis_port}/0?channel=lost-answer-{acknowledged}"
+    backend = RedisBackend(url, run_id="local", attempt=1, reconnect_s=0.1)
+    with StreamingRefChannel(url, backend=backend) as writer, StreamingRefChannel(url) as reader:
+        writer.publish_many(make_refs(1))
+        run_append = backend._append
+
+        def lost_answer(**call: object) -> None:
+            run_append(**call)
+            raise redis.ConnectionError("the answer was lost")
+
+        backend._append = lost_answer
+        with pytest.raises(ChannelUnavailable):
+            writer.publish_many(make_refs(1, 4))
+        refs = reader.poll(10)
+        reader.ack(refs[:acknowledged], step=1)
+        backend._append = run_append
+
+        writer.publish_many(make_refs(1, 4))
+        writer.publish_many(make_refs(4, 6))
+        writer.close(totals_of(make_refs(6)))
+
+        assert ids(refs) + ids(reader.poll(10)) == names(6)
+        assert reader.totals == totals_of(make_refs(6))
+
+
+def test_a_primary_that_becomes_a_replica_is_waited_for(server: Server) -> None:
+    """A fail-over without a change of address: the server takes no writes until it is a primary again."""
+    port = free_port()
+    with server(port=port), redis.Redis(port=port) as admin:
+        url = f"redis://127.0.0.1:{port}/0"
+        backend = RedisBackend(url, run_id="local", attempt=1, reconnect_s=0.2)
+        with StreamingRefChannel(url, backend=backend) as writer:
+            writer.publish_many(make_refs(2))
+            admin.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
+            with pytest.raises(ChannelUnavailable, match="does it fail over"):
+                writer.publish_many(make_refs(2, 4))
+            admin.execute_command("REPLICAOF", "NO", "ONE")
+            writer.publish_many(make_refs(2, 4))
+            assert list(writer.published_sample_ids()) == names(4)
