@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from prefect import flow
 
 from disagg_core.run.plan import RunPlan
+from disagg_core.run_spec.devices import visible_devices
 from tasks.role_process import run_evaluation_process
 
 
@@ -15,5 +17,7 @@ def draft_evaluation(plan: RunPlan) -> None:
     """Decode the run's held-out prompts with the drafts named in evaluation/request.json."""
     folder = plan.dir.evaluation
     run_evaluation_process(
-        [sys.executable, "-m", "disagg_core.roles.evaluation", str(folder / "request.json")], folder / "evaluation.log"
+        [sys.executable, "-m", "disagg_core.roles.evaluation", str(folder / "request.json")],
+        folder / "evaluation.log",
+        visible_devices(plan.spec, "rollout", os.environ),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from prefect import flow
 
 from disagg_core.run.plan import RoleAssignment
+from disagg_core.run_spec.devices import visible_devices
 from tasks.role_process import run_role_process, write_assignment
 
 
@@ -19,4 +21,5 @@ def rollout_producer(assignment: RoleAssignment) -> None:
         [sys.executable, "-m", "disagg_core.roles.producer", str(document)],
         assignment,
         assignment.dir.logs / "producer.log",
+        environment=visible_devices(assignment.plan.spec, "rollout", os.environ),
     )

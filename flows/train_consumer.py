@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from prefect import flow
 
 from disagg_core.processes.shutdown import RANKS_S
 from disagg_core.run.plan import RoleAssignment
+from disagg_core.run_spec.devices import visible_devices
 from tasks.rendezvous import meet
 from tasks.role_process import run_role_process, write_assignment
 
@@ -22,6 +24,7 @@ def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
         [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.roles.consumer", str(document)],
         assignment,
         assignment.dir.logs / f"{role}.log",
+        environment=visible_devices(assignment.plan.spec, "train", os.environ),
         leaves_outcome=node_rank == 0,
     )
 

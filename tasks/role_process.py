@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 from uuid import UUID
@@ -47,9 +47,17 @@ def write_assignment(assignment: RoleAssignment, role: str) -> Path:
 
 
 def run_role_process(
-    role: str, command: list[str], assignment: RoleAssignment, log: Path, *, leaves_outcome: bool = True
+    role: str,
+    command: list[str],
+    assignment: RoleAssignment,
+    log: Path,
+    *,
+    environment: Mapping[str, str],
+    leaves_outcome: bool = True,
 ) -> RoleOutcome | None:
     """Run `command` to its end while showing the role's progress; return the outcome it leaves, if it leaves one.
+
+    `environment` is added to ours.
 
     Raises:
         RoleFailed: the process failed or died; class and reason are those it left, else what its exit says.
@@ -66,7 +74,7 @@ def run_role_process(
         memory.look()
         progress.publish_if_due()
 
-    code = _run_tree(command, log, every_second)
+    code = _run_tree(command, log, environment, every_second)
     progress.publish()
     outcome = read_outcome(outcome_file)
     if outcome is None and code == 0 and not leaves_outcome:
@@ -91,20 +99,20 @@ def run_role_process(
     return outcome
 
 
-def run_evaluation_process(command: list[str], log: Path) -> None:
-    """Run the evaluation's `command` to its end.
+def run_evaluation_process(command: list[str], log: Path, environment: Mapping[str, str]) -> None:
+    """Run the evaluation's `command` to its end; `environment` is added to ours.
 
     Raises:
         RoleFailed: it failed; the message has the end of its log.
     """
-    code = _run_tree(command, log, lambda: None)
+    code = _run_tree(command, log, environment, lambda: None)
     if code != 0:
         raise RoleFailed(f"the evaluation failed ({describe_exit(code)}); the end of {log}:\n{tail(log)}")
 
 
-def _run_tree(command: list[str], log: Path, every_second: Callable[[], None]) -> int:
+def _run_tree(command: list[str], log: Path, environment: Mapping[str, str], every_second: Callable[[], None]) -> int:
     """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises."""
-    process = spawn(command, log, environment={**LEAN_MEMORY, **os.environ})
+    process = spawn(command, log, environment={**LEAN_MEMORY, **os.environ, **environment})
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import torch
 
 from disagg_core.channel.redis.address import RedisAddress, check_server
 from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
@@ -17,6 +18,7 @@ from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, make_plan
+from disagg_core.run_spec.devices import check_shared_node
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings
@@ -79,6 +81,15 @@ def check_channel(spec: RunSpec, settings: Settings) -> None:
         check_server(url, password=settings.redis_password, ca=settings.redis_ca if url.startswith("rediss:") else None)
     except ChannelUnavailable as error:
         raise BadInput(f"channel.url: {error}") from error
+
+
+def check_gpus(spec: RunSpec) -> None:
+    """Check that the roles have GPUs of their own; for a run whose roles are all on this machine.
+
+    Raises:
+        BadInput: two would have the same one, or one that is not there.
+    """
+    check_shared_node(spec, torch.cuda.device_count())
 
 
 def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -47,7 +49,15 @@ def _processes(plan: RunPlan) -> Table:
     if spec.evaluation.prompts:
         each = "0" if spec.target.device == "cpu" else "1"
         table.add_row("evaluation, after the two roles", pools.rollout, "1", each)
+    table.add_row("GPUs of the producer", pools.rollout, *_listed(spec.orchestration.devices.rollout))
+    table.add_row("GPUs of the consumer, on each node", pools.train, *_listed(spec.orchestration.devices.train))
     return table
+
+
+def _listed(devices: Sequence[int] | None) -> tuple[str, str]:
+    if devices is None:
+        return "", "as the worker sees them"
+    return str(len(devices)), ", ".join(map(str, devices))
 
 
 def _producer_gpus(plan: RunPlan) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from disagg_core.run_spec.devices import DevicesSection, check_devices
 from disagg_core.run_spec.draft import DraftSection, default_draft, draft_field
 from disagg_core.run_spec.section import Bytes, ChannelUrl, RunName, SecretFreeUrl, Section
 
@@ -227,6 +228,7 @@ class OrchestrationSection(Section):
     """How Prefect runs the two roles."""
 
     pools: PoolsSection = Field(default_factory=PoolsSection, description="Work pools.")
+    devices: DevicesSection = Field(default_factory=DevicesSection, description="GPUs by role, on one node.")
     tags: tuple[str, ...] = Field((), description="Further tags on the role runs.")
     stall_timeout_s: float = Field(900.0, gt=0, description="A role that does not start or progress: stalled.")
     producer_restarts: int = Field(2, ge=0, description="Restarts of the producer within an attempt.")
@@ -252,6 +254,11 @@ class RunSpec(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
+
+    @model_validator(mode="after")
+    def _devices_are_used(self) -> RunSpec:
+        check_devices(self)
+        return self
 
     @property
     def world_size(self) -> int:

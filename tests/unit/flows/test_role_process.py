@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -58,3 +59,17 @@ def test_a_server_that_is_away_costs_an_update_and_not_the_role(
     server.away = True
     artifact.publish()
     assert server.shown == [25.0]
+
+
+def test_a_role_runs_with_the_gpus_that_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    log = tmp_path / "log"
+
+    code = role_process._run_tree(
+        [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"],
+        log,
+        {"CUDA_VISIBLE_DEVICES": "2,3"},
+        lambda: None,
+    )
+
+    assert (code, log.read_text()) == (0, "2,3\n")
