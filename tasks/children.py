@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
-from uuid import UUID
+import pkgutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+from uuid import UUID, uuid4
 
 import httpx
 from prefect import State, get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from disagg_core.errors import FailureClass
 from disagg_core.processes.retry import Retry
 from disagg_core.processes.shutdown import CANCELLATION_S, CHILDREN_S
+from disagg_core.run_spec.document import PoolsSection
 from tasks.cancellation import request_cancellation
 
+T = TypeVar("T")
+
+_REGISTER = "flows.platform.deployments:register_all"  # flows are above tasks: asked for by name, as they start us
 _POLL_S = 1.0
 _SERVER_AWAY_S = 180.0
 """A restart with an upgrade takes two minutes; an answer that never comes is given up by Prefect's client after one."""
@@ -60,15 +69,20 @@ async def run_child(
     It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds. Where
     this run is cancelled itself, the child has time to save its state before what it lives on is torn down.
     """
-    started = await arun_deployment(
-        f"{flow_name}/{pool}",
-        parameters=dict(parameters),
-        flow_run_name=name,
-        timeout=0,
-        as_subflow=True,
-        tags=list(tags),
-    )
     async with get_client() as client:
+        await _require_deployment(client, f"{flow_name}/{pool}", pool)
+        asked = str(uuid4())  # an order whose answer was lost is the same order when it is sent again
+        started = await _patiently(
+            lambda: arun_deployment(
+                f"{flow_name}/{pool}",
+                parameters=dict(parameters),
+                flow_run_name=name,
+                timeout=0,
+                as_subflow=True,
+                tags=list(tags),
+                idempotency_key=asked,
+            )
+        )
         try:
             return await _watch(client, started.id, pool, supervision, start_timeout_s)
         except asyncio.CancelledError:
@@ -112,19 +126,33 @@ async def _cancel(client: PrefectClient, run_id: UUID, reason: str) -> FlowRun:
         if flow_run.state and flow_run.state.is_final():
             return flow_run
         if waited == 0:
-            await request_cancellation(client, flow_run, reason)
+            await _patiently(partial(request_cancellation, client, flow_run, reason))
         await asyncio.sleep(_POLL_S)
         flow_run = await _read(client, run_id)
     late: State[object] = Cancelled(message=f"{reason}; did not end in {CANCELLATION_S:.0f} s")
-    await client.set_flow_run_state(run_id, late, force=True)
+    await _patiently(lambda: client.set_flow_run_state(run_id, late, force=True))
     return await _read(client, run_id)
 
 
 async def _read(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Read a flow run; ride out a server that is away for up to `_SERVER_AWAY_S`."""
+    return await _patiently(lambda: client.read_flow_run(run_id))
+
+
+async def _require_deployment(client: PrefectClient, name: str, pool: str) -> None:
+    """Register the deployments again if `name` is gone or has lost its pool, as when one was deleted in the UI."""
+    with contextlib.suppress(ObjectNotFound):
+        deployment = await _patiently(lambda: client.read_deployment_by_name(name))
+        if deployment.work_pool_name is not None:
+            return
+    get_run_logger().warning("deployment %s, or pool %s, was deleted: they are registered again", name, pool)
+    register: Callable[[PoolsSection], Awaitable[None]] = pkgutil.resolve_name(_REGISTER)
+    await register(PoolsSection())
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Await `call()`, which may be sent twice; ride out a server that is away for up to `_SERVER_AWAY_S`."""
     clock = asyncio.get_running_loop().time
-    retry = Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock)
-    return await retry.of(lambda: client.read_flow_run(run_id))
+    return await Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock).of(call)
 
 
 def _is_away(error: BaseException) -> bool:

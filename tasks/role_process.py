@@ -18,6 +18,7 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from disagg_core.errors import RoleFailed
@@ -142,7 +143,8 @@ def artifact_key(text: str) -> str:
 class _ProgressArtifact:
     """The role's progress file, copied into a Prefect progress artifact at most every five seconds.
 
-    A server that is away costs an update of the picture, never the role: a GPU tree must not end for it.
+    A server that is away, or an artifact that somebody deleted, costs an update of the picture, never the role: a GPU
+    tree must not end for it.
     """
 
     def __init__(self, role: str, assignment: RoleAssignment) -> None:
@@ -167,6 +169,9 @@ class _ProgressArtifact:
                 created = create_progress_artifact(progress=0.0, key=self._key, description=self._role)
                 self._artifact = cast(UUID, created)  # a coroutine only inside an event loop
             update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
+        except ObjectNotFound:
+            get_run_logger().warning("the progress of the %s is shown anew: its artifact was deleted", self._role)
+            self._artifact = None
         except httpx.HTTPError as error:
             get_run_logger().warning("the progress of the %s was not shown: %s", self._role, error)
         self._published_at = time.monotonic()

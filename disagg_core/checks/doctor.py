@@ -129,8 +129,8 @@ def started_server(
         host=settings.host,
     )
     server = ManagedServer(launch, index=0, log_dir=log_dir)
-    client = SglangClient(server.name, server.url, timeout_s=_PROBE_TIMEOUT_S)
     server.start()
+    client = SglangClient(server.name, server.url, timeout_s=_PROBE_TIMEOUT_S)
     try:
         timeout_s = section.unavailable_timeout_s
 

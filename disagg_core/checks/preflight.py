@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import torch
 
 from disagg_core.channel.redis.address import RedisAddress, check_server
 from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
@@ -89,6 +88,8 @@ def check_gpus(spec: RunSpec) -> None:
     Raises:
         BadInput: two would have the same one, or one that is not there.
     """
+    import torch  # 2 s that no other check needs
+
     check_shared_node(spec, torch.cuda.device_count())
 
 

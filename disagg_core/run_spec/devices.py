@@ -25,7 +25,7 @@ class DevicesSection(Section):
     """The GPUs of producer and consumer, by number, of a node that both run on. None: all that the worker sees."""
 
     rollout: Devices | None = Field(None, min_length=1, description="GPUs of the producer and of the evaluation.")
-    train: Devices | None = Field(None, min_length=1, description="GPUs of the consumer, one for each process.")
+    train: Devices | None = Field(None, min_length=1, description="GPUs of the consumer; a process has one.")
 
     @model_validator(mode="after")
     def _each_gpu_has_one_role(self) -> DevicesSection:
@@ -43,7 +43,7 @@ class DevicesSection(Section):
 
 
 def check_devices(spec: RunSpec) -> None:
-    """Check that each role has as many GPUs listed as it puts to use.
+    """Check that each role has at least as many GPUs listed as it puts to use.
 
     Raises:
         ValueError: it has not, or it is told to run on the CPU.
@@ -60,9 +60,9 @@ def check_devices(spec: RunSpec) -> None:
 def _expect(role: str, given: Devices, device: str, wanted: int | None, what: str) -> None:
     if device == "cpu":
         raise ValueError(f"orchestration.devices.{role}: expected no GPUs for a role on the CPU, found {list(given)}")
-    if wanted is not None and len(given) != wanted:
+    if wanted is not None and len(given) < wanted:
         raise ValueError(
-            f"orchestration.devices.{role}: expected {wanted} GPUs ({what}), found {len(given)}: {list(given)}"
+            f"orchestration.devices.{role}: expected at least {wanted} GPUs ({what}), found {len(given)}: {list(given)}"
         )
 
 

@@ -49,7 +49,7 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
             platform = local.up(settings, console.print, keep=keep_up)
         run = _submit(spec, settings, platform)
         console.print(f"run {run.dir.root.name}: {platform.run_url(run.id)}")
-        state = _follow(run, console, lambda: local.require_server(settings, platform))
+        state = _follow(run, console, lambda: local.require_members(settings, console.print))
         return _sum_up(run, state, console)
     except KeyboardInterrupt:
         _end_uninterrupted()
@@ -103,7 +103,7 @@ def _cancel(run: _Submitted, console: Console) -> None:
     _sum_up(run, submission.RunState("Cancelled", "interrupted", final=True, completed=False), console)
 
 
-def _follow(run: _Submitted, console: Console, require_server: Callable[[], None]) -> RunState:
+def _follow(run: _Submitted, console: Console, require_members: Callable[[], None]) -> RunState:
     """Show the progress of both roles until the run has ended; return its final state.
 
     Raises:
@@ -116,12 +116,11 @@ def _follow(run: _Submitted, console: Console, require_server: Callable[[], None
     with Bars(console) if console.is_terminal else Lines(console) as view:
         while True:
             state = submission.read_state(run.id)
+            require_members()
             if state is not submission.UNREACHABLE:
                 answered = time.monotonic()
-            else:
-                require_server()
-                if time.monotonic() - answered > _SERVER_AWAY_S:
-                    raise local.PlatformError(f"the Prefect server has not answered for {_SERVER_AWAY_S:.0f} s")
+            elif time.monotonic() - answered > _SERVER_AWAY_S:
+                raise local.PlatformError(f"the Prefect server has not answered for {_SERVER_AWAY_S:.0f} s")
             if plan is None and run.dir.document.is_file():
                 plan = read_plan(run.dir)
             view.show(state.name, plan, *_role_states(run.dir))

@@ -16,7 +16,12 @@ from prefect import State, get_client
 from prefect.automations import Automation, EventTrigger, Posture, ResourceSpecification
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, FlowRun, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
@@ -81,10 +86,11 @@ def deployments(pools: PoolsSection) -> list[Deployment]:
 
 def register() -> None:
     """Create or update pools, deployments and the automation on the server in PREFECT_API_URL."""
-    asyncio.run(_register(PoolsSection()))
+    asyncio.run(register_all(PoolsSection()))
 
 
-async def _register(pools: PoolsSection) -> None:
+async def register_all(pools: PoolsSection) -> None:
+    """Create or update everything on the server in PREFECT_API_URL, for these pools."""
     async with get_client() as client:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
             with contextlib.suppress(ObjectAlreadyExists):
@@ -158,13 +164,14 @@ async def _ensure_zombie_automation(client: PrefectClient) -> None:
 
 
 def cancel_active_runs(timeout_s: float) -> int:
-    """Cancel all unfinished flow runs, wait up to `timeout_s` for their end, and return how many there were."""
+    """Cancel our unfinished flow runs, wait up to `timeout_s` for their end, and return how many there were."""
     return asyncio.run(_cancel_active_runs(timeout_s))
 
 
 async def _cancel_active_runs(timeout_s: float) -> int:
     async with get_client() as client:
-        return len(await cancel_unfinished(client, "draftline down", wait_s=timeout_s))
+        ours = FlowRunFilterTags(all_=[TAG])
+        return len(await cancel_unfinished(client, "draftline down", wait_s=timeout_s, tags=ours))
 
 
 def crash_leftovers() -> int:

@@ -38,6 +38,7 @@ from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = PLATFORM_S
 _POLL_S = 0.1
+_NO_PROXY = ("NO_PROXY", "no_proxy")
 
 
 class PlatformError(DraftlineError):
@@ -116,13 +117,26 @@ def find_platform(settings: Settings) -> LocalPlatform | None:
 
 
 def environment(settings: Settings, port: int) -> dict[str, str]:
-    """Return the environment in which Prefect is imported, here and in every process of the platform."""
+    """Return the environment in which Prefect is imported, here and in every process of the platform.
+
+    What says which server, database and credentials are meant is set and never inherited: a shell may hold those of
+    another server, which is none of this platform's business.
+    """
     home = settings.home / "prefect"
+    database = f"sqlite+aiosqlite:///{home}/prefect.db"
     return {
         "DRAFTLINE_HOME": str(settings.home),
+        **_around_proxies(settings.host),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_PROFILE": "ephemeral",
         "PREFECT_API_URL": f"http://{settings.host}:{port}/api",
+        "PREFECT_UI_URL": f"http://{settings.host}:{port}",
+        "PREFECT_API_KEY": "",
+        "PREFECT_API_AUTH_STRING": "",
+        "PREFECT_SERVER_API_AUTH_STRING": "",
+        "PREFECT_API_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -133,6 +147,29 @@ def environment(settings: Settings, port: int) -> dict[str, str]:
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         **HEARTBEAT_ENVIRONMENT,
     }
+
+
+def _around_proxies(host: str) -> dict[str, str]:
+    """Return both spellings of NO_PROXY with this machine added to the user's list."""
+    given = ",".join(os.environ.get(name, "") for name in _NO_PROXY)
+    hosts = [name.strip() for name in given.split(",") if name.strip()]
+    if "*" in hosts:
+        return dict.fromkeys(_NO_PROXY, "*")
+    return dict.fromkeys(_NO_PROXY, ",".join(dict.fromkeys([*hosts, host, "127.0.0.1", "localhost"])))
+
+
+def _ours(settings: Settings, port: int) -> dict[str, str]:
+    """Return the environment of the platform's processes: this one's without its Prefect settings, and ours."""
+    others = {name: value for name, value in os.environ.items() if not name.upper().startswith("PREFECT_")}
+    return {**others, **environment(settings, port)}
+
+
+def adopt_environment(settings: Settings, port: int) -> None:
+    """Make this process one of the platform's; Prefect must not have been imported yet."""
+    ours = _ours(settings, port)
+    for name in set(os.environ) - set(ours):
+        del os.environ[name]
+    os.environ.update(ours)
 
 
 @contextlib.contextmanager
@@ -171,19 +208,47 @@ def up(settings: Settings, say: Callable[[str], None], *, keep: bool) -> LocalPl
             "server",
             [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)],
         )
-    os.environ.update(environment(settings, platform.port))
+    adopt_environment(settings, platform.port)
     _wait_ready(settings, platform)
-    if not platform.alive("workers"):
-        say("registering work pools and deployments")
-        from flows.platform.deployments import crash_leftovers, register
+    say("registering work pools and deployments")
+    from flows.platform.deployments import register
 
-        register()
-        if leftovers := crash_leftovers():
-            say(f"marked {leftovers} flow runs as crashed, whose processes ended with an earlier platform")
-        say("starting the workers")
-        platform = _start(settings, platform, "workers", [sys.executable, "-m", "flows.platform.workers"])
+    register()  # also on a platform that runs: somebody may have deleted one in the UI
+    platform = _with_workers(settings, platform, say)
     users = platform.users if keep else [*platform.users, Member.of(os.getpid())]
     return _remember(settings, platform.model_copy(update={"users": users, "kept": keep or platform.kept}))
+
+
+def _with_workers(settings: Settings, platform: LocalPlatform, say: Callable[[str], None]) -> LocalPlatform:
+    """Start the workers unless they run; what an earlier platform left unfinished is marked as crashed before."""
+    if platform.alive("workers"):
+        return platform
+    from flows.platform.deployments import crash_leftovers
+
+    if leftovers := crash_leftovers():
+        say(f"marked {leftovers} flow runs as crashed, whose processes ended with an earlier platform")
+    say("starting the workers")
+    command = [sys.executable, "-m", "flows.platform.workers", str(_log(settings, "workers"))]
+    return _start(settings, platform, "workers", command)
+
+
+def require_members(settings: Settings, say: Callable[[str], None]) -> None:
+    """Start the workers again if they have ended; what they had started goes on without them, and waits for them.
+
+    Raises:
+        PlatformError: the Prefect server has ended; the message has the end of its log.
+    """
+    platform = LocalPlatform.model_validate_json(state_file(settings).read_bytes())
+    require_server(settings, platform)
+    if platform.alive("workers"):
+        return
+    with exclusive(settings):
+        platform = LocalPlatform.model_validate_json(state_file(settings).read_bytes())
+        say("the workers have ended")
+        try:
+            _with_workers(settings, platform, say)
+        except httpx.HTTPError as error:
+            say(f"the Prefect server does not answer at present: {error}")
 
 
 def leave(settings: Settings) -> None:
@@ -207,7 +272,7 @@ def down(settings: Settings, say: Callable[[str], None]) -> bool:
         return False
     platform = LocalPlatform.model_validate_json(path.read_bytes())
     if platform.alive("server") and platform.alive("workers"):
-        os.environ.update(environment(settings, platform.port))
+        adopt_environment(settings, platform.port)
         if _answers(platform):
             _cancel_runs(say)
         else:
@@ -269,7 +334,7 @@ def _start(settings: Settings, platform: LocalPlatform, name: str, command: list
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=settings.home,
-            env={**os.environ, **environment(settings, platform.port)},
+            env=_ours(settings, platform.port),
             start_new_session=True,
         )
     members = {**platform.members, name: Member.of(process.pid)}

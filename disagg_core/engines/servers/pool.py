@@ -246,6 +246,8 @@ class ServerPool:
         """Start or await the server and check it; return what is wrong with it, if anything."""
         if member.managed is not None:
             member.managed.start()
+            member.client.url = member.managed.url
+            member.client.reset()
         healthy = False
 
         def decided() -> bool:

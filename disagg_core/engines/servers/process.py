@@ -47,18 +47,27 @@ class Launch(Protocol):
 
 
 class ManagedServer:
-    """One server process at a time, under one name and URL; started again on demand. Safe across threads."""
+    """One server process at a time, under one name; started again on demand. Safe across threads.
+
+    Each start has a port of its own, chosen when it is needed: in the minutes in which a model loads, or while a server
+    is down, somebody else may take one that was chosen before. `url` is that of the last start.
+    """
 
     def __init__(self, launch: Launch, *, index: int, log_dir: Path) -> None:
         self._launch = launch
         self._index = index
         self.name = f"{launch.engine}-{index}"
         self.log = log_dir / f"{self.name}.log"
-        self.port = free_port(launch.host)
-        self.url = f"http://{launch.host}:{self.port}"
+        self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Where the server answers; nobody does before the first start."""
+        host = self._launch.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -68,11 +77,12 @@ class ManagedServer:
 
     def start(self) -> None:
         """Start the server; it is not ready yet. Call from a thread that lives as long as the server may."""
-        command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.gpus)
         environment = self._launch.environment()
         with self._lock:
             if self._closed:
                 return
+            self.port = free_port(self._launch.host)
+            command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.gpus)
             logger.info("starting %s: %s", self.name, " ".join(command))
             self._process = spawn(command, self.log, environment=environment, death_signal=signal.SIGKILL)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from disagg_core.contracts import Capture
 from disagg_core.engines.servers.wire import SGLANG_VERSION
 from disagg_core.errors import MissingLibrary
+from disagg_core.processes.tree import free_ports
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target.facts import TargetFacts
@@ -69,6 +70,8 @@ class ServerLaunch:
         else:
             # The outputs of a captured prefill graph are overwritten by the next batch while we still read them.
             command += ["--disable-prefill-cuda-graph", "--base-gpu-id", str(base_gpu)]
+            # SGLang's own choice is one for all servers that start at the same time.
+            command += ["--nccl-port", str(_another_port(port))]
             if self.sampled:
                 # Only so does SGLang heed the seed of a request. It has no such mode on a CPU.
                 command += ["--enable-deterministic-inference"]
@@ -98,6 +101,11 @@ class ServerLaunch:
     def _needs_room(self) -> bool:
         """SGLang wants a prompt shorter than the context by two: one token is generated and thrown away."""
         return self.longest + _CONTEXT_ROOM > self.facts.max_position_embeddings
+
+
+def _another_port(taken: int) -> int:
+    """Return a free port for the ranks of one server, which meet on loopback."""
+    return next(port for port in free_ports("127.0.0.1", 2) if port != taken)
 
 
 def find_sglang_python(settings: Settings, checkout: Path = CHECKOUT) -> Path:

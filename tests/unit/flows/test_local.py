@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from disagg_core.errors import BadInput
+from disagg_core.processes.retry import wait_until
+from disagg_core.processes.tree import lives
 from disagg_core.settings import Settings, get_settings
 from flows.platform import local
 
@@ -94,3 +101,155 @@ def test_a_setting_of_the_wrong_type_is_bad_input(monkeypatch: pytest.MonkeyPatc
     get_settings.cache_clear()
     with pytest.raises(BadInput, match="DRAFTLINE_PREFECT_PORT: Input should be a valid integer"):
         get_settings()
+
+
+FOREIGN = {
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////nowhere/foreign.db",
+    "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////nowhere/foreign.db",
+    "PREFECT_API_KEY": "pnu_secret",
+    "PREFECT_API_AUTH_STRING": "admin:pass",
+    "PREFECT_SERVER_API_AUTH_STRING": "admin:pass",
+    "PREFECT_API_URL": "https://prefect.example.org/api",
+    "PREFECT_PROFILE": "production",
+    "PREFECT_SERVER_DATABASE_DRIVER": "postgresql+asyncpg",
+    "PREFECT_CLIENT_CUSTOM_HEADERS": '{"X-Company": "1"}',
+}
+LOOK = """
+import json, prefect
+from prefect.settings import get_current_settings
+s = get_current_settings()
+print(json.dumps({
+    "database": s.server.database.connection_url.get_secret_value(), "api": s.api.url,
+    "secrets": [x.get_secret_value() for x in (s.api.key, s.api.auth_string, s.server.api.auth_string) if x],
+    "driver": s.server.database.driver, "headers": s.client.custom_headers,
+}))
+"""
+
+
+def seen_by_prefect(environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    found["secrets"] = [secret for secret in found["secrets"] if secret]
+    return found
+
+
+def test_settings_of_another_prefect_server_do_not_reach_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FOREIGN.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(home=tmp_path)
+    ours = {
+        "database": f"sqlite+aiosqlite:///{tmp_path}/prefect/prefect.db",
+        "api": "http://127.0.0.1:4321/api",
+        "secrets": [],
+        "driver": None,
+        "headers": {},
+    }
+
+    assert seen_by_prefect(local._ours(settings, 4321)) == ours
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    local.adopt_environment(settings, 4321)
+    assert not set(FOREIGN.values()) & set(os.environ.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"no_proxy": "example.org, 10.0.0.0/8"}, "example.org,10.0.0.0/8,127.0.0.1,localhost"),
+        ({"NO_PROXY": "a.org", "no_proxy": "b.org"}, "a.org,b.org,127.0.0.1,localhost"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_our_own_hosts_go_around_a_proxy_and_the_users_list_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"http_proxy": "http://127.0.0.1:9", **given}.items():
+        monkeypatch.setenv(name, value)
+    environment = local.environment(Settings(home=tmp_path), 4321)
+    assert environment["NO_PROXY"] == environment["no_proxy"] == expected
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(204)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, environment[name])
+        assert httpx.get(f"http://127.0.0.1:{server.server_port}").status_code == 204
+        server.shutdown()
+
+
+def test_workers_that_died_are_started_again_by_who_follows_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path)
+    server, dead = local.Member.of(os.getpid()), local.Member(pid=os.getpid(), created=0.0)
+    platform = local.LocalPlatform(host="127.0.0.1", port=1, members={"server": server, "workers": dead})
+    local.state_file(settings).write_text(platform.model_dump_json())
+    said: list[str] = []
+    monkeypatch.setattr("flows.platform.deployments.crash_leftovers", lambda: 0)
+    monkeypatch.setattr(local, "_ours", lambda *_: dict(os.environ))
+    monkeypatch.setattr(local.sys, "executable", "/bin/sleep")
+    real = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleep(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real(["/bin/sleep", "60"], **options))
+        return started[-1]
+
+    monkeypatch.setattr(local.subprocess, "Popen", sleep)
+    local.require_members(settings, said.append)
+    local.require_members(settings, said.append)
+    monkeypatch.undo()
+
+    (process,) = started
+    found = local.find_platform(settings)
+    assert found is not None
+    assert found.members["workers"].pid == process.pid
+    assert said == ["the workers have ended", "starting the workers"]
+    process.kill()
+    process.wait()
+
+
+def test_the_keeper_starts_workers_again_that_were_killed_and_ends_all_of_them(tmp_path: Path) -> None:
+    """What the killed ones had started lives on until the platform ends."""
+    run = "import time; time.sleep(300)"
+    worker = (
+        "import os, subprocess, sys, time\n"
+        f"run = subprocess.Popen([sys.executable, '-c', {run!r}], start_new_session=True)\n"
+        "print(os.getpid(), run.pid, flush=True)\n"
+        "time.sleep(300)"
+    )
+    log = tmp_path / "workers.log"
+    code = (
+        "import sys; from pathlib import Path; from flows.platform import workers\n"
+        f"workers._FIRST_PAUSE_S = 0.1; workers.keep([sys.executable, '-c', {worker!r}], Path({str(log)!r}))"
+    )
+    keeper = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+
+    def started(count: int) -> list[list[psutil.Process]]:
+        lines: list[str] = []
+
+        def there() -> bool:
+            lines[:] = log.read_text().splitlines() if log.is_file() else []
+            return len(lines) >= count
+
+        assert wait_until(there, timeout_s=60, every_s=0.05)
+        return [[psutil.Process(int(pid)) for pid in line.split() if psutil.pid_exists(int(pid))] for line in lines]
+
+    try:
+        ((first, run_of_first),) = started(1)
+        first.kill()
+        everything = [run_of_first, *started(2)[1]]
+        assert lives(run_of_first)
+        keeper.terminate()
+        keeper.wait(60)
+        assert len(everything) == 3
+        assert not any(map(lives, everything))
+    finally:
+        keeper.kill()
+        keeper.wait()

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound
 
 from disagg_core.run.plan import RoleAssignment, make_plan
 from disagg_core.run.progress import ProgressFile
@@ -27,38 +28,63 @@ class Server:
 
     def __init__(self) -> None:
         self.away = True
+        self.deleted = False
         self.shown: list[float] = []
 
     def create(self, **_: object) -> UUID:
         if self.away:
             raise httpx.ConnectError("connection refused")
+        self.deleted = False
         return uuid4()
 
     def update(self, _artifact: UUID, *, progress: float, description: str) -> None:
         if self.away:
             raise httpx.ConnectError("connection refused")
+        if self.deleted:
+            raise ObjectNotFound(LookupError("artifact"))
         self.shown.append(progress)
 
 
-def test_a_server_that_is_away_costs_an_update_and_not_the_role(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
     monkeypatch.setattr(role_process, "create_progress_artifact", server.create)
     monkeypatch.setattr(role_process, "update_progress_artifact", server.update)
     monkeypatch.setattr(role_process, "get_run_logger", lambda: logging.getLogger("test"))
+    return server
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> role_process._ProgressArtifact:
     spec = load_spec(SPEC)
     plan = make_plan(spec, read_target_facts(spec.target), run_id="run.1", root=tmp_path, total_prompts=100)
     endpoints = StoreEndpoints(master_address="a:1", metrics_address="a:2")
     assignment = RoleAssignment(plan=plan, attempt=1, store=endpoints)
     ProgressFile(assignment.dir.state / "producer.json").update(prompts=25)
-    artifact = role_process._ProgressArtifact("producer", assignment)
+    return role_process._ProgressArtifact("producer", assignment)
+
+
+def test_a_server_that_is_away_costs_an_update_and_not_the_role(
+    server: Server, artifact: role_process._ProgressArtifact
+) -> None:
     artifact.publish()
     server.away = False
     artifact.publish()
     server.away = True
     artifact.publish()
     assert server.shown == [25.0]
+
+
+def test_a_progress_artifact_that_was_deleted_in_the_ui_is_made_anew(
+    server: Server, artifact: role_process._ProgressArtifact
+) -> None:
+    server.away = False
+    artifact.publish()
+    server.deleted = True
+    artifact.publish()
+    assert server.shown == [25.0]
+    artifact.publish()
+    assert server.shown == [25.0, 25.0]
 
 
 def test_a_role_runs_with_the_gpus_that_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

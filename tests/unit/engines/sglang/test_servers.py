@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -155,3 +158,59 @@ def test_a_closed_server_does_not_start_again(stubborn: Callable[[int], ManagedS
 
     assert server.pid is None
     assert server.exit_reason() == "not started"
+
+
+class Answering(ServerLaunch):
+    """Launches a process that answers every request on the port that it is told."""
+
+    def command(self, *, port: int, base_gpu: int) -> list[str]:
+        return [sys.executable, "-c", ANSWER, str(port)]
+
+
+ANSWER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+def test_each_start_has_a_port_of_its_own_and_the_client_follows(
+    section: TargetSection, facts: TargetFacts, tmp_path: Path
+) -> None:
+    """While a server is down or loads its model, somebody takes the port that it had."""
+    launch = Answering(Path(sys.executable), section, facts, CAPTURE, longest=32, cpu=True, host="127.0.0.1")
+    server = ManagedServer(launch, index=0, log_dir=tmp_path)
+    client = SglangClient(server.name, server.url, timeout_s=5.0)
+    member = PoolMember(client, managed=server)
+    pool = ServerPool([member], concurrency=1, check=lambda _: None, start_timeout_s=60.0, place_timeout_s=1.0)
+    starter = threading.Thread(target=pool.start)  # lives as long as its server
+    starter.start()
+    starter.join(60)
+    before = server.port
+    with contextlib.closing(socket.socket()) as somebody:
+        somebody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await_true(lambda: taken(somebody, before), "the port is somebody else's")
+        await_true(lambda: server.port != before and client.healthy(1.0), "the server is back elsewhere")
+        assert client.url == server.url
+    pool.close()
+
+
+def taken(somebody: socket.socket, port: int) -> bool:
+    try:
+        somebody.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    somebody.listen()
+    return True
+
+
+def test_every_server_gets_a_port_for_nccl_that_is_not_its_own(section: TargetSection, facts: TargetFacts) -> None:
+    first, second = (launch(section, facts).command(port=30000, base_gpu=gpu) for gpu in (0, 1))
+    ports = {value(first, "--nccl-port"), value(second, "--nccl-port"), "30000"}
+    assert len(ports) == 3
