@@ -11,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from disagg_core.report.archive import Archive, add_files, archive_files
+from disagg_core.report.archive import Archive, add_files, archive_base, archive_files
 from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 from tasks.completion import Completion
@@ -49,5 +49,4 @@ def archive_report(plan: RunPlan, archive: Archive | None) -> Archive | None:
 
 def archive_url(plan: RunPlan) -> str:
     """Return where this run's archive goes."""
-    base = plan.spec.archive.url or str(get_settings().home / "archive")
-    return f"{base.rstrip('/')}/{plan.run_id}"
+    return f"{archive_base(plan.spec.archive, get_settings())}/{plan.run_id}"

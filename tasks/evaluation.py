@@ -18,7 +18,7 @@ from tasks.completion import Completion
 async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFigures | None:
     """Decode the held-out prompts with the first and the last checkpoint; None when switched off."""
     section = plan.spec.evaluation
-    if section.prompts == 0:
+    if not section.measured:
         return None
     checkpoints = [("before", str(completion.first_checkpoint)), ("after", str(completion.checkpoint))]
     write_atomically(

@@ -12,6 +12,7 @@ from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.heartbeat import check_heartbeat
+from tasks.pools import check_pools
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
@@ -24,9 +25,9 @@ def preflight(spec: RunSpec) -> RunPlan:
     """
     from disagg_core.checks.preflight import prepare_run
 
-    check_heartbeat(get_current_settings().flows.heartbeat_frequency)
     run_id = run_id_of(spec, flow_run.id)
-    plan = prepare_run(spec, run_id, get_settings())
+    also = (lambda: check_heartbeat(get_current_settings().flows.heartbeat_frequency), lambda: check_pools(spec))
+    plan = prepare_run(spec, run_id, get_settings(), also)
     plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off
     get_run_logger().info(
         "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root

@@ -1,19 +1,28 @@
 """Everything that is checked before a process is started or a GPU is held, and the plan that comes of it.
 
-Three depths: `sketch_plan` needs the target's config and the prompts file; `check_run` also the tokenizer and every
-line of the prompts; `prepare_run` also writes what the roles need into the run's directory.
+Three depths: `sketch_plan` needs the target's config, the prompts and where results go; `check_run` also the tokenizer,
+every line of the prompts, this machine and the services of others; `prepare_run` also writes what the roles need into
+the run's directory. Whatever is found is told at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import msgspec
-
-from disagg_core.channel.redis.address import RedisAddress, check_server
-from disagg_core.errors import BadInput, ChannelUnavailable, TargetError
+from disagg_core.checks.findings import Findings
+from disagg_core.checks.resources import check_disk
+from disagg_core.checks.services import check_channel, check_external_store, check_servers
+from disagg_core.drafts.method import DraftConfig
+from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.warm_start import read_warm_start
+from disagg_core.errors import BadInput, TargetError
+from disagg_core.evaluation.target_runner import check_rolls_back
 from disagg_core.files import write_atomically
-from disagg_core.prompts.checks import heldout_prompts, validate_prompts
+from disagg_core.prompts.checks import PromptFacts, validate_prompts
+from disagg_core.prompts.pinned import PinnedData
+from disagg_core.report.archive import archive_base, probe_archive
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, make_plan
@@ -23,7 +32,7 @@ from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
-from disagg_core.target.facts import TargetFacts, read_target_facts
+from disagg_core.target.facts import TargetFacts, load_target_config, read_target_facts
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 
@@ -31,55 +40,28 @@ def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     """Return the plan of `spec` as far as it can be known without weights and tokenizer.
 
     Raises:
-        BadInput: the target's config, the prompts or the numbers of the spec are wrong.
+        BadInput: the target's config, the prompts, the archive or the numbers of the spec are wrong.
     """
-    facts = read_target_facts(spec.target)
-    prompts = validate_prompts(spec, None, facts)
+    findings = Findings()
     run_id = f"{spec.run.name}-plan"
-    return make_plan(
-        spec, facts, run_id=run_id, root=RunDir.of(settings.runs_dir, run_id).root, total_prompts=prompts.total
-    )
+    facts = findings.of(lambda: read_target_facts(spec.target))
+    plan, _ = _resolved(findings, spec, settings, run_id, facts)
+    _check_results(findings, spec, settings)
+    if plan is not None:
+        findings.of(lambda: _draft_config(plan))
+    findings.raise_all()
+    assert plan is not None
+    return plan
 
 
 def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> RunPlan:
-    """Check that the run can be started on this machine and return its plan; writes nothing.
+    """Check that the run can be started from this machine and return its plan; leaves nothing behind.
 
     Raises:
-        BadInput: something in the spec, its files, the target or the machine's libraries is wrong.
+        BadInput: something in the spec, its files, the target, the archive, the services that it names or this
+            machine is wrong. The message has all that was found.
     """
-    require_mooncake()
-    facts = read_target_facts(spec.target)
-    _check_weights(spec)
-    if spec.store.mode == "managed":
-        check_capacity(spec.store.capacity)
-    if spec.channel.url is not None:
-        RedisAddress.parse(spec.channel.url)
-    tokenizer = load_tokenizer(spec.target)
-    prompts = validate_prompts(spec, tokenizer, facts)
-    run_id = run_id or f"{spec.run.name}-check"
-    return make_plan(
-        _pinned(spec, facts),
-        facts,
-        run_id=run_id,
-        root=RunDir.of(settings.runs_dir, run_id).root,
-        total_prompts=prompts.total,
-        tokenizer_version=tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template)),
-    )
-
-
-def check_channel(spec: RunSpec, settings: Settings) -> None:
-    """Check that the channel's server answers this machine; for a run whose roles are all here.
-
-    Raises:
-        BadInput: it refuses us or does not answer.
-    """
-    url = spec.channel.url
-    if url is None:
-        return
-    try:
-        check_server(url, password=settings.redis_password, ca=settings.redis_ca if url.startswith("rediss:") else None)
-    except ChannelUnavailable as error:
-        raise BadInput(f"channel.url: {error}") from error
+    return _checked(spec, settings, run_id or f"{spec.run.name}-check")[0]
 
 
 def check_gpus(spec: RunSpec) -> None:
@@ -93,23 +75,123 @@ def check_gpus(spec: RunSpec) -> None:
     check_shared_node(spec, torch.cuda.device_count())
 
 
-def prepare_run(spec: RunSpec, run_id: str, settings: Settings) -> RunPlan:
+def prepare_run(spec: RunSpec, run_id: str, settings: Settings, also: Sequence[Callable[[], object]] = ()) -> RunPlan:
     """Check the run, write run.json and the evaluation prompts into its directory, and return its plan.
+
+    A run that was planned before keeps the data and the target's revision that it was planned with. What the checks in
+    `also` raise is told together with the rest.
 
     Raises:
         BadInput: as `check_run`; or the directory holds a run of another spec.
+        DataChanged: the data is not what the run was planned with.
     """
-    plan = check_run(spec, settings, run_id)
-    if plan.dir.document.is_file():
-        known = read_plan(plan.dir)
-        if known.spec != plan.spec:
-            raise BadInput(f"run {run_id} exists with another spec in {plan.root}; choose another run.name")
+    run_dir = RunDir.of(settings.runs_dir, run_id)
+    known = read_plan(run_dir) if run_dir.document.is_file() else None
+    if known is not None:
+        spec = _as_planned(spec, known)
+    plan, prompts = _checked(spec, settings, run_id, known.data if known is not None else None, also)
     write_atomically(plan.dir.document, plan.model_dump_json(indent=2))
     if spec.evaluation.prompts:
-        held_out = heldout_prompts(spec, load_tokenizer(spec.target), spec.evaluation.prompts)
-        lines = b"".join(msgspec.json.encode({"input_ids": ids}) + b"\n" for ids in held_out)
-        write_atomically(plan.dir.evaluation / "prompts.jsonl", lines)
+        write_atomically(plan.dir.evaluation / "prompts.jsonl", prompts.evaluated)
     return plan
+
+
+def _checked(
+    spec: RunSpec,
+    settings: Settings,
+    run_id: str,
+    pinned: PinnedData | None = None,
+    also: Sequence[Callable[[], object]] = (),
+) -> tuple[RunPlan, PromptFacts]:
+    findings = Findings()
+    findings.of(require_mooncake)
+    facts = findings.of(lambda: read_target_facts(spec.target))
+    tokenizer = None
+    if facts is not None:
+        findings.of(lambda: _check_weights(spec))
+        tokenizer = findings.of(lambda: load_tokenizer(spec.target))
+    if spec.store.mode == "managed":
+        findings.of(lambda: check_capacity(spec.store.capacity))
+    plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, pinned)
+    _check_results(findings, spec, settings)
+    findings.of(lambda: check_channel(spec, settings))
+    findings.of(lambda: check_external_store(spec))
+    if plan is not None:
+        findings.of(lambda: check_servers(plan))
+        config = findings.of(lambda: _draft_config(plan))
+        if config is not None:
+            findings.of(lambda: check_disk(plan, config, archive_base(spec.archive, settings)))
+    for check in also:
+        findings.of(check)
+    findings.raise_all()
+    assert plan is not None
+    assert prompts is not None
+    return plan, prompts
+
+
+def _resolved(
+    findings: Findings,
+    spec: RunSpec,
+    settings: Settings,
+    run_id: str,
+    facts: TargetFacts | None,
+    tokenizer: Any | None = None,
+    pinned: PinnedData | None = None,
+) -> tuple[RunPlan | None, PromptFacts | None]:
+    """Return plan and facts of the prompts; None for what could not be found out."""
+    prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, pinned))
+    if facts is None:
+        return None, prompts
+    if spec.evaluation.measured:
+        findings.of(lambda: check_rolls_back(load_target_config(spec.target)))
+
+    def plan() -> RunPlan:
+        version = ""
+        if tokenizer is not None:
+            version = tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template))
+        return make_plan(
+            _pinned(spec, facts),
+            facts,
+            run_id=run_id,
+            root=RunDir.of(settings.runs_dir, run_id).root,
+            total_prompts=prompts.total if prompts is not None else None,
+            tokenizer_version=version,
+            data=prompts.data if prompts is not None else None,
+        )
+
+    return findings.of(plan), prompts
+
+
+def _check_results(findings: Findings, spec: RunSpec, settings: Settings) -> None:
+    """Check that the results can go where they are to."""
+    archive = archive_base(spec.archive, settings)
+    findings.of(lambda: probe_archive(archive))
+
+
+def _draft_config(plan: RunPlan) -> DraftConfig:
+    """Return the config of the run's draft, fresh or continued.
+
+    Raises:
+        IncompatibleDraft: the draft to continue from does not fit.
+    """
+    section = plan.spec.draft
+    if section.init_from is not None:
+        return read_warm_start(section, plan.target, plan.capture).config
+    return method_of(section.method).config_for(section, plan.target, plan.capture, plan.draft_vocab_size)
+
+
+def _as_planned(spec: RunSpec, known: RunPlan) -> RunSpec:
+    """Return the spec that the run was planned with, if it is `spec` but for the revision that was fixed then.
+
+    Raises:
+        BadInput: it is another one.
+    """
+    revision = {"revision": known.spec.target.revision}
+    if spec.target.revision is None and known.target.commit is not None:
+        spec = spec.model_copy(update={"target": spec.target.model_copy(update=revision)})
+    if known.spec != spec:
+        raise BadInput(f"run {known.run_id} exists with another spec in {known.root}; choose another run.name")
+    return spec
 
 
 def _pinned(spec: RunSpec, facts: TargetFacts) -> RunSpec:

@@ -46,7 +46,7 @@ def _processes(plan: RunPlan) -> Table:
     table.add_row(
         f"training ranks: {training.nodes} node(s) of {training.processes}", pools.train, str(spec.world_size), each
     )
-    if spec.evaluation.prompts:
+    if spec.evaluation.measured:
         each = "0" if spec.target.device == "cpu" else "1"
         table.add_row("evaluation, after the two roles", pools.rollout, "1", each)
     table.add_row("GPUs of the producer", pools.rollout, *_listed(spec.orchestration.devices.rollout))

@@ -20,7 +20,24 @@ from disagg_core.contracts import Capture
 from disagg_core.errors import TargetError
 from disagg_core.target.layers import LayerStates
 
-_CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
+_CROPPABLE = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+
+
+def check_rolls_back(config: Any) -> set[str]:
+    """Return the kinds of layers that a target of this transformers `config` has.
+
+    Raises:
+        TargetError: some keep a recurrent state, which cannot be rolled back to the accepted prefix.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ["full_attention"])
+    if kinds - _CROPPABLE:
+        raise TargetError(
+            f"evaluation: expected attention layers only, found {sorted(kinds - _CROPPABLE)} in {text.model_type}: "
+            "their state cannot be rolled back after a rejected token; set evaluation.at_end: false and measure the "
+            "exported draft on a server (draftline evaluate RUN --server URL), or set evaluation.prompts: 0"
+        )
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -45,13 +62,8 @@ class TargetRunner:
 
     def __init__(self, target: nn.Module, layers: Sequence[int] = ()) -> None:
         model: Any = target
+        kinds = check_rolls_back(model.config)
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds - _CROPPABLE:
-            raise TargetError(
-                f"evaluation: expected attention layers only, found {sorted(kinds - _CROPPABLE)} in "
-                f"{config.model_type}: their state cannot be rolled back after a rejected token"
-            )
         self.one_by_one = kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
         self._target = target
         self._states = LayerStates(target, Capture(tuple(layers), last_hidden_state=False))

@@ -2,89 +2,134 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.loss_mask import UnmaskableTemplate
+from disagg_core.prompts.pinned import PinnedData, PinnedFile
 from disagg_core.prompts.pool import (
     FileOrder,
+    HeldOut,
     Placed,
     StreamOrder,
-    held_out_records,
     open_order,
     parse_placed,
+    read_held_out,
 )
-from disagg_core.prompts.records import PlainText, Record, prompt_key
+from disagg_core.prompts.records import Record, is_running_text, prompt_key
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
 
+log = logging.getLogger(__name__)
+
 _PROBED = 32
 _STREAM_CHECKED = 256
+_MOST_TWINS = 0.5
+"""Part of the prompts that may ask the same as a held-out one."""
 
 
 @dataclass(frozen=True)
 class PromptFacts:
     """What is known about a run's prompts before it starts; counts are None for streams that do not say.
 
-    `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs.
+    `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs. `evaluated` is
+    what the evaluation decodes, as the lines of its file; without a tokenizer there are none.
     """
 
     rows: int | None
     held_out: int
     count: int | None
     total: int | None
+    data: PinnedData
+    evaluated: bytes = field(default=b"", repr=False)
 
 
-def validate_prompts(spec: RunSpec, tokenizer: Any | None = None, facts: TargetFacts | None = None) -> PromptFacts:
+def validate_prompts(
+    spec: RunSpec,
+    tokenizer: Any | None = None,
+    facts: TargetFacts | None = None,
+    pinned: PinnedData | None = None,
+) -> PromptFacts:
     """Check every line of a prompts file (of a streamed dataset: its first rows) and return the counts.
 
     With a tokenizer the first prompts of the order are encoded as well, so that a missing or unmaskable chat template
-    shows before a GPU is held. With `facts`, `data.max_tokens` is checked against the target's context.
+    shows before a GPU is held, and so are the held-out ones that the evaluation decodes. With `facts`,
+    `data.max_tokens` is checked against the target's context. With `pinned`, what was pinned is read.
 
     Raises:
         PromptError: missing, empty, a broken line (file, line, what), nothing usable among the first prompts, a
-            held-out prompt that is also trained on, or samples longer than the target's context.
+            held-out prompt that is also trained on, held-out prompts that cannot be told from those to train on or
+            that cannot be decoded, or samples longer than the target's context.
+        DataChanged: the data is not what was pinned.
     """
     if facts is not None and spec.data.max_tokens > facts.max_position_embeddings:
         raise PromptError(
             f"data.max_tokens: expected at most {facts.max_position_embeddings}, the longest context of "
             f"{facts.model}, found {spec.data.max_tokens}"
         )
-    order = open_order(spec)
+    order = open_order(spec, pinned)
+    lines = b""
     try:
-        held_out = held_out_records(spec, order)
-        given = {prompt_key(record): where for where, record in held_out} if spec.data.holdout is not None else {}
-        _check_records(spec, order, given)
+        held_out = read_held_out(spec, order, pinned)
+        _check_records(spec, order, held_out)
         if tokenizer is not None:
-            _probe(spec, order, PromptEncoder(spec, tokenizer))
+            encoder = PromptEncoder(spec, tokenizer)
+            _probe(spec, order, encoder)
+            lines = _evaluated(spec, encoder, held_out)
         rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows
         count = order.per_epoch
     finally:
         order.close()
     if count == 0:
-        raise PromptError(f"{spec.data.prompts}: no prompt is left to train on, {len(held_out)} are held out")
+        raise PromptError(f"{spec.data.prompts}: no prompt is left to train on, {len(held_out.records)} are held out")
     total = None if count is None else count * spec.data.epochs
-    return PromptFacts(rows=rows, held_out=len(held_out), count=count, total=total)
+    data = PinnedData(prompts=order.pin, holdout=held_out.pin, evaluation=PinnedFile.of(lines) if lines else None)
+    return PromptFacts(rows=rows, held_out=len(held_out.records), count=count, total=total, data=data, evaluated=lines)
 
 
-def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: dict[bytes, str]) -> None:
-    """Parse the records, all of a file's, and compare them with the given held-out prompts."""
+def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: HeldOut) -> None:
+    """Parse the records, all of a file's, and compare them with the held-out prompts.
+
+    Prompts are held out by what they ask. Where most ask the same as a held-out one, hardly any would be left to train
+    on, and the accept length would be measured on the prompts that were trained on.
+    """
     if isinstance(order, FileOrder):
         file = order.file
         records: Iterable[Placed] = (Placed(file.read(index), file.where(index)) for index in range(len(file)))
     else:
         name = order.stream.name.name
         records = (Placed(raw, f"{name}:{number}") for number, raw in enumerate(order.stream.first(_STREAM_CHECKED), 1))
+    keys = {prompt_key(record): where for where, record in held_out.records}
+    others, twins = -len(held_out.records), -len(held_out.records)  # the held-out ones are among the records
     for placed in records:
-        record = parse_placed(placed, spec.data.format)
-        if held_out and (twin := held_out.get(prompt_key(record))):
+        twin = keys.get(prompt_key(parse_placed(placed, spec.data.format)))
+        if twin is not None and spec.data.holdout is not None:
             raise PromptError(
                 f"{placed.source} asks the same as the held-out prompt at {twin}: an accept length measured on what "
                 "was trained on says nothing; take the prompt out of one of the files"
             )
+        others += 1
+        twins += twin is not None
+    if spec.data.holdout is None:
+        _check_twins(spec, twins, others)
+
+
+def _check_twins(spec: RunSpec, twins: int, others: int) -> None:
+    """Judge that `twins` of the `others` that are not held out ask the same as a prompt that is."""
+    if twins > max(others, 0) * _MOST_TWINS:
+        raise PromptError(
+            f"{spec.data.prompts}: {twins} of {others} prompts ask the same as one that is held out for the "
+            "evaluation, and would not be trained on; give held-out prompts of their own (data.holdout), or set "
+            "evaluation.prompts: 0"
+        )
+    if twins > 0:
+        log.warning("%d of %d prompts ask the same as a held-out one and are not trained on", twins, others)
 
 
 def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder) -> None:
@@ -107,6 +152,30 @@ def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder
         raise PromptError(f"none of the first {len(reasons)} prompts can be trained on; {reasons[0]}")
 
 
+def _evaluated(spec: RunSpec, encoder: PromptEncoder, held_out: HeldOut) -> bytes:
+    """Return the lines of the file that the evaluation reads; none if it is switched off.
+
+    Raises:
+        PromptError: it is not, and there is nothing to decode.
+    """
+    wanted = spec.evaluation.prompts
+    prompts = _encoded(spec, encoder, held_out, wanted)
+    if wanted and not prompts:
+        found = (
+            f"{len(held_out.records)} held-out prompts, none of which can be encoded and leaves room in "
+            f"data.max_tokens ({spec.data.max_tokens})"
+            if held_out.records
+            else "too few prompts to hold a quarter of them out"
+        )
+        raise PromptError(
+            f"evaluation.prompts: expected some held-out prompts to decode, found {found}; raise data.max_tokens, give "
+            "other prompts in data.holdout, or set evaluation.prompts: 0"
+        )
+    if len(prompts) < wanted:
+        log.warning("the evaluation decodes %d prompts, %d were asked for", len(prompts), wanted)
+    return b"".join(msgspec.json.encode({"input_ids": ids}) + b"\n" for ids in prompts)
+
+
 def heldout_prompts(spec: RunSpec, tokenizer: Any, n: int) -> list[list[int]]:
     """Return the token ids of the first `n` held-out prompts, each ending where the target continues.
 
@@ -118,12 +187,15 @@ def heldout_prompts(spec: RunSpec, tokenizer: Any, n: int) -> list[list[int]]:
     """
     order = open_order(spec)
     try:
-        records = held_out_records(spec, order)
+        held_out = read_held_out(spec, order)
     finally:
         order.close()
-    encoder = PromptEncoder(spec, tokenizer)
+    return _encoded(spec, PromptEncoder(spec, tokenizer), held_out, n)
+
+
+def _encoded(spec: RunSpec, encoder: PromptEncoder, held_out: HeldOut, n: int) -> list[list[int]]:
     prompts: list[list[int]] = []
-    for _, record in records:
+    for _, record in held_out.records:
         if len(prompts) == n:
             break
         ids = _prompt_ids(encoder, record, halve=spec.data.generate is None)
@@ -137,4 +209,4 @@ def _prompt_ids(encoder: PromptEncoder, record: Record, *, halve: bool) -> list[
         ids = encoder.encode_prompt(record)
     except PromptRejected:
         return None
-    return ids[: max(1, len(ids) // 2)] if halve and isinstance(record, PlainText) else ids
+    return ids[: max(1, len(ids) // 2)] if halve and is_running_text(record) else ids

@@ -1,7 +1,8 @@
 """Where prompt records lie: a JSONL file with an index of its lines, or a Hugging Face dataset read as a stream.
 
-Neither is held in memory. A file is indexed once (eight bytes a line) and read by position. A stream is read forward
-only, through the seeded shuffle buffer of `datasets`; going on in the middle means reading up to there again.
+Neither is held in memory. A file is indexed (eight bytes a line) and hashed in one pass, and read by position. A stream
+is read forward only, through the seeded shuffle buffer of `datasets`; going on in the middle means reading up to there
+again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from disagg_core.errors import PromptError
+from disagg_core.prompts.pinned import PinnedFile, PinnedStream, directory_revision
 from disagg_core.run_spec.section import is_local
 
 HF_PREFIX = "hf:"
@@ -31,19 +33,28 @@ _BOM = b"\xef\xbb\xbf"
 class JsonlFile:
     """A JSONL file, read by line. Blank lines do not count. Safe from several threads.
 
+    Of a file that is `pinned` the first so many bytes are read, whatever was appended to it since.
+
     Raises:
         PromptError: the file is missing, unreadable or has no record.
+        DataChanged: it is not what was pinned.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pinned: PinnedFile | None = None) -> None:
         self.path = path
         if not path.is_file():
             raise PromptError(f"data.prompts: no such file: {path}; give a JSONL file with one prompt a line")
-        self._size = path.stat().st_size
-        self._starts, self._numbers = _index(path)
-        if not len(self._starts):
-            raise PromptError(f"{path}: expected at least one prompt, found an empty file")
         self._file = path.open("rb")
+        try:
+            size = os.fstat(self._file.fileno()).st_size if pinned is None else pinned.size
+            self._starts, self._numbers, self.pin = _index(self._file, size)
+            if pinned is not None:
+                pinned.check(self.pin, path)
+            if not len(self._starts):
+                raise PromptError(f"{path}: expected at least one prompt, found an empty file")
+        except PromptError:
+            self._file.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -51,7 +62,7 @@ class JsonlFile:
     def line(self, index: int) -> bytes:
         """Return the bytes of the record at `index` (0-based, blank lines not counted)."""
         start = int(self._starts[index])
-        stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._size
+        stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self.pin.size
         raw = os.pread(self._file.fileno(), stop - start, start)
         return raw.split(b"\n", 1)[0].removeprefix(_BOM)
 
@@ -82,28 +93,30 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """Return where each record starts and, if there are blank lines, the line number of each."""
+def _index(file: BinaryIO, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None, PinnedFile]:
+    """Return where each record of the first `size` bytes starts, the line numbers if there are blank lines, the pin."""
     ends: list[npt.NDArray[np.int64]] = []
     offset = 0
     last = b""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + offset)
-            offset += len(chunk)
-            last = chunk[-1:]
-        if last not in (b"", b"\n"):
-            ends.append(np.array([offset], dtype=np.int64))
-        stops = np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1] + 1]) if len(stops) else stops
-        full = stops > starts
-        for line in np.flatnonzero(full & (stops - starts < 16)):  # only short lines can be white space
-            file.seek(int(starts[line]))
-            full[line] = bool(file.read(int(stops[line] - starts[line])).removeprefix(_BOM).strip())
+    digest = hashlib.sha256()
+    while chunk := file.read(min(_CHUNK_BYTES, size - offset)):
+        digest.update(chunk)
+        ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + offset)
+        offset += len(chunk)
+        last = chunk[-1:]
+    if last not in (b"", b"\n"):
+        ends.append(np.array([offset], dtype=np.int64))
+    stops = np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1] + 1]) if len(stops) else stops
+    full = stops > starts
+    for line in np.flatnonzero(full & (stops - starts < 16)):  # only short lines can be white space
+        raw = os.pread(file.fileno(), int(stops[line] - starts[line]), int(starts[line]))
+        full[line] = bool(raw.removeprefix(_BOM).strip())
+    pin = PinnedFile(size=offset, sha256=digest.hexdigest())
     if full.all():
-        return starts, None
+        return starts, None, pin
     numbers = np.flatnonzero(full)
-    return starts[numbers], numbers + 1
+    return starts[numbers], numbers + 1, pin
 
 
 @dataclass(frozen=True)
@@ -125,35 +138,48 @@ class DatasetName:
 class DatasetStream:
     """The records of a Hugging Face dataset (hub name, or local directory), streamed in a seeded order.
 
+    Of a hub dataset that is `pinned` that revision is read, whatever was pushed since.
+
     Raises:
         PromptError: there is no such dataset or split.
+        DataChanged: it is not what was pinned.
     """
 
-    def __init__(self, name: DatasetName) -> None:
+    def __init__(self, name: DatasetName, pinned: PinnedStream | None = None) -> None:
         self.name = name
         self._lock = threading.Lock()
-        self._dataset = self._load()
+        self._dataset, revision = self._load(pinned)
+        self.pin = PinnedStream(revision=revision, rows=self.rows)
+        if pinned is not None:
+            pinned.check(self.pin, name.name)
         self._order: tuple[int, int, int, bool] | None = None
         self._iterator: Iterator[Any] = iter(())
         self._position = 0
         self.ended_at: int | None = None
         """How many rows an epoch has, once a read has come to its end."""
 
-    def _load(self) -> Any:
+    def _load(self, pinned: PinnedStream | None) -> tuple[Any, str]:
+        """Return the dataset and its revision."""
         import datasets
 
         source, split = self.name.name, self.name.split
-        if is_local(source) or Path(source).is_dir():
+        directory = is_local(source) or Path(source).is_dir()
+        if directory:
             source = str(Path(source).expanduser())
             if not Path(source).is_dir():
                 raise PromptError(f"data.prompts: no such dataset directory: {source}")
+        revision = pinned.revision if pinned is not None and not directory else None
         try:
-            return datasets.load_dataset(source, split=split, streaming=True)
+            builder = datasets.load_dataset_builder(source, revision=revision)
+            dataset = builder.as_streaming_dataset(split=split)
         except (OSError, ValueError, RuntimeError) as error:
             raise PromptError(
                 f"data.prompts: cannot read dataset {self.name.name!r}, split {split!r}: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
+        if not directory:
+            return dataset, str(builder.hash)  # the commit
+        return dataset, directory_revision(Path(file) for file in builder.config.data_files[split])
 
     @property
     def rows(self) -> int | None:

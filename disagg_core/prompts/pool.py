@@ -19,6 +19,7 @@ from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
 from disagg_core.prompts.order import SeededPermutation, seed_of
+from disagg_core.prompts.pinned import PinnedData, PinnedFile, PinnedStream
 from disagg_core.prompts.records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
 from disagg_core.run_spec.document import DataSection, RunSpec
 
@@ -133,6 +134,11 @@ class FileOrder:
         size = len(self.file)
         return [self._at(position) for position in range(size - self.held_out, size)]
 
+    @property
+    def pin(self) -> PinnedFile:
+        """What is read of the file."""
+        return self.file.pin
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
@@ -178,20 +184,29 @@ class StreamOrder:
         rows = self._first[: self.held_out]
         return [Placed(row, f"{self.stream.name.name}:{number}") for number, row in enumerate(rows)]
 
+    @property
+    def pin(self) -> PinnedStream:
+        """Which revision of the dataset is read."""
+        return self.stream.pin
+
     def close(self) -> None:
         """Let go of the stream."""
         self.stream.close()
 
 
-def open_order(spec: RunSpec) -> FileOrder | StreamOrder:
+def open_order(spec: RunSpec, pinned: PinnedData | None = None) -> FileOrder | StreamOrder:
     """Open the prompts of `spec` in their seeded order.
 
     Raises:
         PromptError: they are missing or empty.
+        DataChanged: they are not what was `pinned`.
     """
+    known = pinned.prompts if pinned is not None else None
     if spec.data.prompts.startswith(HF_PREFIX):
-        return StreamOrder(spec, DatasetStream(DatasetName.parse(spec.data.prompts)))
-    return FileOrder(spec, JsonlFile(Path(spec.data.prompts).expanduser()))
+        assert not isinstance(known, PinnedFile)
+        return StreamOrder(spec, DatasetStream(DatasetName.parse(spec.data.prompts), known))
+    assert not isinstance(known, PinnedStream)
+    return FileOrder(spec, JsonlFile(Path(spec.data.prompts).expanduser(), known))
 
 
 def parse_placed(placed: Placed, format_: FormatOrAuto) -> Record:
@@ -207,30 +222,46 @@ def parse_placed(placed: Placed, format_: FormatOrAuto) -> Record:
         raise PromptError(f"{name}, line {line}: {error}") from error
 
 
-def held_out_records(spec: RunSpec, order: FileOrder | StreamOrder) -> list[tuple[str, Record]]:
-    """Return the held-out prompts of a run, from `data.holdout` or kept out of the prompts, and where they stand.
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts of a run, each with where it stands; `pin` is that of their file if they have their own."""
+
+    records: list[tuple[str, Record]]
+    pin: PinnedFile | None
+
+
+def read_held_out(spec: RunSpec, order: FileOrder | StreamOrder, pinned: PinnedData | None = None) -> HeldOut:
+    """Return the held-out prompts of a run, from `data.holdout` or kept out of the prompts.
 
     Raises:
         PromptError: the holdout file is missing or has a broken line.
+        DataChanged: the holdout file is not what was `pinned`.
     """
+    pin = None
     if spec.data.holdout is None:
         placed = order.held_out_records()
     else:
-        file = JsonlFile(Path(spec.data.holdout).expanduser())
+        file = JsonlFile(Path(spec.data.holdout).expanduser(), pinned.holdout if pinned is not None else None)
         placed = [Placed(file.read(index), file.where(index)) for index in range(len(file))]
+        pin = file.pin
         file.close()
-    return [(item.source, parse_placed(item, spec.data.format)) for item in placed]
+    return HeldOut([(item.source, parse_placed(item, spec.data.format)) for item in placed], pin)
 
 
 class EncodedPrompts:
-    """The pool of a run document: records by the seeded order, encoded with the target's tokenizer."""
+    """The pool of a run document: records by the seeded order, encoded with the target's tokenizer.
 
-    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
-        self.order = open_order(spec)
+    Raises:
+        PromptError: the prompts are missing, empty or broken.
+        DataChanged: they are not what was `pinned`.
+    """
+
+    def __init__(self, spec: RunSpec, tokenizer: Any, pinned: PinnedData | None = None) -> None:
+        self.order = open_order(spec, pinned)
         self.encoder = PromptEncoder(spec, tokenizer)
         self._data: DataSection = spec.data
         # By what they ask, not by place: the same prompt may stand in the data twice.
-        self._held_out = {prompt_key(record) for _, record in held_out_records(spec, self.order)}
+        self._held_out = {prompt_key(record) for _, record in read_held_out(spec, self.order, pinned).records}
 
     @property
     def end(self) -> int | None:

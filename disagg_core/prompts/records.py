@@ -40,6 +40,7 @@ _ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
+_ASKING_ROLES = ("user", "tool")
 _TOOL_CALL_ROLES = ("function_call", "tool_call")
 _KEPT_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")
 
@@ -124,10 +125,16 @@ def parse_record(record: object, format_: FormatOrAuto) -> Record:
 
 
 def prompt_key(record: Record) -> bytes:
-    """Return a hash of what the record asks: everything before its last answer. Equal prompts have equal keys."""
+    """Return a hash of what the record asks: everything before its last answer. Equal prompts have equal keys.
+
+    A record that asks nothing (an assistant's first word, a row whose first token alone is masked) is told from others
+    by all of it. Ids of tool calls are drawn at random, so they tell nothing.
+    """
     match record:
-        case Conversation(messages):
-            asked: object = [[m["role"], m.get("content")] for m in messages[: context_length(messages)]]
+        case Conversation(messages, tools):
+            context = messages[: context_length(messages)]
+            asks = any(message["role"] in _ASKING_ROLES for message in context)
+            asked: object = [*map(_said, context if asks else messages), *([{"tools": tools}] if tools else [])]
         case PromptResponse(prompt):
             asked = [["user", prompt]]
         case PlainText(text):
@@ -143,15 +150,31 @@ def context_length(messages: Sequence[Message]) -> int:
     return last if messages[last]["role"] == "assistant" else len(messages)
 
 
+def _said(message: Message) -> list[object]:
+    """Return what tells a message from others."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return [message["role"], message.get("content"), *([calls] if calls else [])]
+
+
+def is_running_text(record: Record) -> bool:
+    """Tell whether nothing in the record is a prompt apart from its answer."""
+    if isinstance(record, Tokenized):
+        return answer_start(record.loss_mask) == len(record.loss_mask)
+    return isinstance(record, PlainText)
+
+
 def answer_start(loss_mask: Sequence[int]) -> int:
-    """Return where the last run of ones begins; the length if there is none, or if there is nothing before it."""
+    """Return where the last run of ones begins; the length if there is none, or at most one token before it.
+
+    A single token is what every text of a tokenizer begins with, and asks nothing.
+    """
     end = len(loss_mask)
     while end and not loss_mask[end - 1]:
         end -= 1
     start = end
     while start and loss_mask[start - 1]:
         start -= 1
-    return start if 0 < start < end else len(loss_mask)
+    return start if 1 < start < end else len(loss_mask)
 
 
 def _kind(value: object) -> str:

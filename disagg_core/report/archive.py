@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import BadInput
+from disagg_core.run_spec.document import ArchiveSection
+from disagg_core.settings import Settings
 
+_PROBE = b"draftline was here to see whether it can write"
+_PROBE_TIMEOUT_S = 30.0
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _CHUNK = 4 * 1024**2
 MANIFEST = "manifest.json"
 Entry = dict[str, str | int]
@@ -20,6 +28,10 @@ Entry = dict[str, str | int]
 
 class ArchiveDamaged(BadInput):
     """Archived files are missing or are not what the manifest says; each is named."""
+
+
+class ArchiveUnusable(BadInput):
+    """Nothing can be archived at a URL: what was tried and what came of it are named."""
 
 
 class Archive(BaseModel):
@@ -31,6 +43,90 @@ class Archive(BaseModel):
     manifest: str
     files: int
     bytes: int
+
+
+def archive_base(section: ArchiveSection, settings: Settings) -> str:
+    """Return the directory or URL below which the archives of runs lie."""
+    return (section.url or str(settings.home / "archive")).rstrip("/")
+
+
+def local_directory(url: str) -> Path | None:
+    """Return the directory that an archive's URL names on this machine; None if it is elsewhere.
+
+    Raises:
+        ArchiveUnusable: there is no such protocol, or its driver is not installed.
+    """
+    filesystem, root = _filesystem(url)
+    return Path(root) if "file" in _protocols(filesystem) else None
+
+
+def probe_archive(url: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
+    """Write a small object below `url`, read it back and delete it.
+
+    A directory is not made for it: the nearest one above that exists is tried.
+
+    Raises:
+        ArchiveUnusable: one of them does not work, or takes longer than `timeout_s` seconds.
+    """
+    filesystem, root = _filesystem(url)
+    failure: list[Exception] = []
+
+    def probe() -> None:
+        try:
+            _write_and_delete(filesystem, root)
+        except Exception as error:  # noqa: BLE001  # each storage has errors of its own; all mean the same here
+            failure.append(error)
+
+    # A client tries an address that leads nowhere for minutes, and cannot be told to stop.
+    thread = threading.Thread(target=probe, name="archive-probe", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise ArchiveUnusable(f"archive.url: {url}: not written to, read and deleted from within {timeout_s:g} s")
+    if failure:
+        said = f"{type(failure[0]).__name__}: {failure[0]}"
+        raise ArchiveUnusable(
+            f"archive.url: {url}: expected to write an object there, read it back and delete it, found {said}; check "
+            "the address and the rights to it"
+        ) from failure[0]
+
+
+def _write_and_delete(filesystem: fsspec.AbstractFileSystem, root: str) -> None:
+    if "file" in _protocols(filesystem):
+        place = next(str(path) for path in (Path(root), *Path(root).parents) if path.exists())
+    else:
+        filesystem.makedirs(root, exist_ok=True)
+        place = root
+    name = f"{place.rstrip('/')}/.draftline-probe-{uuid.uuid4().hex}"
+    filesystem.pipe_file(name, _PROBE)
+    try:
+        found = filesystem.cat_file(name)
+    finally:
+        filesystem.rm_file(name)
+    if found != _PROBE:
+        raise ArchiveUnusable(f"expected {len(_PROBE)} bytes as they were written, found {len(found)} others")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return the filesystem of `url` and the path of `url` in it."""
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = _EXTRAS.get(url.partition("://")[0])
+        way_out = f"pip install 'draftline[{extra}]'" if extra else "install it"
+        raise ArchiveUnusable(
+            f"archive.url: {url}: the driver of this storage is missing ({error}); {way_out}"
+        ) from error
+    except ValueError as error:
+        raise ArchiveUnusable(
+            f"archive.url: {url}: expected a directory or the URL of a storage that fsspec knows, found: {error}"
+        ) from error
+    return filesystem, str(root)
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def archive_files(sources: dict[str, Path], url: str) -> Archive:

@@ -18,17 +18,17 @@ import msgspec
 import torch
 
 from disagg_core.channel import StreamingRefChannel
-from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, IncompatibleDraft, RoleFailed, classify
+from disagg_core.drafts.warm_start import read_warm_start
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, RoleFailed, classify
 from disagg_core.processes.launch import die_with_parent
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.outcomes import exit_with, read_outcome, write_failure, write_outcome
-from disagg_core.run.plan import RoleAssignment, RunPlan
+from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import build_disagg_online_consumer
@@ -193,26 +193,13 @@ def _build_draft(
         config = method.config_for(section, plan.target, plan.capture, plan.draft_vocab_size)
         draft = method.model(config)
     else:
-        draft = _continued(Path(section.init_from).expanduser(), plan, vocab_map)
+        _, config, state = read_warm_start(section, plan.target, plan.capture)
+        draft = method.continued(config, state, plan.target, plan.capture, vocab_map)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     loaded = load_target_parts(plan.spec.target, dtype=dtype)
     parts = FrozenParts(loaded.embedding, loaded.lm_head)
     draft.attach(parts, vocab_map)
     return draft, parts
-
-
-def _continued(path: Path, plan: RunPlan, vocab_map: VocabMap) -> DraftModel:
-    """Return the draft in `path` to train on.
-
-    Raises:
-        IncompatibleDraft: it is of another method, or was made for a target of other sizes or other captured layers.
-    """
-    method, config, state = import_draft(path)
-    if method.name != plan.spec.draft.method:
-        raise IncompatibleDraft(
-            f"draft.init_from: {path}: expected a draft of method {plan.spec.draft.method}, found {method.name}"
-        )
-    return method.continued(config, state, plan.target, plan.capture, vocab_map)
 
 
 def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> dict[str, str]:

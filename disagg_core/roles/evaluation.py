@@ -28,6 +28,7 @@ from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, Prom
 from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.files import write_atomically
+from disagg_core.prompts.pinned import PinnedFile
 from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
@@ -84,7 +85,7 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
     output = result_file(plan, name)
     result = measure_on_server(
         url,
-        read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts),
+        read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts, _pinned(plan)),
         max_new_tokens=section.max_new_tokens,
         concurrency=target.server_concurrency,
         timeout_s=target.request_timeout_s,
@@ -115,7 +116,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
         EvaluationFailed: nothing could be measured.
     """
     plan, section = request.plan, request.plan.spec.evaluation
-    prompts = read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts)
+    prompts = read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts, _pinned(plan))
     device = torch.device(_device(plan))
     if request.threads is not None and device.type == "cpu":
         torch.set_num_threads(request.threads)
@@ -145,16 +146,24 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     return results
 
 
-def read_prompts(path: Path, limit: int) -> list[list[int]]:
+def _pinned(plan: RunPlan) -> PinnedFile | None:
+    return plan.data.evaluation if plan.data is not None else None
+
+
+def read_prompts(path: Path, limit: int, pinned: PinnedFile | None = None) -> list[list[int]]:
     """Return the token ids of the first `limit` prompts in `path`.
 
     Raises:
+        DataChanged: the file is not what was `pinned`.
         PromptError: no such file, no prompts in it, or a line that is not ``{"input_ids": [...]}`` with tokens.
     """
     if not path.is_file():
         raise PromptError(f"{path}: no such file; the preflight step of a run writes the held-out prompts there")
+    content = path.read_bytes()
+    if pinned is not None:
+        pinned.check(PinnedFile.of(content), path)
     prompts: list[list[int]] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             prompts.append(_Prompt.model_validate_json(line).input_ids)
         except ValueError as error:

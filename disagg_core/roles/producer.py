@@ -154,7 +154,7 @@ def _assemble(
 def _open_prompts(plan: RunPlan, stack: contextlib.ExitStack) -> EncodedPrompts:
     tokenizer = load_tokenizer(plan.spec.target)
     _check_tokenizer(plan, tokenizer)
-    pool = EncodedPrompts(plan.spec, tokenizer)
+    pool = EncodedPrompts(plan.spec, tokenizer, plan.data)
     stack.callback(pool.close)
     return pool
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.drafts.registry import method_of
 from disagg_core.errors import SpecError
+from disagg_core.prompts.pinned import PinnedData
 from disagg_core.run.directory import AttemptDir, RunDir
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec
@@ -45,6 +46,8 @@ class RunPlan(BaseModel):
     total_steps: int | None
     store_capacity: int
     watermarks: Watermarks
+    data: PinnedData | None = None
+    """What the prompts were when the run was planned; None where that was not looked at."""
 
     @property
     def dir(self) -> RunDir:
@@ -119,6 +122,7 @@ def make_plan(
     root: Path,
     total_prompts: int | None,
     tokenizer_version: str = "",
+    data: PinnedData | None = None,
 ) -> RunPlan:
     """Derive the plan of a run and check its numbers against each other.
 
@@ -157,4 +161,5 @@ def make_plan(
         total_steps=steps,
         store_capacity=spec.store.capacity,
         watermarks=watermarks,
+        data=data,
     )

@@ -199,12 +199,18 @@ class EvaluationSection(Section):
     draft_tokens: int = Field(5, ge=1, le=16, description="Tokens drafted per target pass (k).")
     max_new_tokens: int = Field(64, ge=1, description="Tokens decoded per prompt.")
     min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
+    at_end: bool = Field(True, description="Decode at the end of the run; off: hold out for draftline evaluate only.")
 
     @model_validator(mode="after")
     def _a_minimum_is_measured(self) -> EvaluationSection:
-        if self.min_accept_length is not None and not self.prompts:
-            raise ValueError("min_accept_length takes effect with evaluation.prompts above 0 only")
+        if self.min_accept_length is not None and not self.measured:
+            raise ValueError("min_accept_length takes effect with evaluation.prompts above 0 and at_end only")
         return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether the run itself measures its draft."""
+        return self.at_end and self.prompts > 0
 
 
 class ArchiveSection(Section):

@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from disagg_core.checks.preflight import check_channel, check_gpus, check_run
+from disagg_core.checks.preflight import check_gpus, check_run
 from disagg_core.report.document import EndState
 from disagg_core.report.records import read_report, report_interrupted
 from disagg_core.run.directory import RunDir
@@ -40,7 +40,6 @@ def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up
         BadInput: something in the spec or its files is wrong; nothing was started.
     """
     check_run(spec, settings)
-    check_channel(spec, settings)
     check_gpus(spec)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run: _Submitted | None = None

@@ -32,6 +32,7 @@ The next layer's output differs by more: on random and trained models alike an o
 """
 
 PROBE_TOKENS = 24
+_ROOM_TO_GENERATE = 2
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,13 @@ def _weights_bytes(model: str) -> float:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def identity_differences(found: ServerFacts, section: TargetSection, facts: TargetFacts, capture: Capture) -> list[str]:
-    """Return, in words, in what a server differs from the run's target; empty if in nothing."""
+def identity_differences(
+    found: ServerFacts, section: TargetSection, facts: TargetFacts, capture: Capture, *, max_tokens: int = 0
+) -> list[str]:
+    """Return, in words, in what a server differs from what the run needs; empty if in nothing.
+
+    `max_tokens` is the longest sample: a server takes a prompt only where the token it has to generate fits as well.
+    """
     expected = {
         "sglang": (SGLANG_VERSION, found.sglang_version),
         "model type": (facts.model_type, found.model_type),
@@ -104,7 +110,14 @@ def identity_differences(found: ServerFacts, section: TargetSection, facts: Targ
         "config and weights": (model_fingerprint(facts.model, section.revision), found.fingerprint),
         **{name.replace("_", " "): (True, value) for name, value in found.settings.items()},
     }
-    return [f"{what}: expected {want}, found {have}" for what, (want, have) in expected.items() if want != have]
+    differences = [f"{what}: expected {want}, found {have}" for what, (want, have) in expected.items() if want != have]
+    longest = max_tokens + _ROOM_TO_GENERATE
+    if found.context_length < longest:
+        differences.append(
+            f"context length: expected at least {longest} (data.max_tokens + {_ROOM_TO_GENERATE}), found "
+            f"{found.context_length}; start it with --context-length {longest} or more"
+        )
+    return differences
 
 
 def compare_states(reply: ProbeReply, facts: TargetFacts, capture: Capture, reference: Reference) -> list[Comparison]:
@@ -148,13 +161,14 @@ def check_probe(
     facts: TargetFacts,
     capture: Capture,
     reference: Reference,
+    max_tokens: int = 0,
 ) -> list[Comparison]:
-    """Return the comparisons of a server that is the run's target.
+    """Return the comparisons of a server that is the run's target and takes samples of `max_tokens`.
 
     Raises:
         TargetError: it is not; the message names the server and everything that differs.
     """
-    differences = identity_differences(reply.facts, section, facts, capture)
+    differences = identity_differences(reply.facts, section, facts, capture, max_tokens=max_tokens)
     if not differences:
         compared = compare_states(reply, facts, capture, reference)
         limit = TOLERANCE[facts.dtype]

@@ -188,7 +188,10 @@ class ServedTarget(ABC):
         with self._reference_lock:
             if self._reference is None:
                 self._reference = reference_states(self._section, self._facts, self._wanted)
-        for entry in check_probe(client.name, reply, self._section, self._facts, self._wanted, self._reference):
+        compared = check_probe(
+            client.name, reply, self._section, self._facts, self._wanted, self._reference, max_tokens=self._max_tokens
+        )
+        for entry in compared:
             logger.info("%s: %s differs from transformers by %.3g", client.name, entry.name, entry.relative)
 
     # --- tasks ----------------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def _read_facts(model_config: Any) -> ServerFacts:
         sglang_version=version("sglang"),
         model_path=str(model_config.model_path),
         revision=model_config.revision,
-        fingerprint=model_fingerprint(str(model_config.model_path), model_config.revision),
+        fingerprint=model_fingerprint(str(model_config.model_path), _revision(model_config)),
         model_type=model_config.hf_text_config.model_type,
         num_layers=model_config.num_hidden_layers,
         hidden_size=model_config.hidden_size,
@@ -264,3 +264,10 @@ def _read_facts(model_config: Any) -> ServerFacts:
             "prefill_cuda_graph_disabled": arguments.cuda_graph_config.prefill.backend == "disabled",
         },
     )
+
+
+def _revision(model_config: Any) -> str | None:
+    """Return the commit of a hub model's config, which a run is pinned to; otherwise the revision asked for."""
+    commit: str | None = getattr(model_config.hf_config, "_commit_hash", None)
+    asked_for: str | None = model_config.revision
+    return commit or asked_for

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.unit
 
 DEMO = Path(__file__).resolve().parents[3] / "infra" / "runs" / "demo.yaml"
 
+TARGET = DEMO.parent.parent / "demo" / "target"
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
@@ -61,8 +63,9 @@ def test_a_channel_whose_server_is_not_there_is_refused(settings: Settings) -> N
 def test_a_target_without_weights_is_named(settings: Settings, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (bare / name).write_bytes((DEMO.parent.parent / "demo" / "target" / name).read_bytes())
+    for path in TARGET.iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TargetError, match=r"bare holds no \*.safetensors weights"):
         check_run(a_spec(f"target.model={bare}"), settings)
 

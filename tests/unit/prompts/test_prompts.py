@@ -15,6 +15,7 @@ from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import JsonlFile
+from disagg_core.prompts.pinned import DataChanged
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.prompts.records import (
     Conversation,
@@ -366,3 +367,137 @@ def test_half_a_million_prompts_need_little_memory(tmp_path):
     assert len(file) == 500_000
     assert file.read(499_999)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 100
+
+
+# --- the data of a run stays what it was when the run was planned -----------------------------------------------------
+
+
+def ordinals_by_source(spec, tokenizer, pinned):
+    pool = EncodedPrompts(spec, tokenizer, pinned)
+    found = [pool.task(ordinal).source for ordinal in range(pool.end)]
+    pool.close()
+    return found
+
+
+def test_a_file_that_grew_is_read_up_to_where_it_was_pinned(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(50))
+    spec = spec_of(path, evaluation={"prompts": 6}, data={"epochs": 2})
+    planned = validate_prompts(spec, chatty)
+    before = ordinals_by_source(spec, chatty, planned.data)
+    with path.open("a") as file:
+        file.write(json.dumps(conversations(51)[50]) + "\n")
+    assert ordinals_by_source(spec, chatty, planned.data) == before
+    again = validate_prompts(spec, chatty, pinned=planned.data)
+    assert (again.total, again.data, again.evaluated) == (planned.total, planned.data, planned.evaluated)
+
+
+@pytest.mark.parametrize("change", ["a line less", "another line", "two lines the other way round", "no end of line"])
+def test_a_file_that_is_not_the_planned_one_is_refused(tmp_path, chatty, change):
+    records = conversations(50)
+    path = write(tmp_path / "p.jsonl", records)
+    spec = spec_of(path)
+    planned = validate_prompts(spec, chatty).data
+    if change == "a line less":
+        write(path, records[:-1])
+    elif change == "another line":
+        write(path, [*records[:-1], conversations(60)[59]])
+    elif change == "two lines the other way round":
+        write(path, [records[1], records[0], *records[2:]])
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        DataChanged, match=r"p\.jsonl: expected the \d+ bytes with SHA-256 .* start a new run"
+    ) as caught:
+        EncodedPrompts(spec, chatty, planned)
+    assert caught.value.failure_class == "bad_input"
+
+
+def test_a_changed_holdout_file_is_refused(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(20))
+    holdout = write(tmp_path / "h.jsonl", conversations(25)[20:])
+    spec = spec_of(path, data={"holdout": str(holdout)})
+    planned = validate_prompts(spec, chatty).data
+    write(holdout, conversations(30)[25:])
+    with pytest.raises(DataChanged, match=r"h\.jsonl"):
+        EncodedPrompts(spec, chatty, planned)
+
+
+def test_a_dataset_directory_with_another_file_in_it_is_refused(tmp_path, chatty):
+    write(tmp_path / "train-1.jsonl", conversations(30))
+    spec = spec_of(f"hf:{tmp_path}")
+    planned = validate_prompts(spec, chatty).data
+    EncodedPrompts(spec, chatty, planned).close()
+    write(tmp_path / "train-2.jsonl", conversations(40)[30:])
+    with pytest.raises(DataChanged, match=r"expected revision .* found"):
+        EncodedPrompts(spec, chatty, planned)
+
+
+# --- held-out prompts can be told from the others, and decoded --------------------------------------------------------
+
+
+def asked_with(tools):
+    return {"messages": conversations(1)[0]["messages"], "tools": tools}
+
+
+def a_call(name, number):
+    call = {"id": f"call-{number}", "function": {"name": name, "arguments": "{}"}}
+    return {
+        "messages": [
+            {"role": "user", "content": "go on"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "done", "tool_call_id": f"call-{number}"},
+            {"role": "assistant", "content": "it is done"},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (asked_with([{"name": "search"}]), asked_with([{"name": "calculate"}])),
+        (a_call("search", 1), a_call("calculate", 1)),
+        *(
+            tuple({"messages": [*before, {"role": "assistant", "content": f"word {n}"}]} for n in range(2))
+            for before in ([], [{"role": "system", "content": "be kind"}])
+        ),
+        ({"input_ids": [0, 5, 6], "loss_mask": [0, 1, 1]}, {"input_ids": [0, 5, 7], "loss_mask": [0, 1, 1]}),
+    ],
+    ids=["tools", "tool calls", "assistant first", "assistant after the system", "only BOS is masked"],
+)
+def test_different_questions_have_different_keys(one, other):
+    assert prompt_key(parse_record(one, "auto")) != prompt_key(parse_record(other, "auto"))
+
+
+def test_ids_of_calls_are_no_part_of_the_question():
+    assert prompt_key(parse_record(a_call("f", 1), "auto")) == prompt_key(parse_record(a_call("f", 2), "auto"))
+
+
+def test_rows_in_which_only_the_first_token_is_masked_are_trained_on(tmp_path, chatty):
+    rows = [{"input_ids": [0, 5, 6, 7 + n, 9], "loss_mask": [0, 1, 1, 1, 1]} for n in range(40)]
+    spec = spec_of(write(tmp_path / "p.jsonl", rows), evaluation={"prompts": 4})
+    assert validate_prompts(spec, chatty).count == 36
+    pool = EncodedPrompts(spec, chatty)
+    assert all(isinstance(pool.task(ordinal), PromptTask) for ordinal in range(36))
+
+
+def test_prompts_that_all_ask_the_same_as_a_held_out_one_are_refused(tmp_path, chatty):
+    rows = [{"input_ids": [0, 5, 6, 7 + n, 9], "loss_mask": [0, 0, 0, 1, 1]} for n in range(40)]
+    path = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(PromptError, match=r"36 of 36 prompts ask the same as one that is held out.*data\.holdout"):
+        validate_prompts(spec_of(path, evaluation={"prompts": 4}), chatty)
+    assert validate_prompts(spec_of(path, evaluation={"prompts": 0}), chatty).count == 40
+
+
+@pytest.mark.parametrize("rows", [200, 3], ids=["all too long", "too few"])
+def test_an_evaluation_without_prompts_to_decode_is_refused(tmp_path, chatty, rows):
+    turns = [
+        {"messages": [
+            *conversations(rows)[n]["messages"],
+            {"role": "user", "content": "a long tool result " * 40}, {"role": "assistant", "content": "fine"},
+        ]}
+        for n in range(rows)
+    ]  # fmt: skip
+    path = write(tmp_path / "p.jsonl", turns)
+    with pytest.raises(PromptError, match=r"evaluation\.prompts: expected some held-out prompts to decode, found"):
+        validate_prompts(spec_of(path, evaluation={"prompts": 16}), chatty)
+    assert validate_prompts(spec_of(path, evaluation={"prompts": 0}), chatty).count == rows

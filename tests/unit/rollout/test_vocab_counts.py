@@ -11,6 +11,7 @@ import pytest
 from disagg_core.contracts import PromptTask
 from disagg_core.engines.contract import Generated
 from disagg_core.errors import BadInput, TargetUnavailable
+from disagg_core.prompts.pinned import PinnedData, PinnedFile
 from disagg_core.prompts.pool import GivenTasks
 from disagg_core.rollout import vocab_counts as module
 from disagg_core.rollout.vocab_counts import vocab_map_of
@@ -29,7 +30,14 @@ class Untouched:
 
 def a_plan(folder: Path, prompts: Path, run_id: str) -> RunPlan:
     spec = load_spec(DEMO, ["data.generate=null", "draft.vocab_size=4", f"data.prompts={prompts}"])
-    return make_plan(spec, read_target_facts(spec.target), run_id=run_id, root=folder / run_id, total_prompts=2)
+    return make_plan(
+        spec,
+        read_target_facts(spec.target),
+        run_id=run_id,
+        root=folder / run_id,
+        total_prompts=2,
+        data=PinnedData(prompts=PinnedFile.of(prompts.read_bytes())),
+    )
 
 
 def tasks(*rows: list[int]) -> GivenTasks:

@@ -1,0 +1,42 @@
+"""A published draft that a run continues from (`draft.init_from`): read, and compared with the run's target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from disagg_core.contracts import Capture
+from disagg_core.drafts.export import ImportedDraft, import_draft
+from disagg_core.errors import IncompatibleDraft
+from disagg_core.run_spec.draft import DraftSection
+from disagg_core.target.facts import TargetFacts
+
+
+def read_warm_start(section: DraftSection, facts: TargetFacts, capture: Capture) -> ImportedDraft:
+    """Return the draft in `draft.init_from`, for a run whose target has these `facts` and layers.
+
+    Raises:
+        IncompatibleDraft: no draft is there, or it is of another method, or was made for a target of other sizes,
+            vocabulary or captured layers; each difference is named.
+    """
+    assert section.init_from is not None
+    path = Path(section.init_from).expanduser()
+    try:
+        imported = import_draft(path)
+    except IncompatibleDraft as error:
+        raise IncompatibleDraft(f"draft.init_from: {error}") from error
+    method, config, _ = imported
+    if method.name != section.method:
+        raise IncompatibleDraft(
+            f"draft.init_from: {path}: expected a draft of method {section.method}, found {method.name}"
+        )
+    pairs: dict[str, tuple[object, object]] = {
+        "target width": (facts.hidden_size, config.target_hidden_size),
+        "vocabulary": (facts.vocab_size, config.vocab_size),
+        "captured layers": (capture.layers, config.layers or capture.layers),
+    }
+    faults = [f"{what}: expected {want}, found {found}" for what, (want, found) in pairs.items() if want != found]
+    if faults:
+        raise IncompatibleDraft(
+            f"draft.init_from: {path}: made for another target than {facts.model}: {'; '.join(faults)}"
+        )
+    return imported
