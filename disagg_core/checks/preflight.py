@@ -46,7 +46,7 @@ def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     run_id = f"{spec.run.name}-plan"
     facts = findings.of(lambda: read_target_facts(spec.target))
     plan, _ = _resolved(findings, spec, settings, run_id, facts)
-    _check_results(findings, spec, settings)
+    findings.of(lambda: _archive(spec, settings))
     if plan is not None:
         findings.of(lambda: _draft_config(plan))
     findings.raise_all()
@@ -113,14 +113,14 @@ def _checked(
     if spec.store.mode == "managed":
         findings.of(lambda: check_capacity(spec.store.capacity))
     plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, pinned)
-    _check_results(findings, spec, settings)
+    archive = findings.of(lambda: _archive(spec, settings))
     findings.of(lambda: check_channel(spec, settings))
     findings.of(lambda: check_external_store(spec))
     if plan is not None:
         findings.of(lambda: check_servers(plan))
         config = findings.of(lambda: _draft_config(plan))
         if config is not None:
-            findings.of(lambda: check_disk(plan, config, archive_base(spec.archive, settings)))
+            findings.of(lambda: check_disk(plan, config, archive))
     for check in also:
         findings.of(check)
     findings.raise_all()
@@ -162,10 +162,11 @@ def _resolved(
     return findings.of(plan), prompts
 
 
-def _check_results(findings: Findings, spec: RunSpec, settings: Settings) -> None:
-    """Check that the results can go where they are to."""
-    archive = archive_base(spec.archive, settings)
-    findings.of(lambda: probe_archive(archive))
+def _archive(spec: RunSpec, settings: Settings) -> str:
+    """Return where the archives lie, once something could be written there."""
+    base = archive_base(spec.archive, settings)
+    probe_archive(base)
+    return base
 
 
 def _draft_config(plan: RunPlan) -> DraftConfig:

@@ -25,8 +25,10 @@ class DiskTooSmall(BadInput):
     """A run would not fit on its disk: what it needs, what for, and what is free are named."""
 
 
-def check_disk(plan: RunPlan, config: DraftConfig, archive: str) -> None:
+def check_disk(plan: RunPlan, config: DraftConfig, archive: str | None) -> None:
     """Check that checkpoints, export and archive of a draft of `config` fit; what the run has written already counts.
+
+    `archive` is a directory or URL; None leaves it out.
 
     Raises:
         DiskTooSmall: they do not.
@@ -41,7 +43,7 @@ def check_disk(plan: RunPlan, config: DraftConfig, archive: str) -> None:
         f"an export of {_gib(export)}": export,
         "logs and metrics": _BESIDES,
     }
-    if (directory := local_directory(archive)) is not None:
+    if archive is not None and (directory := local_directory(archive)) is not None:
         needs[directory] = {f"an archive of {_gib(keep * checkpoint + export)}": keep * checkpoint + export}
     _compare(needs)
 

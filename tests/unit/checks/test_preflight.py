@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import msgspec
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    FalconH1Config,
+    GraniteMoeHybridConfig,
+    PretrainedConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+)
 
-from disagg_core.checks.preflight import _pinned, check_channel, check_run, prepare_run
-from disagg_core.errors import BadInput, TargetError
+from disagg_core.checks.findings import NotReady
+from disagg_core.checks.preflight import _as_planned, _draft_config, _pinned, check_run, prepare_run, sketch_plan
+from disagg_core.checks.resources import DiskTooSmall
+from disagg_core.checks.services import check_channel
+from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.errors import BadInput, IncompatibleDraft, TargetError
+from disagg_core.evaluation.target_runner import check_rolls_back
+from disagg_core.prompts.pinned import DataChanged
+from disagg_core.report.archive import ArchiveUnusable, probe_archive
+from disagg_core.roles.evaluation import read_prompts
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
@@ -75,3 +99,191 @@ def test_a_hub_model_is_pinned_to_the_commit_of_now() -> None:
     facts = read_target_facts(spec.target)
     assert _pinned(spec, facts) == spec
     assert _pinned(spec, facts.model_copy(update={"commit": "abc"})).target.revision == "abc"
+
+
+# --- the data of a run ------------------------------------------------------------------------------------------------
+
+
+def with_own_prompts(tmp_path: Path, *overrides: str) -> tuple[Path, RunSpec]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"".join((DEMO.parent.parent / "demo" / "prompts.jsonl").read_bytes().splitlines(True)[:200]))
+    own = [f"data.prompts={path}", "data.limit=null", "data.holdout=null", *overrides]
+    return path, load_spec(DEMO, own)
+
+
+def test_a_run_that_is_tried_again_keeps_the_data_that_it_was_planned_with(settings: Settings, tmp_path: Path) -> None:
+    path, spec = with_own_prompts(tmp_path)
+    plan = prepare_run(spec, "demo-1", settings)
+    decoded = (plan.dir.evaluation / "prompts.jsonl").read_bytes()
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:2000].rpartition(b"\n")[0] + b"\n")
+    assert prepare_run(spec, "demo-1", settings) == plan
+    assert (plan.dir.evaluation / "prompts.jsonl").read_bytes() == decoded
+    assert prepare_run(spec, "demo-2", settings).total_prompts != plan.total_prompts, "a new run takes all of it"
+
+    path.write_bytes(path.read_bytes()[1:])
+    with pytest.raises(DataChanged, match=r"prompts\.jsonl: expected the \d+ bytes"):
+        prepare_run(spec, "demo-1", settings)
+
+
+def test_a_run_that_is_tried_again_keeps_the_revision_that_it_was_planned_with(settings: Settings) -> None:
+    spec = a_spec()
+    known = prepare_run(spec, "demo-1", settings)
+    revised = known.spec.target.model_copy(update={"revision": "abc"})
+    planned = known.model_copy(
+        update={
+            "target": known.target.model_copy(update={"commit": "abc"}),
+            "spec": known.spec.model_copy(update={"target": revised}),
+        }
+    )
+    assert _as_planned(spec, planned) == planned.spec
+
+
+def test_the_evaluation_decodes_the_planned_prompts_and_no_others(settings: Settings) -> None:
+    plan = prepare_run(a_spec(), "demo-1", settings)
+    path = plan.dir.evaluation / "prompts.jsonl"
+    assert plan.data is not None
+    assert len(read_prompts(path, 16, plan.data.evaluation)) == 16
+    path.write_bytes(path.read_bytes().replace(b"[", b"[1,", 1))
+    with pytest.raises(DataChanged, match=r"evaluation/prompts\.jsonl"):
+        read_prompts(path, 16, plan.data.evaluation)
+
+
+# --- everything at once, before a GPU is held -------------------------------------------------------------------------
+
+
+def test_all_that_keeps_a_run_from_starting_is_told_at_once(settings: Settings, tmp_path: Path) -> None:
+    spec = a_spec(
+        "archive.url=nosuch://bucket/x",
+        f"draft.init_from={tmp_path}/nowhere",
+        "draft.vocab_size=null",
+        f"channel.url=redis://127.0.0.1:{free_port()}/0",
+        "store.mode=external",
+        f"store.master_address=127.0.0.1:{free_port()}",
+        f"store.metrics_address=127.0.0.1:{free_port()}",
+    )
+
+    def no_worker() -> None:
+        raise BadInput("the work pool gpu-train has no worker online")
+
+    with pytest.raises(NotReady) as caught:
+        prepare_run(spec, "demo-1", settings, also=[no_worker])
+    listed = str(caught.value).splitlines()
+    assert listed[0] == "5 things keep this run from starting:"
+    for number, what in enumerate(
+        ["archive.url: nosuch://", "channel.url: redis://", "store.master_address: ", "draft.init_from: ", "no worker"]
+    ):
+        assert listed[number + 1].startswith(f"{number + 1}. ")
+        assert what in listed[number + 1]
+    assert not settings.runs_dir.exists(), "nothing was begun"
+
+
+def test_the_plan_names_what_can_be_known_without_weights(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(
+        NotReady, match=r"2 things .*\n1\. archive\.url: s3://.*draftline\[s3\].*\n2\. draft\.init_from"
+    ):
+        sketch_plan(
+            a_spec("archive.url=s3://bucket/x", f"draft.init_from={tmp_path}/nowhere", "draft.vocab_size=null"),
+            settings,
+        )
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/drafts", "nosuch://x", "/proc/nowhere", "{file}", "{file}/below"])
+def test_an_archive_that_cannot_be_written_is_refused(settings: Settings, tmp_path: Path, url: str) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ArchiveUnusable, match=r"archive\.url: "):
+        check_run(a_spec(f"archive.url={url.format(file=tmp_path / 'file')}"), settings)
+
+
+def test_an_archive_is_written_to_read_and_left_as_it_was(settings: Settings, tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}/not/there", f"memory://{tmp_path.name}/drafts"):
+        check_run(a_spec(f"archive.url={url}"), settings)
+    assert list(tmp_path.iterdir()) == []
+    assert fsspec.filesystem("memory").find(f"/{tmp_path.name}") == []
+
+
+def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = threading.Event()
+    monkeypatch.setattr(fsspec.filesystem("memory"), "pipe_file", lambda *_: away.wait())
+    try:
+        with pytest.raises(ArchiveUnusable, match=r"memory://x: not written to, read and deleted from within 0\.1 s"):
+            probe_archive("memory://x", timeout_s=0.1)
+    finally:
+        away.set()
+
+
+def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = check_run(a_spec(), settings)
+    config = _draft_config(plan)
+    parameters = method_of("eagle3").parameters(config)
+    needed = (plan.spec.archive.keep + 2) * 12 * parameters + 2 * parameters  # of checkpoints and export
+    needed += plan.spec.archive.keep * 12 * parameters + 2 * parameters  # of an archive on the same disk
+
+    def disk_with(free: int) -> None:
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("disagg_core.checks.resources.shutil", SimpleNamespace(disk_usage=lambda _: usage))
+
+    disk_with(needed)  # and nothing for logs
+    with pytest.raises(DiskTooSmall, match=r"free for 3 checkpoints of .*an export of .*an archive of .*found"):
+        check_run(a_spec(), settings)
+    disk_with(needed + (64 << 20))
+    check_run(a_spec(), settings)
+    disk_with(needed + (64 << 20) - 1000)
+    written = plan.dir.checkpoints / "step-0" / "draft.safetensors"
+    written.parent.mkdir(parents=True)
+    written.write_bytes(bytes(1000))
+    check_run(a_spec(), settings, plan.run_id)
+
+
+def test_a_draft_to_continue_that_does_not_fit_is_named(settings: Settings, tmp_path: Path) -> None:
+    plan = check_run(a_spec(), settings)
+    draft = Eagle3Draft(Eagle3Config.for_target(plan.target, plan.spec.draft))
+    draft.set_vocab_map(VocabMap.from_counts(torch.ones(plan.target.vocab_size), plan.draft_vocab_size))
+    for name, changes in {"fits": {}, "other": {"aux_layer_ids": (0, 1, 3)}}.items():
+        folder = tmp_path / "drafts" / name
+        folder.mkdir(parents=True)
+        save_file(draft.serving_state_dict(), folder / "draft.safetensors")
+        config = draft.config.model_copy(update=changes)
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    fitting = [f"draft.init_from={tmp_path}/drafts/fits", "draft.vocab_size=null"]
+    check_run(a_spec(*fitting), settings)
+    with pytest.raises(IncompatibleDraft, match=r"init_from: .*captured layers: expected .*, found \(0, 1, 3\)"):
+        check_run(a_spec(f"draft.init_from={tmp_path}/drafts/other", "draft.vocab_size=null"), settings)
+    (tmp_path / "drafts" / "fits" / "draft.safetensors").unlink()
+    with pytest.raises(IncompatibleDraft, match=r"draft\.init_from: .*expected model\.safetensors"):
+        check_run(a_spec(*fitting), settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3NextConfig(num_hidden_layers=8),
+        GraniteMoeHybridConfig(num_hidden_layers=8, layer_types=["mamba", "attention"] * 4),
+        FalconH1Config(num_hidden_layers=8),
+        RecurrentGemmaConfig(num_hidden_layers=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_target_that_cannot_be_decoded_speculatively_here_is_named(config: PretrainedConfig) -> None:
+    with pytest.raises(TargetError, match=r"cannot be rolled back .* evaluation\.at_end: false .* --server URL"):
+        check_rolls_back(config)
+
+
+def test_such_a_target_is_known_before_the_run_and_can_be_trained_for(settings: Settings, tmp_path: Path) -> None:
+    hybrid = tmp_path / "hybrid"
+    shutil.copytree(TARGET, hybrid)
+    document = json.loads((hybrid / "config.json").read_text())
+    kinds = ["linear_attention"] + ["full_attention"] * (document["num_hidden_layers"] - 1)
+    facts = read_target_facts(a_spec().target)
+    sizes = {name: getattr(facts, name) for name in ("hidden_size", "vocab_size", "num_attention_heads", "head_dim")}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    config = Qwen3NextConfig(
+        **sizes, num_hidden_layers=facts.num_layers, layer_types=kinds, intermediate_size=64, rope_parameters=rope
+    )
+    config.save_pretrained(hybrid)
+    named = [f"target.model={hybrid}", "evaluation.min_accept_length=null"]
+    with pytest.raises(TargetError, match="cannot be rolled back"):
+        check_run(a_spec(*named), settings)
+    plan = prepare_run(a_spec(*named, "evaluation.at_end=false"), "demo-1", settings)
+    assert len(read_prompts(plan.dir.evaluation / "prompts.jsonl", 16)) == 16, "for a server to decode later"
+    check_run(a_spec(*named, "evaluation.prompts=0"), settings)
