@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
-from disagg_core.drafts.eagle3.linear import outer, product
+from disagg_core.drafts.linear import outer, product
 
 AttentionKernel = Literal["chunked", "flash"]
 

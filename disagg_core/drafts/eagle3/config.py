@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from disagg_core.drafts.eagle3.layers import default_layers
 from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -103,7 +103,7 @@ class Eagle3Config(BaseModel):
         fields.setdefault("head_dim", fields["hidden_size"] // heads)
         fields.setdefault("draft_vocab_size", fields["vocab_size"])
         fields.setdefault("max_position_embeddings", 2048)
-        fields["rope_parameters"] = _rope_parameters(fields)
+        fields["rope_parameters"] = complete_rope_parameters(fields)
         fields["fc_norm"] = bool(fields.get("fc_norm", eagle.get("fc_norm", False)))
         layer_ids = fields.get("aux_layer_ids", eagle.get("eagle_aux_hidden_state_layer_ids"))
         fields["aux_layer_ids"] = tuple(layer_ids) if layer_ids else None
@@ -184,33 +184,3 @@ class Eagle3Config(BaseModel):
 
 def _largest_divisor(number: int, at_most: int) -> int:
     return next(value for value in range(min(number, at_most), 0, -1) if number % value == 0)
-
-
-def _rope_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one dict with `rope_type` and `rope_theta` from either spelling, completed as Hugging Face does."""
-    given = {
-        key: value
-        for key, value in {**fields.get("rope_scaling", {}), **fields.get("rope_parameters", {})}.items()
-        if value is not None
-    }
-    rope_type = given.pop("rope_type", None) or given.get("type", "default")
-    given.pop("type", None)
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise IncompatibleDraft(
-            f"draft config: partial_rotary_factor: expected 1.0, found {given['partial_rotary_factor']}"
-        )
-    rope = {"rope_type": rope_type, "rope_theta": fields.get("rope_theta", 10000.0), **given}
-    if rope_type in ("llama3", "yarn"):
-        original = fields.get("original_max_position_embeddings")
-        if original is not None:
-            rope["original_max_position_embeddings"] = original
-        rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
-    needed = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }.get(rope_type, ())
-    missing = [key for key in needed if key not in rope]
-    if missing:
-        raise IncompatibleDraft(f"draft config: rope_type {rope_type} needs {', '.join(missing)}")
-    return rope

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
-from disagg_core.drafts.eagle3.linear import product, wide_product
 from disagg_core.drafts.eagle3.options import LossSection
+from disagg_core.drafts.linear import product, wide_product
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
 """Bytes of one slice's draft logits in fp32."""

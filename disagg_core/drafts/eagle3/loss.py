@@ -27,11 +27,11 @@ from torch.utils import _pytree as pytree
 
 from disagg_core.drafts.eagle3.attention import AttentionKernel
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, MaskMode, StepPlan, plan_step, step_mask
-from disagg_core.drafts.eagle3.linear import linear
 from disagg_core.drafts.eagle3.lm_loss import Objective, Teacher, lm_loss
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.eagle3.steps import run_steps
+from disagg_core.drafts.linear import linear
 from disagg_core.errors import BadInput
 
 Normalisation = Literal["valid", "compat"]

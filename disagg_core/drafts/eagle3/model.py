@@ -15,25 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
-from disagg_core.drafts.eagle3.linear import Linear
-from disagg_core.drafts.eagle3.rope import RotaryEmbedding, rotate
+from disagg_core.drafts.layers import RMSNorm, SwiGLU
+from disagg_core.drafts.linear import Linear
 from disagg_core.drafts.method import DraftModel, FrozenParts
+from disagg_core.drafts.rope import RotaryEmbedding, rotate
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a scale, computed in fp32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x`` ``[..., size]``."""
-        normed: Tensor = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return normed
 
 
 class Attention(nn.Module):
@@ -47,28 +34,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., H]`` for ``x`` ``[..., H]``."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return output
-
-
 class DecoderLayer(nn.Module):
     """The draft's only layer; how its parts are put together is the caller's (training steps, or decoding)."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from disagg_core.drafts.eagle3.attention import AttentionKernel, own_column_attention
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, StepPlan
-from disagg_core.drafts.eagle3.linear import linear
 from disagg_core.drafts.eagle3.model import Eagle3Draft
-from disagg_core.drafts.eagle3.rope import rotate
+from disagg_core.drafts.linear import linear
+from disagg_core.drafts.rope import rotate
 
 
 def run_steps(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disagg_core.drafts.eagle3 import Eagle3Draft
-from disagg_core.drafts.eagle3.rope import inverse_frequencies
+from disagg_core.drafts.rope import inverse_frequencies
 
 
 @dataclass

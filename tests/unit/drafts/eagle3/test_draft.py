@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
-from disagg_core.drafts.eagle3.rope import inverse_frequencies
+from disagg_core.drafts.rope import inverse_frequencies
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
 from tests.unit.drafts.eagle3.cases import small_batch, small_config, small_draft, target_head

@@ -1,4 +1,4 @@
-"""Matrix products of the draft: fp32 on CPU through oneDNN, everything else as torch does it.
+"""Matrix products of drafts: fp32 on CPU through oneDNN, everything else as torch does it.
 
 Torch sends fp32 products on CPU to MKL, which runs at half speed on processors that are not Intel's; oneDNN has the
 same precision and uses AVX-512 on all of them (measured: 100 against 220 GFLOP/s on one core of an EPYC 9005).

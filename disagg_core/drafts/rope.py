@@ -1,4 +1,4 @@
-"""Rotary position embeddings of the draft: default, linear, dynamic, llama3 and yarn.
+"""Rotary position embeddings of a draft: default, linear, dynamic, llama3 and yarn.
 
 The formulas are those of Hugging Face's `modeling_rope_utils`, so that a draft computes in training what a server
 computes from the same config.
@@ -7,12 +7,26 @@ computes from the same config.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from disagg_core.drafts.eagle3.config import Eagle3Config
+
+class RopeSizes(Protocol):
+    """The part of a draft's config that its rotary embedding needs."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest position that the RoPE was made for."""
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """As `disagg_core.drafts.rope_parameters.complete_rope_parameters` returns them."""
 
 
 class RotaryEmbedding:
@@ -21,7 +35,7 @@ class RotaryEmbedding:
     `dynamic` (NTK) depends on the sequence length: beyond `max_position_embeddings` the base grows with it.
     """
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, config: RopeSizes) -> None:
         self._config = config
         self._tables: dict[tuple[torch.device, int], tuple[Tensor, float]] = {}
 
@@ -61,7 +75,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(-2) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(-2)
 
 
-def inverse_frequencies(config: Eagle3Config, seq_len: int) -> tuple[Tensor, float]:
+def inverse_frequencies(config: RopeSizes, seq_len: int) -> tuple[Tensor, float]:
     """Return the inverse frequencies ``[head_dim / 2]`` (fp32) and the factor on cosines and sines.
 
     Args:
@@ -96,7 +110,7 @@ def _llama3(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
     return torch.where(medium, smoothed, scaled)
 
 
-def _yarn(config: Eagle3Config, base: float) -> tuple[Tensor, float]:
+def _yarn(config: RopeSizes, base: float) -> tuple[Tensor, float]:
     """Interpolate low frequencies, keep high ones, ramp between (https://arxiv.org/abs/2309.00071)."""
     rope, dim = config.rope_parameters, config.head_dim
     original = rope["original_max_position_embeddings"]
