@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.p_eagle.options import PEagleSection
 from disagg_core.errors import BadInput
 from disagg_core.run_spec.draft import DraftSection
 
 if TYPE_CHECKING:
     from disagg_core.drafts.method import DraftMethod
 
-SECTIONS: tuple[type[DraftSection], ...] = (Eagle3Section,)
+SECTIONS: tuple[type[DraftSection], ...] = (Eagle3Section, PEagleSection)
 """The section of each method in the run document; the method itself is ``METHOD`` in ``method.py`` beside it."""
 
 _HOMES = {section.model_fields["method"].default: section.__module__.removesuffix(".options") for section in SECTIONS}

@@ -21,6 +21,7 @@ SEED = 11
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eagle3": {"vocab_size": 40, "ttt_length": 3},
+    "p_eagle": {"vocab_size": 40, "num_layers": 2, "depths": 4, "mask_token_id": VOCAB - 1},
 }
 """Options that keep each method small. A registered method without an entry here fails the suite."""
 
