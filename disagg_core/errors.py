@@ -175,6 +175,8 @@ class CheckpointError(DraftlineError):
 class CheckpointNotSaved(CheckpointError):
     """A checkpoint could not be written: the bytes it needs and those that are free are named. Older ones stay."""
 
+    failure_class: FailureClass = "infrastructure"
+
 
 class SampleUnusable(DraftlineError):
     """A sample arrived whole but cannot be trained on; it is quarantined with this reason."""

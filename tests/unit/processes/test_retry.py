@@ -54,7 +54,7 @@ def test_a_spent_budget_gives_the_last_untrue_answer_after_a_last_look() -> None
         looks.append(time.monotonic())
 
     assert wait_until(look, timeout_s=0.05, every_s=0.04) is None
-    assert len(looks) == 3
+    assert 2 <= len(looks) <= 3, "at once, when the pause has not slept through it, and at the end"
     assert looks[-1] - looks[0] >= 0.05
 
 
