@@ -1,4 +1,4 @@
-"""Between attempts: an external store that is away is waited for; what fails around the roles is a failed attempt."""
+"""Around an attempt: what fails there is a failed attempt, and the pause before the next can be cancelled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.errors import BadInput, StoreTooLarge, StoreUnavailable
+from disagg_core.errors import StoreUnavailable
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
-from tasks import attempts, mooncake
+from tasks import attempts
 from tasks.mooncake import FeatureStoreServices
 
 pytestmark = pytest.mark.unit
@@ -25,49 +25,14 @@ EXTERNAL = ("store.mode=external", "store.master_address=h:1", "store.metrics_ad
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (mooncake, attempts):
-        monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("test"))
-    monkeypatch.setattr(mooncake, "_AWAY_PAUSE_S", 0.001)
-
-    async def nothing_left(*_: object) -> int:
-        return 0
-
-    monkeypatch.setattr(mooncake, "sweep", nothing_left)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "get_run_logger", lambda: logging.getLogger("test"))
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> RunPlan:
     spec = load_spec(SPEC, list(EXTERNAL))
     return make_plan(spec, read_target_facts(spec.target), run_id="run", root=tmp_path, total_prompts=100)
-
-
-def answers(monkeypatch: pytest.MonkeyPatch, *script: Exception | None) -> None:
-    left = list(script)
-
-    def probe(endpoints: StoreEndpoints, _capacity: int) -> None:
-        if left and (error := left.pop(0)) is not None:
-            raise error
-
-    monkeypatch.setattr(mooncake, "probe_store", probe)
-
-
-def test_an_external_store_that_restarts_between_attempts_is_waited_for(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    away, small = StoreUnavailable("refused"), StoreTooLarge("an owner still takes its memory")
-    answers(monkeypatch, None, away, away, away, small, small)
-    store = FeatureStoreServices(plan)
-    assert asyncio.run(store.ready(1)).master_address == "h:1"
-    assert asyncio.run(store.ready(2)).master_address == "h:1"
-
-
-def test_an_external_store_that_was_never_large_enough_is_bad_input_at_once(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers(monkeypatch, StoreTooLarge("2 bytes"))
-    with pytest.raises(BadInput, match="2 bytes"):
-        asyncio.run(FeatureStoreServices(plan).ready(1))
 
 
 @pytest.mark.parametrize(
