@@ -24,6 +24,7 @@ from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
 from tasks.reporting import RunRecord, emit, publish_report
+from tasks.run_slot import run_slot
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
@@ -57,17 +58,18 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
     record = RunRecord(plan, flow_run_id=str(runtime.id))
     emit(plan, "started", prompts=plan.total_prompts)
     try:
-        async with feature_store_services(plan) as store:
-            for attempt in record.attempts:
-                await pause_before_next(record.attempts)
-                outcome, roles = await run_attempt(plan, attempt, store)
-                record.attempt_ended(outcome, roles)
-                if not outcome.finished:
-                    emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
-            record.completion = await verify_completion(plan, outcome.attempt, store.endpoints, record.roles)
-        record.archive = archive_run(plan, record.completion)
-        emit(plan, "archived", url=record.archive.url)
-        record.evaluation = await evaluate_draft(plan, record.completion)
+        async with run_slot(plan):
+            async with feature_store_services(plan) as store:
+                for attempt in record.attempts:
+                    await pause_before_next(record.attempts)
+                    outcome, roles = await run_attempt(plan, attempt, store)
+                    record.attempt_ended(outcome, roles)
+                    if not outcome.finished:
+                        emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
+                record.completion = await verify_completion(plan, outcome.attempt, store.endpoints, record.roles)
+            record.archive = archive_run(plan, record.completion)
+            emit(plan, "archived", url=record.archive.url)
+            record.evaluation = await evaluate_draft(plan, record.completion)
         judge_draft(plan, record.evaluation)
     except Exception as error:
         publish_report(plan, record.failed(error))

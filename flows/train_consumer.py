@@ -10,7 +10,8 @@ from prefect import flow
 from disagg_core.processes.shutdown import RANKS_S
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run_spec.devices import visible_devices
-from tasks.rendezvous import meet
+from disagg_core.settings import get_settings
+from tasks.rendezvous import meet, network_environment
 from tasks.role_process import run_role_process, write_assignment
 
 
@@ -18,13 +19,17 @@ from tasks.role_process import run_role_process, write_assignment
 def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
     """Run one node of the training consumer of one attempt: a ``torchrun`` tree, or one plain process."""
     role = "consumer" if node_rank == 0 else f"consumer-node{node_rank}"
+    spec = assignment.plan.spec
     document = write_assignment(assignment, role)
     run_role_process(
         role,
         [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.roles.consumer", str(document)],
         assignment,
         assignment.dir.logs / f"{role}.log",
-        environment=visible_devices(assignment.plan.spec, "train", os.environ),
+        environment={
+            **visible_devices(spec, "train", os.environ),
+            **network_environment(get_settings().host, spec.training.nodes, os.environ),
+        },
         leaves_outcome=node_rank == 0,
     )
 

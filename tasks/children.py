@@ -61,12 +61,13 @@ async def run_child(
     *,
     name: str,
     tags: Sequence[str],
-    start_timeout_s: float,
+    start_timeout_s: float | None,
     supervision: Supervision,
 ) -> FlowRun:
     """Run the deployment of `flow_name` on `pool` as a child called `name` of this run; return it as it ended.
 
-    It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds. Where
+    It is cancelled when `supervision` says stop, or when no worker takes it within `start_timeout_s` seconds (None: it
+    waits for its turn however long that takes). Where
     this run is cancelled itself, the child has time to save its state before what it lives on is torn down.
     """
     async with get_client() as client:
@@ -98,7 +99,7 @@ def state_name(flow_run: FlowRun) -> str:
 
 
 async def _watch(
-    client: PrefectClient, run_id: UUID, pool: str, supervision: Supervision, start_timeout_s: float
+    client: PrefectClient, run_id: UUID, pool: str, supervision: Supervision, start_timeout_s: float | None
 ) -> FlowRun:
     """Follow a flow run to its end; cancel it when the attempt is to stop, or when no worker takes it in time."""
     waited = 0.0
@@ -108,7 +109,7 @@ async def _watch(
             return flow_run
         if supervision.stop.is_set():
             return await _cancel(client, run_id, supervision.reason)
-        if flow_run.start_time is None and waited > start_timeout_s:
+        if start_timeout_s is not None and flow_run.start_time is None and waited > start_timeout_s:
             supervision.request_stop(
                 f"no worker of pool {pool} started its run in {start_timeout_s:.0f} s "
                 "(orchestration.stall_timeout_s); start one: prefect worker start --pool " + pool,

@@ -38,7 +38,7 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
         {"plan": plan.model_dump(mode="json")},
         name=f"{plan.run_id} evaluation",
         tags=["draftline", "role:evaluation", f"run:{plan.run_id}", "gpu", *orchestration.tags],
-        start_timeout_s=orchestration.stall_timeout_s,
+        start_timeout_s=None,  # another run's producer may hold the pool for hours, and nothing is lost by waiting
         supervision=Supervision(),
     )
     if state_name(run) != "Completed":

@@ -43,6 +43,7 @@ from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
 from tasks.cancellation import cancel_unfinished
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
+from tasks.run_slot import ensure_slots
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
 TRAINING = "local"
@@ -85,7 +86,7 @@ def deployments(pools: PoolsSection) -> list[Deployment]:
 
 
 def register() -> None:
-    """Create or update pools, deployments and the automation on the server in PREFECT_API_URL."""
+    """Create or update pools, their slots, deployments and the automation on the server in PREFECT_API_URL."""
     asyncio.run(register_all(PoolsSection()))
 
 
@@ -99,6 +100,7 @@ async def register_all(pools: PoolsSection) -> None:
                         name=pool, type="process", base_job_template=ProcessWorker.get_default_base_job_template()
                     )
                 )
+        await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
     for deployment in deployments(pools):
         await _deploy(deployment)

@@ -119,8 +119,8 @@ def find_platform(settings: Settings) -> LocalPlatform | None:
 def environment(settings: Settings, port: int) -> dict[str, str]:
     """Return the environment in which Prefect is imported, here and in every process of the platform.
 
-    What says which server, database and credentials are meant is set and never inherited: a shell may hold those of
-    another server, which is none of this platform's business.
+    Nothing else of Prefect's may be in it (`adopt_environment`): a shell may hold database and credentials of another
+    server, which is none of this platform's business. Credentials cannot be set to none, only left out.
     """
     home = settings.home / "prefect"
     database = f"sqlite+aiosqlite:///{home}/prefect.db"
@@ -132,9 +132,6 @@ def environment(settings: Settings, port: int) -> dict[str, str]:
         "PREFECT_PROFILE": "ephemeral",
         "PREFECT_API_URL": f"http://{settings.host}:{port}/api",
         "PREFECT_UI_URL": f"http://{settings.host}:{port}",
-        "PREFECT_API_KEY": "",
-        "PREFECT_API_AUTH_STRING": "",
-        "PREFECT_SERVER_API_AUTH_STRING": "",
         "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -21,6 +21,9 @@ from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from disagg_core.target.tokenizer import template_text, tokenizer_version
 from tests.integration.rollout.rollout_kit import write_prompts
+from tests.integration.two_hosts import two_hosts
+
+__all__ = ["two_hosts"]
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
