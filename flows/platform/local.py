@@ -203,7 +203,7 @@ def up(settings: Settings, say: Callable[[str], None], *, keep: bool) -> LocalPl
             settings,
             platform,
             "server",
-            [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)],
+            [sys.executable, "-m", "flows.platform.server", "--host", settings.host, "--port", str(port)],
         )
     adopt_environment(settings, platform.port)
     _wait_ready(settings, platform)

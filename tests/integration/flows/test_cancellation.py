@@ -12,6 +12,7 @@ from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled, Completed, Pending, Running, Scheduled
 
+from flows.platform.deployments import TAG, _cancel_active_runs
 from tasks.cancellation import cancel_unfinished
 from tests.integration.flows.conftest import PrefectServer
 
@@ -69,3 +70,16 @@ def test_it_waits_for_the_end_of_those_that_it_cancelled(api: PrefectServer) -> 
             assert [run.id for run in await cancelling] == [running]
 
     asyncio.run(story())
+
+
+def test_down_cancels_our_runs_and_nobody_else_s(api: PrefectServer) -> None:
+    async def story() -> list[StateType]:
+        async with get_client() as client:
+            ours = await client.create_flow_run(idle, state=Scheduled(), tags=[TAG, "run:x"])
+            theirs = await client.create_flow_run(idle, state=Scheduled(), tags=["theirs"])
+            await _cancel_active_runs(30)
+            types = await types_of(client, [ours.id, theirs.id])
+            await client.set_flow_run_state(theirs.id, Cancelled())
+            return types
+
+    assert asyncio.run(story()) == [StateType.CANCELLED, StateType.SCHEDULED]

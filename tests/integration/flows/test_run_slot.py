@@ -1,0 +1,73 @@
+"""Two runs on the same pools take turns as wholes, on a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+from disagg_core.run_spec.document import PoolsSection
+from tasks import run_slot as module
+from tasks.run_slot import ensure_slots, run_slot, slot_names
+from tests.integration.flows.conftest import PrefectServer
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+
+
+def plan_on(rollout: str, train: str) -> Any:
+    pools = PoolsSection(rollout=rollout, train=train)
+    return SimpleNamespace(spec=SimpleNamespace(orchestration=SimpleNamespace(pools=pools)))
+
+
+@pytest.fixture(autouse=True)
+def logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("test"))
+
+
+def test_a_run_that_shares_a_pool_with_another_one_waits_for_all_of_it_and_holds_nothing(api: PrefectServer) -> None:
+    first, sharing, apart = plan_on("slot-a", "slot-b"), plan_on("slot-c", "slot-b"), plan_on("slot-c", "slot-d")
+    entered: list[str] = []
+
+    async def run(name: str, plan: Any, until: asyncio.Event) -> None:
+        async with run_slot(plan):
+            entered.append(name)
+            await until.wait()
+
+    async def story() -> None:
+        ends = [asyncio.Event() for _ in range(3)]
+        async with asyncio.timeout(200), asyncio.TaskGroup() as runs:
+            runs.create_task(run("first", first, ends[0]))
+            while entered != ["first"]:
+                await asyncio.sleep(0.05)
+            runs.create_task(run("sharing", sharing, ends[1]))
+            await asyncio.sleep(0)
+            runs.create_task(run("apart", apart, ends[2]))
+            while "apart" not in entered:  # the one that waits does not hold the pool that it could have
+                await asyncio.sleep(0.05)
+            assert entered == ["first", "apart"]
+            ends[2].set()
+            ends[0].set()
+            while "sharing" not in entered:
+                await asyncio.sleep(0.05)
+            ends[1].set()
+
+    asyncio.run(story())
+
+
+def test_a_limit_that_somebody_has_raised_stays(api: PrefectServer) -> None:
+    pools = PoolsSection(rollout="slot-e", train="slot-f")
+
+    async def story() -> list[int]:
+        async with get_client() as client:
+            await ensure_slots(client, pools)
+            raised, other = slot_names(pools)
+            await client.update_global_concurrency_limit(raised, GlobalConcurrencyLimitUpdate(limit=3))
+            await ensure_slots(client, pools)
+            return [(await client.read_global_concurrency_limit_by_name(name)).limit for name in (raised, other)]
+
+    assert asyncio.run(story()) == [3, 1]
