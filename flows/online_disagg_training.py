@@ -13,13 +13,13 @@ from prefect.runtime import flow_run as runtime
 from disagg_core.report.document import EndState, RunReport
 from disagg_core.report.records import report_interrupted
 from disagg_core.run.directory import RunDir
-from disagg_core.run.plan import run_id_of
+from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
 from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
-from tasks.completion import verify_completion
+from tasks.completion import Completion, verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
@@ -45,6 +45,18 @@ def report_interruption(flow: Flow[..., Any], flow_run: FlowRun, state: State[ob
     report_interrupted(run_dir, end, state.message or state.name or end, str(flow_run.id))
 
 
+async def train(plan: RunPlan, record: RunRecord) -> Completion:
+    """Attempt the training until it is complete, and account for every sample."""
+    async with feature_store_services(plan) as store:
+        for attempt in record.attempts:
+            await pause_before_next(record.attempts)
+            outcome, roles = await run_attempt(plan, attempt, store)
+            record.attempt_ended(outcome, roles)
+            if not outcome.finished:
+                emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
+        return record.trained(await verify_completion(plan, outcome.attempt, store.endpoints, record.roles))
+
+
 @flow(
     name="online-disagg-training",
     flow_run_name="{spec.run.name}",
@@ -59,17 +71,10 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
     emit(plan, "started", prompts=plan.total_prompts)
     try:
         async with run_slot(plan):
-            async with feature_store_services(plan) as store:
-                for attempt in record.attempts:
-                    await pause_before_next(record.attempts)
-                    outcome, roles = await run_attempt(plan, attempt, store)
-                    record.attempt_ended(outcome, roles)
-                    if not outcome.finished:
-                        emit(plan, "attempt-failed", attempt=attempt, reason=outcome.describe())
-                record.completion = await verify_completion(plan, outcome.attempt, store.endpoints, record.roles)
-            record.archive = archive_run(plan, record.completion)
+            completion = record.completion or await train(plan, record)
+            record.archive = archive_run(plan, completion)
             emit(plan, "archived", url=record.archive.url)
-            record.evaluation = await evaluate_draft(plan, record.completion)
+            record.evaluation = await evaluate_draft(plan, completion)
         judge_draft(plan, record.evaluation)
     except Exception as error:
         publish_report(plan, record.failed(error))

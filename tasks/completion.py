@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from disagg_core.errors import RoleFailed, TooManyLost
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import ServerFigures, TrainingFigures
+from disagg_core.run.directory import RunDir
+from disagg_core.run.known import read_document
 from disagg_core.run.outcomes import RoleOutcome
 from disagg_core.run.plan import RunPlan
 from disagg_core.store.endpoints import StoreEndpoints
@@ -114,6 +116,15 @@ def complete(
         rejected_reasons=dict(Counter(record.reason for record in _rejections(plan, attempt))),
         servers=made.servers,
     )
+
+
+def read_completion(run: RunDir) -> Completion | None:
+    """Return the checked end of a run's training, if an earlier process of the run came so far.
+
+    Raises:
+        OtherVersion: it was written by another version.
+    """
+    return read_document(run.completion, Completion) if run.completion.is_file() else None
 
 
 class _Produced(BaseModel):

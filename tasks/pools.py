@@ -25,8 +25,10 @@ class PoolsNotReady(DraftlineError):
     failure_class: FailureClass = "stalled"
 
 
-def check_pools(spec: RunSpec, timeout_s: float = _LOOK_S) -> None:
+def check_pools(spec: RunSpec, *, trained: bool = False, timeout_s: float = _LOOK_S) -> None:
     """Check that the roles of a run can start on their work pools, within `timeout_s` seconds.
+
+    Of a run that is `trained` only the evaluation is left.
 
     Raises:
         PoolsNotReady: they cannot.
@@ -35,20 +37,24 @@ def check_pools(spec: RunSpec, timeout_s: float = _LOOK_S) -> None:
     with get_client(sync_client=True) as client:
 
         def ready() -> bool:
-            faults[:] = _faults(client, spec)
+            faults[:] = _faults(client, spec, trained)
             return not faults
 
         if not wait_until(ready, timeout_s=timeout_s, every_s=_POLL_S):
             raise PoolsNotReady("; ".join(faults))
 
 
-def _faults(client: SyncPrefectClient, spec: RunSpec) -> Iterator[str]:
+def _faults(client: SyncPrefectClient, spec: RunSpec, trained: bool) -> Iterator[str]:
     pools = spec.orchestration.pools
-    roles = [("rollout-producer", pools.rollout), ("train-consumer", pools.train)]
+    roles: list[tuple[str, str]] = []
+    at_once: Counter[str] = Counter()
+    if not trained:
+        roles += [("rollout-producer", pools.rollout), ("train-consumer", pools.train)]
+        at_once[pools.rollout] += 1
+        at_once[pools.train] += spec.training.nodes
     if spec.evaluation.measured:
         roles.append(("draft-evaluation", pools.rollout))
-    at_once = Counter({pools.rollout: 1})
-    at_once[pools.train] += spec.training.nodes
+        at_once[pools.rollout] = max(1, at_once[pools.rollout])
     for pool, slots in at_once.items():
         yield from _pool_faults(client, pool, slots)
     for flow, pool in roles:

@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from disagg_core.errors import DraftlineError, classify
+from disagg_core.files import write_atomically
 from disagg_core.report.archive import Archive
 from disagg_core.report.document import (
     ArchiveFigures,
@@ -34,7 +35,7 @@ from disagg_core.report.markdown import to_markdown
 from disagg_core.report.records import last_progress, write_report
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.run.plan import RunPlan
-from tasks.completion import Completion
+from tasks.completion import Completion, read_completion
 from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
 
@@ -78,18 +79,25 @@ class RunRecord:
     attempts: AttemptLoop = field(init=False)
     roles: dict[Role, RoleRun] = field(default_factory=dict)
     restarts: Counter[Role] = field(default_factory=Counter)
-    completion: Completion | None = None
+    completion: Completion | None = field(init=False)
     evaluation: EvaluationFigures | None = None
     archive: Archive | None = None
 
     def __post_init__(self) -> None:
         self.attempts = AttemptLoop(limit=self.plan.spec.run.attempts, first=self.plan.next_attempt())
+        self.completion = read_completion(self.plan.dir)
 
     def attempt_ended(self, outcome: AttemptOutcome, roles: dict[Role, RoleRun]) -> None:
         """Record how an attempt and its roles ended."""
         self.attempts.record(outcome)
         self.roles = roles
         self.restarts.update({role: run.restarts for role, run in roles.items()})
+
+    def trained(self, completion: Completion) -> Completion:
+        """Record, also for a later process of this run, that its training is complete; return `completion`."""
+        self.completion = completion
+        write_atomically(self.plan.dir.completion, completion.model_dump_json(indent=2))
+        return completion
 
     def completed(self) -> RunReport:
         """Return the report of a run that did all its work."""
@@ -98,6 +106,8 @@ class RunRecord:
     def failed(self, error: Exception) -> RunReport:
         """Return the report of a run that ended with `error`, with all that was found out before it."""
         message = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
+        if self.completion is not None and self.evaluation is None:
+            message = f"{'archive' if self.archive is None else 'evaluation'} failed: {message}"
         return self._report("failed", Failure(failure_class=classify(error), message=message))
 
     def _report(self, state: EndState, failure: Failure | None) -> RunReport:

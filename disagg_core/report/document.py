@@ -96,6 +96,10 @@ EndState = Literal["completed", "failed", "cancelled", "crashed"]
 
 
 HOW_TO_RESUME = "Retry on its page in the Prefect UI resumes from its newest checkpoint"
+REST = (
+    "the training is complete: Retry on its page in the Prefect UI does what is left, archive and evaluation; "
+    "draftline evaluate {run_id} measures the draft here, or with --server on an SGLang server"
+)
 
 
 class RunReport(_Part):
@@ -121,9 +125,12 @@ class RunReport(_Part):
     seconds: float
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether the run was cut off from outside, so that its flow run may be tried again."""
-        return self.state in ("cancelled", "crashed")
+    def way_on(self) -> str | None:
+        """How a run goes on that was cut off from outside, or whose training is complete and its draft not measured."""
+        if self.state in ("cancelled", "crashed"):
+            return HOW_TO_RESUME
+        trained = self.accounting is not None and not self.accounting.problems()
+        return REST.format(run_id=self.run_id) if self.state == "failed" and trained and not self.evaluation else None
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic's documented order
     @property

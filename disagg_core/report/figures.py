@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from disagg_core.failures import POLICIES
-from disagg_core.report.document import HOW_TO_RESUME, RunReport
+from disagg_core.report.document import RunReport
 from disagg_core.run.directory import RunDir
 
 BRIEF = ("trained", "steps", "accept length", "seconds")
@@ -102,8 +102,8 @@ def _end(report: RunReport) -> Iterator[Figure]:
     if report.failure:
         yield Figure(f"{report.state} ({report.failure.failure_class})", report.failure.message, "strong")
         yield Figure("way out", POLICIES[report.failure.failure_class].way_out)
-    if report.can_go_on:
-        yield Figure("to resume", HOW_TO_RESUME)
+    if report.way_on:
+        yield Figure("to resume", report.way_on)
     together = f", both roles together {report.roles_overlap_seconds:.0f} s" if report.roles else ""
     yield Figure("time", f"{report.seconds:.0f} s{together}", brief={"seconds": f"{report.seconds:.0f}"})
 

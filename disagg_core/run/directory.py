@@ -11,6 +11,7 @@
       checkpoints/step-<k>/     complete when its manifest exists
       metrics/                  train.jsonl, rollout.jsonl, tensorboard/
       evaluation/               before.json, after.json
+      completion.json           the checked end of the training, once it is complete
       export/                   what a serving engine loads
       report.json  report.md  report.png
 """
@@ -101,6 +102,11 @@ class RunDir:
     def evaluation(self) -> Path:
         """Evaluation results."""
         return self.root / "evaluation"
+
+    @property
+    def completion(self) -> Path:
+        """The checked end of the training; there is none before it is complete."""
+        return self.root / "completion.json"
 
     @property
     def export(self) -> Path:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 
 async def read_then_write(config: AioSqliteConfiguration, between: asyncio.Barrier | None) -> None:
-    """Count up by one, as a heartbeat or an event's bucket does; wait for the other one after reading, if it may come."""
+    """Count up by one, as a heartbeat does; wait for the other one after reading, if it may come."""
     async with AsyncSession(await config.engine()) as session, config.begin_transaction(session):
         count = (await session.execute(sa.text("SELECT count FROM counter"))).scalar_one()
         if between is not None:

@@ -11,13 +11,15 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import torch
+from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import run_flow_async
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Completed, Failed
+from prefect.states import AwaitingRetry, Completed, Failed
 from safetensors.torch import save_file
 
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
@@ -26,6 +28,7 @@ from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.report.archive import MANIFEST, verify_archive
 from disagg_core.report.document import RunReport
+from disagg_core.report.figures import figures_of
 from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.outcomes import RoleOutcome
 from disagg_core.run.plan import RunPlan, StoreEndpoints
@@ -33,7 +36,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
 from flows import online_disagg_training as parent
-from tasks import evaluation
+from tasks import evaluation, preflight
 from tasks.completion import Completion, complete
 from tests.integration.flows.conftest import PrefectServer
 
@@ -99,6 +102,7 @@ def spec(api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(parent, "feature_store_services", store_at_hand)
     monkeypatch.setattr(parent, "run_roles", trained_at_once)
     monkeypatch.setattr(parent, "verify_completion", completed)
+    monkeypatch.setattr(preflight, "check_pools", lambda *_, **__: None)  # the server has none
     get_settings.cache_clear()
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
         yield load_spec(TINY, ["evaluation.min_accept_length=1.2"])
@@ -136,6 +140,10 @@ def test_a_draft_whose_evaluation_fails_is_exported_and_archived(
     assert report.state == "failed"
     assert report.failure is not None
     assert message in report.failure.message
+    if report.evaluation is None:
+        assert report.failure.message.startswith("evaluation failed: ")
+        assert "Retry on its page" in dict_of(report)["to resume"]
+        assert f"draftline evaluate {report.run_id}" in dict_of(report)["to resume"]
     assert report.export is not None
     import_draft(Path(report.export))
     assert report.archive is not None
@@ -150,6 +158,44 @@ def test_the_evaluation_of_a_good_draft_reaches_the_archive(
     report = report_in(tmp_path)
     assert report.state == "completed"
     assert_archived(report, ["evaluation/before.json", "evaluation/after.json"])
+
+
+def test_another_try_only_evaluates_and_reports_the_whole_run(
+    spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "run_child", its_run_fails)
+    with pytest.raises(RoleFailed):
+        asyncio.run(parent.online_disagg_training(spec))
+    before = report_in(tmp_path)
+
+    monkeypatch.setattr(evaluation, "run_child", it_measures_the_draft)
+    for step in ("feature_store_services", "run_roles", "verify_completion"):
+        monkeypatch.setattr(parent, step, never)
+    monkeypatch.setattr("disagg_core.checks.preflight.prepare_run", never)
+    asyncio.run(tried_again(spec, before))
+
+    report = report_in(tmp_path)
+    assert (report.run_id, report.state) == (before.run_id, "completed")
+    assert report.accounting == before.accounting
+    assert report.evaluation is not None
+    assert_archived(report, ["evaluation/before.json", "evaluation/after.json"])
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("the training is complete")
+
+
+async def tried_again(spec: RunSpec, report: RunReport) -> None:
+    """Do what Retry on the run's page in the UI and its worker do."""
+    assert report.flow_run_id is not None
+    async with get_client() as client:
+        await client.set_flow_run_state(UUID(report.flow_run_id), AwaitingRetry(), force=True)
+        flow_run = await client.read_flow_run(UUID(report.flow_run_id))
+    await run_flow_async(parent.online_disagg_training, flow_run=flow_run, parameters={"spec": spec})
+
+
+def dict_of(report: RunReport) -> dict[str, str]:
+    return {figure.label: figure.value for figure in figures_of(report)}
 
 
 def assert_archived(report: RunReport, files: list[str]) -> None:
