@@ -1,0 +1,265 @@
+"""What a training step is given, and the blocks that it computes.
+
+Nothing is shifted: slot s of the block with anchor p stands at position p + s and predicts the token there. Slot 0
+holds the anchor's token and predicts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from disagg_core.drafts.dflash.anchors import draw_anchors, generator_of, stacked
+from disagg_core.drafts.dflash.config import DFlashConfig
+from disagg_core.drafts.dflash.options import BlockDraftSection, default_gamma
+from disagg_core.drafts.method import Batch, Batcher, Sample
+from disagg_core.errors import BadInput
+
+_INPUTS = {"input_ids": 2, "loss_mask": 2, "hidden_states": 3, "anchors": 2, "block_keep": 2}
+"""What a batch is made of, and how many dimensions each has."""
+
+
+@dataclass(frozen=True)
+class DFlashBatch:
+    """A right-padded batch of captured samples with their blocks. Only the states leave host memory."""
+
+    input_ids: Tensor  # [batch, tokens] integer
+    loss_mask: Tensor  # [batch, tokens], 1 where the token is trained on; 0 where padding stands
+    hidden_states: Tensor  # [batch, tokens, C * H], low layer to high
+    anchors: Tensor  # [batch, blocks] int64
+    block_keep: Tensor  # [batch, blocks] bool, False where no block is
+    last_hidden_state: Tensor | None = None  # [batch, tokens, H], after the target's final norm; for its labels
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> DFlashBatch:
+        """Return `tensors` as a checked batch.
+
+        Raises:
+            BadInput: a tensor is missing or the shapes do not fit each other.
+        """
+        missing = [name for name in _INPUTS if name not in tensors]
+        if missing:
+            raise BadInput(f"batch: expected {', '.join(_INPUTS)}; missing: {', '.join(missing)}")
+        first = tensors["input_ids"].shape
+        faults = [
+            f"{name}: expected {dims} dimensions, found {list(tensors[name].shape)}"
+            for name, dims in _INPUTS.items()
+            if tensors[name].dim() != dims
+        ]
+        if not faults:
+            faults = [
+                f"{name}: expected shape {list(expected)}..., found {list(tensors[name].shape)}"
+                for name, expected in {
+                    "loss_mask": first,
+                    "hidden_states": first,
+                    "anchors": first[:1],
+                    "block_keep": tensors["anchors"].shape,
+                }.items()
+                if tensors[name].shape[: len(expected)] != expected
+            ]
+        if faults:
+            raise BadInput(f"batch: {'; '.join(faults)}")
+        return cls(**{name: tensors[name] for name in _INPUTS}, last_hidden_state=tensors.get("last_hidden_state"))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DFlashBatch:
+        """Move the states to `device`; what the blocks are planned from stays where it is."""
+        last = self.last_hidden_state
+        return replace(
+            self,
+            hidden_states=self.hidden_states.to(device, non_blocking=non_blocking),
+            last_hidden_state=None if last is None else last.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The M blocks of a batch and the context rows that they see, both packed sample by sample without padding.
+
+    Blocks of a sample ascend by anchor. Tensors are int64 on the draft's device unless said otherwise.
+    """
+
+    block_size: int
+    samples: tuple[tuple[int, int, int, int], ...]  # first and last-plus-one block, and context row, of each sample
+    bounds: Sequence[int]  # [M] anchor of each block, in host memory
+    block_flat: Tensor  # [M] index into batch * blocks
+    anchors: Tensor  # [M]
+    context_start: Tensor  # [M] context row of position 0 of the block's sample
+    context_flat: Tensor  # [context rows] index into batch * tokens
+    context_positions: Tensor  # [context rows]
+    tokens: Tensor  # [M, K] ids that are embedded: the anchor's, then the mask token
+    positions: Tensor  # [M, K]
+    source_flat: Tensor  # [M, K] index into batch * tokens of the slot's own token; the last one beyond the end
+    labels: Tensor  # [M, K] the token there
+    mask: Tensor  # [M, K] fp32, 1 where a slot is trained
+    trained: Sequence[int]  # [M] trained slots of each block, in host memory
+    trained_flat: Tensor  # [R] index into M * K of the trained slots
+
+    @property
+    def blocks(self) -> int:
+        """M."""
+        return len(self.bounds)
+
+
+def plan_blocks(batch: DFlashBatch, block_size: int, mask_token_id: int, device: torch.device) -> BlockPlan:
+    """Return the plan of `batch`, whose ids, mask and anchors are in host memory, for a draft on `device`."""
+    tokens = batch.input_ids.shape[1]
+    row, column = batch.block_keep.nonzero(as_tuple=True)
+    order = torch.argsort(row * (tokens + 1) + batch.anchors[row, column], stable=True)
+    row, column = row[order], column[order]
+    anchors = batch.anchors[row, column]
+    samples, context_flat, context_positions, starts = [], [], [], []
+    block = context = 0
+    for sample, group in groupby(row.tolist()):
+        count = len(list(group))
+        seen = int(anchors[block + count - 1])
+        samples.append((block, block + count, context, context + seen))
+        context_positions.append(torch.arange(seen))
+        context_flat.append(sample * tokens + torch.arange(seen))
+        starts.append(torch.full((count,), context))
+        block, context = block + count, context + seen
+    positions = anchors[:, None] + torch.arange(block_size)
+    source = row[:, None] * tokens + positions.clamp(max=tokens - 1)
+    mask = slot_mask(batch, block_size)[row, column]
+    ids = torch.full_like(positions, mask_token_id)
+    flat_ids = batch.input_ids.flatten().long()
+    ids[:, 0] = flat_ids[source[:, 0]]
+    nothing = torch.empty(0, dtype=torch.int64)
+    tensors = {
+        "block_flat": row * batch.anchors.shape[1] + column,
+        "anchors": anchors,
+        "context_start": torch.cat([nothing, *starts]),
+        "context_flat": torch.cat([nothing, *context_flat]),
+        "context_positions": torch.cat([nothing, *context_positions]),
+        "tokens": ids,
+        "positions": positions,
+        "source_flat": source,
+        "labels": flat_ids[source],
+        "mask": mask.float(),
+        "trained_flat": mask.flatten().nonzero().flatten(),
+    }
+    return BlockPlan(
+        block_size=block_size,
+        samples=tuple(samples),
+        bounds=anchors.tolist(),
+        trained=mask.sum(1).tolist(),
+        **{name: _upload(tensor, device) for name, tensor in tensors.items()},
+    )
+
+
+def slot_mask(batch: DFlashBatch, block_size: int) -> Tensor:
+    """Return which slots are trained, bool ``[batch, blocks, K]``.
+
+    Those of a block, after the anchor, not beyond the end, whose token is trained on.
+    """
+    tokens = batch.input_ids.shape[1]
+    positions = batch.anchors[:, :, None] + torch.arange(block_size)
+    inside = positions.clamp(max=tokens - 1)
+    trained = (batch.loss_mask != 0).gather(1, inside.flatten(1)).view(positions.shape)
+    return batch.block_keep[:, :, None] & (positions < tokens) & (torch.arange(block_size) > 0) & trained
+
+
+def decay(block_size: int, gamma: float | None) -> Tensor:
+    """Return the fixed weight of each slot, fp32 ``[K]``: ``exp(-(s - 1) / gamma)``, 1 for slot 0 and without gamma."""
+    slots = torch.arange(block_size, dtype=torch.float32)
+    return torch.ones(block_size) if gamma is None else (-(slots - 1).clamp(min=0) / gamma).exp()
+
+
+class DFlashBatcher(Batcher):
+    """Makes batches of captured samples; see `Batcher`."""
+
+    def __init__(self, options: BlockDraftSection, config: DFlashConfig, *, seed: int) -> None:
+        self._options, self._config, self._seed = options, config, seed
+        self._decay = decay(config.block_size, options.loss.gamma or default_gamma(config.block_size))
+
+    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> DFlashBatch:
+        """Return `samples` as a batch padded on the right to a multiple of `multiple_of` tokens, with their blocks."""
+        longest = max(len(sample) for sample in samples)
+        tokens = -(-longest // multiple_of) * multiple_of
+        anchors, keep = stacked([self._anchors(sample) for sample in samples])
+        states = [self._states(sample) for sample in samples]
+        last = [sample.tensors["last_hidden_state"] for sample in samples] if self._needs_labels else None
+        return DFlashBatch(
+            input_ids=_padded([sample.tensors["input_ids"] for sample in samples], tokens).long(),
+            loss_mask=_padded([sample.tensors["loss_mask"] for sample in samples], tokens),
+            hidden_states=_padded(states, tokens),
+            anchors=anchors,
+            block_keep=keep,
+            last_hidden_state=None if last is None else _padded(last, tokens),
+        )
+
+    def dummy(self) -> DFlashBatch:
+        """Return one sample of three tokens with one block, which has a context."""
+        config, length = self._config, 3
+        width = len(config.target_layer_ids) * config.hidden_size
+        return DFlashBatch(
+            input_ids=torch.zeros(1, length, dtype=torch.int64),
+            loss_mask=torch.ones(1, length, dtype=torch.uint8),
+            hidden_states=torch.zeros(1, length, width),
+            anchors=torch.ones(1, 1, dtype=torch.int64),
+            block_keep=torch.ones(1, 1, dtype=torch.bool),
+            last_hidden_state=torch.zeros(1, length, config.hidden_size) if self._needs_labels else None,
+        )
+
+    def trainable_positions(self, batch: Batch) -> int:
+        """Return how many slots of `batch` are trained."""
+        return int(slot_mask(_own(batch), self._config.block_size).sum())
+
+    def normalisers(self, batch: Batch | None) -> dict[str, float]:
+        """Return what `batch` adds to the number that the window's loss is divided by, as ``loss``."""
+        if batch is None:
+            return {"loss": 0.0}
+        mask = slot_mask(_own(batch), self._config.block_size)
+        return {"loss": float(divisor(mask, self._options.loss.divides_by, self._decay))}
+
+    @property
+    def _needs_labels(self) -> bool:
+        return self._options.loss.label == "teacher"
+
+    def _anchors(self, sample: Sample) -> Tensor:
+        generator = generator_of(self._seed, sample.sample_id, "anchors")
+        return draw_anchors(sample.tensors["loss_mask"], self._options.anchors, generator)
+
+    def _states(self, sample: Sample) -> Tensor:
+        states, noise = sample.tensors["aux_hidden_states"], self._options.noise
+        if not noise:
+            return states
+        generator = generator_of(self._seed, sample.sample_id, "noise")
+        return states + (torch.rand(states.shape, generator=generator) * (2 * noise) - noise).to(states.dtype)
+
+
+def divisor(mask: Tensor, by: str, weights: Tensor) -> Tensor:
+    """Return what trained slots ``[batch, blocks, K]`` add to the loss's divisor, fp64 scalar.
+
+    Args:
+        mask: bool.
+        by: ``weights``, ``positions`` or ``sequences``.
+        weights: fixed weight of each slot ``[K]``.
+    """
+    if by == "sequences":
+        return torch.tensor(float(mask.shape[0]), dtype=torch.float64)
+    counted = mask.flatten(0, 1).sum(0).double()
+    return (counted * weights.double()).sum() if by == "weights" else counted.sum()
+
+
+def _own(batch: Batch) -> DFlashBatch:
+    assert isinstance(batch, DFlashBatch)
+    return batch
+
+
+def _padded(rows: Sequence[Tensor], tokens: int) -> Tensor:
+    """Return the rows ``[t, ...]`` as one tensor ``[len(rows), tokens, ...]``, zeros after each."""
+    padded = rows[0].new_zeros(len(rows), tokens, *rows[0].shape[1:])
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to a GPU without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,247 @@
+"""The cross entropy of the trained slots over the vocabulary, with its gradient, a few blocks at a time.
+
+Logits of a slice of blocks are made, reduced to a cross entropy and an argmax for each slot, turned into their own
+gradient in the same memory and reduced to the gradient of the states. Nothing that is V wide outlives its slice. The LM
+head is frozen and takes no gradient. A slice holds whole blocks, because D-PACE weighs a slot by its block's others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disagg_core.drafts.dflash.batch import BlockPlan
+from disagg_core.drafts.dflash.options import LossType
+from disagg_core.drafts.linear import product, wide_product
+
+_SLICE_BYTES = {"cpu": 4 * 1024**2, "cuda": 512 * 1024**2}
+"""Bytes of one slice's logits in fp32."""
+
+
+@dataclass(frozen=True)
+class SlotWeights:
+    """How much the slots of a block weigh; formulas in `disagg_core.drafts.dflash.loss`."""
+
+    type: LossType
+    decay: Tensor  # [K], of type dflash
+    alpha: float  # of D-PACE
+
+    def of(self, cross_entropy: Tensor, mask: Tensor) -> Tensor:
+        """Return the weights ``[m, K]`` of slots with these cross entropies; 0 where the 0/1 `mask` is."""
+        if self.type == "dflash":
+            return mask * self.decay.to(mask)
+        smoothed = (1 - self.alpha) * (-cross_entropy).exp() + self.alpha
+        prefix = torch.where(mask != 0, smoothed, 1).cumprod(-1)
+        if self.type == "dpace_prefix":
+            return mask * prefix
+        suffix = (prefix * mask).flip(-1).cumsum(-1).flip(-1)
+        if self.type == "dpace_continuation":
+            suffix = suffix / prefix.clamp(min=torch.finfo(prefix.dtype).tiny)
+        return mask * suffix
+
+
+@dataclass(frozen=True)
+class Head:
+    """The target's LM head ``[V, H]``, with the draft's factor and soft cap on the logits."""
+
+    weight: Tensor
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the product alone."""
+        return self.multiplier == 1.0 and self.cap is None
+
+    def shaped_(self, logits: Tensor) -> Tensor:
+        """Return `logits` with factor and cap, in the same memory."""
+        logits.mul_(self.multiplier)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, shaped: Tensor) -> Tensor | float:
+        """Return the derivative of shaped logits by the product."""
+        return self.multiplier if self.cap is None else self.multiplier * (1 - (shaped / self.cap) ** 2)
+
+
+@dataclass(frozen=True)
+class SlotLoss:
+    """Results for the R trained slots, in the order of `BlockPlan.trained_flat`.
+
+    `total` and `candidate_logits` take gradients. Candidates are the C most likely tokens, the most likely first.
+    """
+
+    total: Tensor  # scalar: sum of weights * cross_entropy / divisor
+    cross_entropy: Tensor  # [R]
+    predicted: Tensor  # [R] argmax
+    weights: Tensor  # [R]
+    candidate_ids: Tensor  # [R, C]
+    candidate_logits: Tensor  # [R, C]
+
+
+def slot_loss(
+    hidden: Tensor,
+    plan: BlockPlan,
+    labels: Tensor,
+    head: Head,
+    weights: SlotWeights,
+    divisor: Tensor,
+    *,
+    candidates: int = 0,
+    with_labels: bool = False,
+    compiled: bool = False,
+) -> SlotLoss:
+    """Return the loss of the trained slots.
+
+    Args:
+        hidden: states after the final norm, ``[M, K, H]``.
+        plan: the batch's blocks.
+        labels: ``[M, K]`` int64.
+        head: the target's.
+        weights: of the slots.
+        divisor: of the sum, scalar.
+        candidates: C.
+        with_labels: put a slot's label in the place of its last candidate if it is not among them.
+        compiled: fuse the passes over the vocabulary with `torch.compile`.
+    """
+    job = _Job(plan, labels, head, weights, divisor, candidates, with_labels, compiled)
+    results = _SlotLoss.apply(job, hidden)  # type: ignore[no-untyped-call]
+    return SlotLoss(*results)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything of a loss but the states."""
+
+    plan: BlockPlan
+    labels: Tensor
+    head: Head
+    weights: SlotWeights
+    divisor: Tensor
+    candidates: int
+    with_labels: bool
+    compiled: bool
+
+
+class _SlotLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: _Job, hidden: Tensor) -> tuple[Tensor, ...]:
+        plan, rows = job.plan, len(job.plan.trained_flat)
+        work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        cross_entropy, weights = hidden.new_zeros(2, rows, dtype=work)
+        predicted = plan.trained_flat.new_zeros(rows)
+        ids = plan.trained_flat.new_zeros(rows, job.candidates)
+        logits = hidden.new_zeros(rows, job.candidates, dtype=work)
+        gradient = hidden.new_zeros(rows, hidden.shape[-1]) if ctx.needs_input_grad[1] else None
+        states = hidden.flatten(0, 1)
+        for blocks, at in _slices(plan.trained, job.head.weight.shape[0], hidden.device.type):
+            chosen = plan.trained_flat[at]
+            piece = _Slice.of(job, states[chosen], job.labels.flatten()[chosen], work)
+            cross_entropy[at], predicted[at] = piece.cross_entropy, piece.predicted
+            ids[at], logits[at] = piece.candidate_ids, piece.candidate_logits
+            weights[at] = _weights_of(job, piece.cross_entropy, blocks, chosen)
+            if gradient is not None:
+                gradient[at] = piece.gradient(weights[at] / job.divisor)
+        ctx.job, ctx.shape = job, hidden.shape
+        ctx.save_for_backward(gradient, ids, logits)
+        ctx.mark_non_differentiable(cross_entropy, predicted, weights, ids)
+        return (weights * cross_entropy).sum() / job.divisor, cross_entropy, predicted, weights, ids, logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        gradient, ids, logits = ctx.saved_tensors
+        by_total, by_logits, head = grads[0], grads[5], ctx.job.head
+        by_rows = gradient * by_total.to(gradient.dtype)
+        if ids.shape[1]:
+            slope = (by_logits * head.slope(logits)).to(gradient.dtype)
+            weight = head.weight.to(gradient.dtype)
+            by_rows += F.embedding_bag(ids, weight, per_sample_weights=slope, mode="sum")
+        by_states = gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy(0, ctx.job.plan.trained_flat, by_rows)
+        return None, by_states.view(ctx.shape)
+
+
+def _slices(trained: Sequence[int], vocabulary: int, device: str) -> Iterator[tuple[slice, slice]]:
+    """Cut the blocks; of each slice give the blocks and their trained slots."""
+    most = max(1, _SLICE_BYTES[device] // (4 * vocabulary))
+    block = row = 0
+    while block < len(trained):
+        last, end = block + 1, row + trained[block]
+        while last < len(trained) and end + trained[last] - row <= most:
+            end += trained[last]
+            last += 1
+        yield slice(block, last), slice(row, end)
+        block, row = last, end
+
+
+def _weights_of(job: _Job, cross_entropy: Tensor, blocks: slice, chosen: Tensor) -> Tensor:
+    """Return the weights of the trained slots `chosen` of `blocks`."""
+    mask = job.plan.mask[blocks].to(cross_entropy.dtype)
+    places = chosen - blocks.start * job.plan.block_size
+    by_slot = torch.zeros_like(mask).flatten().index_copy(0, places, cross_entropy).view(mask.shape)
+    return job.weights.of(by_slot, mask).flatten()[places]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The vocabulary pass over n slots; `probabilities` is its only tensor that is V wide, or of two with a cap."""
+
+    job: _Job
+    labels: Tensor  # [n]
+    probabilities: Tensor  # [n, V]
+    slope: Tensor | float
+    cross_entropy: Tensor  # [n]
+    predicted: Tensor  # [n]
+    candidate_ids: Tensor  # [n, C]
+    candidate_logits: Tensor  # [n, C]
+
+    @classmethod
+    def of(cls, job: _Job, states: Tensor, labels: Tensor, work: torch.dtype) -> _Slice:
+        weight = job.head.weight.to(states.dtype)
+        logits = wide_product(states, weight.t(), work)
+        slope: Tensor | float = 1.0
+        if not job.head.plain:
+            slope = job.head.slope(job.head.shaped_(logits))
+        values, ids = logits.topk(job.candidates) if job.candidates else (logits[:, :0], labels[:, None][:, :0])
+        if job.with_labels:
+            missing = (ids != labels[:, None]).all(1)
+            ids[:, -1] = torch.where(missing, labels, ids[:, -1])
+            values = logits.gather(1, ids)
+        passes = _compiled_passes() if job.compiled else (_to_probabilities, _to_gradient)
+        cross_entropy, predicted = passes[0](logits, labels)
+        return cls(job, labels, logits, slope, cross_entropy, predicted, ids, values)
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """Return the gradient by the states ``[n, H]`` of the cross entropies, each times its weight ``[n]``."""
+        passes = _compiled_passes() if self.job.compiled else (_to_probabilities, _to_gradient)
+        passes[1](self.probabilities, self.labels, weights)
+        if not self.job.head.plain:
+            self.probabilities.mul_(self.slope)
+        weight = self.job.head.weight
+        dtype = torch.float64 if self.probabilities.dtype == torch.float64 else weight.dtype
+        return product(self.probabilities.to(dtype), weight.to(dtype))
+
+
+def _to_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cross entropy and argmax ``[n]``, and leave ``softmax(logits)`` in the memory of `logits` ``[n, V]``."""
+    top, predicted = logits.max(dim=-1)
+    wanted = logits.gather(1, labels[:, None]).squeeze(1)
+    logits.sub_(top[:, None]).exp_()
+    total = logits.sum(-1)
+    logits.div_(total[:, None])
+    return total.log() + top - wanted, predicted
+
+
+def _to_gradient(probabilities: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """Turn probabilities into the gradient of the weighted cross entropies by the logits, in place."""
+    probabilities.mul_(weights[:, None])
+    probabilities.scatter_add_(1, labels[:, None], -weights[:, None].to(probabilities.dtype))
+
+
+@cache
+def _compiled_passes() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
+    return torch.compile(_to_probabilities, dynamic=True), torch.compile(_to_gradient, dynamic=True)
