@@ -58,7 +58,7 @@ def _finished_in_slices(layer: DecoderLayer, state: Tensor) -> Tensor:
     """Return `DecoderLayer.finished` of ``[M, K, H]``, which looks at each block alone, a few blocks at a time."""
     inner = layer.mlp.gate_proj.out_features
     per_block = state.element_size() * state.shape[1] * inner
-    parts = state.split(max(1, _MLP_BYTES[state.device.type] // per_block))
+    parts = torch.split(state, max(1, _MLP_BYTES[state.device.type] // per_block))
     return torch.cat([checkpoint(layer.finished, part, **_KEEP) for part in parts])
 
 

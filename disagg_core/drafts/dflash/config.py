@@ -66,6 +66,7 @@ class DFlashConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     architecture: ClassVar[str] = "DFlashDraftModel"
+    speculators_architecture: ClassVar[str] = "DFlashSpeculator"
     own_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of ``dflash_config`` that only this kind of draft has, all of them."""
     foreign_keys: ClassVar[tuple[str, ...]] = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
@@ -178,6 +179,10 @@ class DFlashConfig(BaseModel):
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise IncompatibleDraft(f"draft config: {problems}") from error
 
+    def with_layers(self, layers: tuple[int, ...]) -> Self:
+        """Return the config of the same draft, said to read these `layers`."""
+        return self.model_copy(update={"target_layer_ids": tuple(layers)})
+
     def to_dict(self) -> dict[str, Any]:
         """Return z-lab's ``config.json`` as a dict of plain JSON values (without a dtype)."""
         own = (*_OWN, *_OPTIONAL, *self.own_keys)
@@ -223,7 +228,7 @@ class DFlashConfig(BaseModel):
             facts: of the target.
             options: of the draft.
             capture: the target's layers.
-            mask_token_id: as `disagg_core.drafts.dflash.mask_token.mask_token_of` returns it.
+            mask_token_id: as `disagg_core.drafts.mask_token.mask_token_of` returns it.
             extra: fields that only this kind of draft has.
 
         Raises:

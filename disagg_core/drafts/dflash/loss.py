@@ -291,7 +291,7 @@ class DFlashLoss(nn.Module):
         result = slot_loss(
             hidden, step.plan, step.labels, step.head, step.weights, step.divisor, compiled=self._compiled
         )
-        loss = Ratio((result.weights * result.cross_entropy).sum(), self._divisor(step))
+        loss = Ratio((result.weights * result.cross_entropy).sum(), self.share(step))
         return LossOutput(result.total, {"loss": loss, **figures_of(step, result.predicted)})
 
     def run(self, step: BlockStep) -> Tensor:
@@ -308,7 +308,7 @@ class DFlashLoss(nn.Module):
             checkpointing=self.activation_checkpointing or step.plan.anchors.device.type == "cpu",
         )
 
-    def _divisor(self, step: BlockStep) -> Tensor:
+    def share(self, step: BlockStep) -> Tensor:
         """Return what this batch adds to the window's divisor."""
         mask = slot_mask(step.batch, step.plan.block_size)
         return divisor(mask, self.section.divides_by, step.weights.decay.cpu()).float().to(step.divisor.device)

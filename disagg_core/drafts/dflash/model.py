@@ -117,7 +117,11 @@ class DFlashDraft(DraftModel):
         self.rotary = RotaryEmbedding(config)
         self.register_parameter("embed_tokens", None)
         self.register_parameter("lm_head", None)
+        self.add_parts()
         self.reset_parameters()
+
+    def add_parts(self) -> None:
+        """Make what a kind of draft has besides."""
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: normal with `initializer_range`."""
@@ -147,7 +151,7 @@ class DFlashDraft(DraftModel):
 
     def serving_state_dict(self) -> dict[str, Tensor]:
         """Return the draft's own tensors by serving name; nothing of the target."""
-        own = expected_shapes_of(self)
+        own = own_shapes(self)
         return {name: tensor for name, tensor in self.state_dict().items() if name in own}
 
     def load_serving_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -156,7 +160,7 @@ class DFlashDraft(DraftModel):
         Raises:
             IncompatibleDraft: tensors are missing, unknown or misshapen; all of them are named.
         """
-        expected = expected_shapes_of(self)
+        expected = own_shapes(self)
         faults = [f"missing {name}" for name in expected if name not in state]
         faults += [f"unknown {name}" for name in state if name not in expected]
         faults += [
@@ -213,6 +217,6 @@ def capped(logits: Tensor, config: DFlashConfig) -> Tensor:
     return logits
 
 
-def expected_shapes_of(draft: nn.Module) -> dict[str, tuple[int, ...]]:
+def own_shapes(draft: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return name and shape of each of the draft's own tensors: all its parameters but the target's."""
     return {name: tuple(p.shape) for name, p in draft.named_parameters() if name not in ("embed_tokens", "lm_head")}

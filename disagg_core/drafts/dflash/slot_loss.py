@@ -82,6 +82,7 @@ class SlotLoss:
     weights: Tensor  # [R]
     candidate_ids: Tensor  # [R, C]
     candidate_logits: Tensor  # [R, C]
+    recalled: Tensor  # [R] bool, the label is one of the C most likely
 
 
 def slot_loss(
@@ -137,20 +138,22 @@ class _SlotLoss(torch.autograd.Function):
         predicted = plan.trained_flat.new_zeros(rows)
         ids = plan.trained_flat.new_zeros(rows, job.candidates)
         logits = hidden.new_zeros(rows, job.candidates, dtype=work)
+        recalled = torch.zeros_like(predicted, dtype=torch.bool)
         gradient = hidden.new_zeros(rows, hidden.shape[-1]) if ctx.needs_input_grad[1] else None
         states = hidden.flatten(0, 1)
         for blocks, at in _slices(plan.trained, job.head.weight.shape[0], hidden.device.type):
             chosen = plan.trained_flat[at]
             piece = _Slice.of(job, states[chosen], job.labels.flatten()[chosen], work)
             cross_entropy[at], predicted[at] = piece.cross_entropy, piece.predicted
-            ids[at], logits[at] = piece.candidate_ids, piece.candidate_logits
+            ids[at], logits[at], recalled[at] = piece.candidate_ids, piece.candidate_logits, piece.recalled
             weights[at] = _weights_of(job, piece.cross_entropy, blocks, chosen)
             if gradient is not None:
                 gradient[at] = piece.gradient(weights[at] / job.divisor)
         ctx.job, ctx.shape = job, hidden.shape
         ctx.save_for_backward(gradient, ids, logits)
-        ctx.mark_non_differentiable(cross_entropy, predicted, weights, ids)
-        return (weights * cross_entropy).sum() / job.divisor, cross_entropy, predicted, weights, ids, logits
+        ctx.mark_non_differentiable(cross_entropy, predicted, weights, ids, recalled)
+        total = (weights * cross_entropy).sum() / job.divisor
+        return total, cross_entropy, predicted, weights, ids, logits, recalled
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
@@ -198,6 +201,7 @@ class _Slice:
     predicted: Tensor  # [n]
     candidate_ids: Tensor  # [n, C]
     candidate_logits: Tensor  # [n, C]
+    recalled: Tensor  # [n] bool
 
     @classmethod
     def of(cls, job: _Job, states: Tensor, labels: Tensor, work: torch.dtype) -> _Slice:
@@ -207,13 +211,13 @@ class _Slice:
         if not job.head.plain:
             slope = job.head.slope(job.head.shaped_(logits))
         values, ids = logits.topk(job.candidates) if job.candidates else (logits[:, :0], labels[:, None][:, :0])
+        recalled = (ids == labels[:, None]).any(1)
         if job.with_labels:
-            missing = (ids != labels[:, None]).all(1)
-            ids[:, -1] = torch.where(missing, labels, ids[:, -1])
+            ids[:, -1] = torch.where(recalled, ids[:, -1], labels)
             values = logits.gather(1, ids)
         passes = _compiled_passes() if job.compiled else (_to_probabilities, _to_gradient)
         cross_entropy, predicted = passes[0](logits, labels)
-        return cls(job, labels, logits, slope, cross_entropy, predicted, ids, values)
+        return cls(job, labels, logits, slope, cross_entropy, predicted, ids, values, recalled)
 
     def gradient(self, weights: Tensor) -> Tensor:
         """Return the gradient by the states ``[n, H]`` of the cross entropies, each times its weight ``[n]``."""

@@ -1,0 +1,1 @@
+"""DFlash2: DFlash with convolutions inside the block and a selector of candidates."""
