@@ -16,7 +16,7 @@ from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.drafter import BlockDrafter
 from disagg_core.drafts.dflash.loss import DFlashLoss, simulated_accept_length
 from disagg_core.drafts.dflash.model import DFlashDraft
-from disagg_core.drafts.dflash.options import BlockDraftSection
+from disagg_core.drafts.dflash.options import BlockDraftSection, DFlashSection
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
 from disagg_core.drafts.method import (
     DraftConfig,
@@ -40,7 +40,7 @@ class DFlash(DraftMethod):
     """DFlash (https://arxiv.org/abs/2602.06036): one pass of the draft proposes a whole block."""
 
     name = "dflash"
-    title = "DFlash"
+    title = DFlashSection.title
     formats = serving_format.FORMATS
     draft_type: ClassVar[type[DFlashDraft]] = DFlashDraft
     """What a draft of the method is; its config's type goes with it."""

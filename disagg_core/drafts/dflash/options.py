@@ -108,6 +108,7 @@ SIZES = frozenset(BlockDraftSection.model_fields) - {"method", "init_from", "anc
 class DFlashSection(BlockDraftSection):
     """A DFlash draft (https://arxiv.org/abs/2602.06036)."""
 
+    title = "DFlash"
     method: Literal["dflash"] = Field("dflash", description="Draft method.")
 
 

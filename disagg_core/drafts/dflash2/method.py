@@ -30,7 +30,7 @@ class DFlash2(DFlash):
     """DFlash2: convolutions inside the block, and a walk over each slot's candidates."""
 
     name = "dflash2"
-    title = "DFlash2"
+    title = DFlash2Section.title
     draft_type = DFlash2Draft
 
     def _config(

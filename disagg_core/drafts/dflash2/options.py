@@ -23,6 +23,7 @@ class SelectorSection(Section):
 class DFlash2Section(BlockDraftSection):
     """A DFlash2 draft: DFlash with convolutions inside the block and a selector of candidates."""
 
+    title = "DFlash2"
     method: Literal["dflash2"] = Field("dflash2", description="Draft method.")
     layer_types: LayerType | tuple[LayerType, ...] = Field(
         "sliding", description="full or sliding attention over the context: of all layers, or of each."
