@@ -233,14 +233,14 @@ class _Parts:
             near.view(len(anchors), size, self.group, size).masked_fill_(
                 slots[None, :] > slots[:, None, None], -math.inf
             )
-        by_block = far.view(len(anchors), -1, far.shape[1])
+        by_block = far.view(len(anchors), size * self.group, far.shape[1])
         open_from = self.plan.bounds[piece.first] - piece.position  # later rows are hidden from some block
         late = torch.arange(open_from, far.shape[1], device=device) >= (anchors - piece.position)[:, None]
         by_block[:, :, open_from:].masked_fill_(late[:, None, :], -math.inf)
         if self.mask.window is not None:
             begin = (anchors - piece.position)[:, None] + self.mask.first_seen(slots)  # [blocks, K]
             early = torch.arange(far.shape[1], device=device) < begin[:, :, None]
-            far.view(len(anchors), size, self.group, -1).masked_fill_(early[:, :, None, :], -math.inf)
+            far.view(len(anchors), size, self.group, far.shape[1]).masked_fill_(early[:, :, None, :], -math.inf)
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:

@@ -163,9 +163,9 @@ def slot_mask(batch: DFlashBatch, block_size: int) -> Tensor:
 
 
 def decay(block_size: int, gamma: float | None) -> Tensor:
-    """Return the fixed weight of each slot, fp32 ``[K]``: ``exp(-(s - 1) / gamma)``, 1 for slot 0 and without gamma."""
-    slots = torch.arange(block_size, dtype=torch.float32)
-    return torch.ones(block_size) if gamma is None else (-(slots - 1).clamp(min=0) / gamma).exp()
+    """Return the fixed weight of each slot, fp64 ``[K]``: ``exp(-(s - 1) / gamma)``, 1 for slot 0 and without gamma."""
+    slots = torch.arange(block_size, dtype=torch.float64)
+    return torch.ones_like(slots) if gamma is None else (-(slots - 1).clamp(min=0) / gamma).exp()
 
 
 class DFlashBatcher(Batcher):
@@ -237,12 +237,12 @@ def divisor(mask: Tensor, by: str, weights: Tensor) -> Tensor:
     Args:
         mask: bool.
         by: ``weights``, ``positions`` or ``sequences``.
-        weights: fixed weight of each slot ``[K]``.
+        weights: fixed weight of each slot, fp64 ``[K]``.
     """
     if by == "sequences":
         return torch.tensor(float(mask.shape[0]), dtype=torch.float64)
     counted = mask.flatten(0, 1).sum(0).double()
-    return (counted * weights.double()).sum() if by == "weights" else counted.sum()
+    return (counted * weights).sum() if by == "weights" else counted.sum()
 
 
 def _own(batch: Batch) -> DFlashBatch:

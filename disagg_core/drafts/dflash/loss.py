@@ -159,16 +159,15 @@ class BlockStep:
         slots = decay(config.block_size, gamma)
         if normaliser is None:
             normaliser = divisor(slot_mask(batch, config.block_size), section.divides_by, slots)
-        whole = torch.as_tensor(normaliser, dtype=torch.float32, device=device)
-        if draft.fc.weight.dtype == torch.float64:
-            whole, slots = torch.as_tensor(normaliser, dtype=torch.float64, device=device), slots.double()
+        work = torch.float64 if draft.fc.weight.dtype == torch.float64 else torch.float32
+        whole = torch.as_tensor(normaliser, dtype=work, device=device)
         return cls(
             batch=batch,
             plan=plan,
             labels=plan.labels if section.label == "data" else teacher_labels(plan, batch, head),
             head=Head(head, config.output_multiplier, config.final_logit_softcapping),
-            weights=SlotWeights(section.type, slots.to(device), section.dpace_alpha),
-            divisor=whole.clamp(min=torch.finfo(whole.dtype).tiny),
+            weights=SlotWeights(section.type, slots.to(device, work), section.dpace_alpha),
+            divisor=whole.clamp(min=torch.finfo(work).tiny),
         )
 
     def by_slot(self, rows: Tensor) -> Tensor:
@@ -311,7 +310,7 @@ class DFlashLoss(nn.Module):
     def share(self, step: BlockStep) -> Tensor:
         """Return what this batch adds to the window's divisor."""
         mask = slot_mask(step.batch, step.plan.block_size)
-        return divisor(mask, self.section.divides_by, step.weights.decay.cpu()).float().to(step.divisor.device)
+        return divisor(mask, self.section.divides_by, step.weights.decay.cpu().double()).float().to(step.divisor.device)
 
 
 @torch.no_grad()

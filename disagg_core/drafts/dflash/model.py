@@ -51,7 +51,7 @@ class Attention(nn.Module):
         return output
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self._head_dim)
+        return x.view(*x.shape[:-1], x.shape[-1] // self._head_dim, self._head_dim)
 
 
 class DecoderLayer(nn.Module):

@@ -314,7 +314,7 @@ def test_a_missing_t2d_follows_from_d2t(tmp_path: Path) -> None:
         ("sglang", {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ("sglang", {"eagle_config": {"norm_before_fc": True}}, "norm_before_fc"),
         ("speculators", {"norm_before_residual": True}, "norm_before_residual: false"),
-        ("speculators", {"speculators_model_type": "dflash"}, r"expected .* \(EAGLE-3.*found .*'dflash'"),
+        ("speculators", {"speculators_model_type": "medusa"}, r"expected .* \(EAGLE-3.*found .*'medusa'"),
         ("sglang", {"architectures": ["Qwen3ForCausalLM"]}, r"expected .* \(EAGLE-3.*found .*Qwen3ForCausalLM"),
     ],
 )
