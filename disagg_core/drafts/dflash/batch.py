@@ -6,6 +6,7 @@ holds the anchor's token and predicts nothing.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from disagg_core.drafts.dflash.anchors import draw_anchors, generator_of, stacked
 from disagg_core.drafts.dflash.config import DFlashConfig
-from disagg_core.drafts.dflash.options import BlockDraftSection, default_gamma
+from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, default_gamma
 from disagg_core.drafts.method import Batch, Batcher, Sample
 from disagg_core.errors import BadInput
 
@@ -93,7 +94,7 @@ class BlockPlan:
     tokens: Tensor  # [M, K] ids that are embedded: the anchor's, then the mask token
     positions: Tensor  # [M, K]
     source_flat: Tensor  # [M, K] index into batch * tokens of the slot's own token; the last one beyond the end
-    labels: Tensor  # [M, K] the token there
+    labels: Tensor  # [M, K] the token to predict: the slot's own, or one ahead of it
     mask: Tensor  # [M, K] fp32, 1 where a slot is trained
     trained: Sequence[int]  # [M] trained slots of each block, in host memory
     trained_flat: Tensor  # [R] index into M * K of the trained slots
@@ -104,8 +105,20 @@ class BlockPlan:
         return len(self.bounds)
 
 
-def plan_blocks(batch: DFlashBatch, block_size: int, mask_token_id: int, device: torch.device) -> BlockPlan:
-    """Return the plan of `batch`, whose ids, mask and anchors are in host memory, for a draft on `device`."""
+def plan_blocks(
+    batch: DFlashBatch,
+    block_size: int,
+    mask_token_id: int,
+    device: torch.device,
+    *,
+    trained: Tensor | None = None,
+    ahead: int = 0,
+) -> BlockPlan:
+    """Return the plan of `batch`, whose ids, mask and anchors are in host memory, for a draft on `device`.
+
+    `trained` says which slots are, bool ``[batch, blocks, K]``, by default as `slot_mask` does. A slot's label stands
+    `ahead` tokens after the slot.
+    """
     tokens = batch.input_ids.shape[1]
     row, column = batch.block_keep.nonzero(as_tuple=True)
     order = torch.argsort(row * (tokens + 1) + batch.anchors[row, column], stable=True)
@@ -123,7 +136,7 @@ def plan_blocks(batch: DFlashBatch, block_size: int, mask_token_id: int, device:
         block, context = block + count, context + seen
     positions = anchors[:, None] + torch.arange(block_size)
     source = row[:, None] * tokens + positions.clamp(max=tokens - 1)
-    mask = slot_mask(batch, block_size)[row, column]
+    mask = (slot_mask(batch, block_size) if trained is None else trained)[row, column]
     ids = torch.full_like(positions, mask_token_id)
     flat_ids = batch.input_ids.flatten().long()
     ids[:, 0] = flat_ids[source[:, 0]]
@@ -137,7 +150,7 @@ def plan_blocks(batch: DFlashBatch, block_size: int, mask_token_id: int, device:
         "tokens": ids,
         "positions": positions,
         "source_flat": source,
-        "labels": flat_ids[source],
+        "labels": flat_ids[row[:, None] * tokens + (positions + ahead).clamp(max=tokens - 1)],
         "mask": mask.float(),
         "trained_flat": mask.flatten().nonzero().flatten(),
     }
@@ -146,7 +159,7 @@ def plan_blocks(batch: DFlashBatch, block_size: int, mask_token_id: int, device:
         samples=tuple(samples),
         bounds=anchors.tolist(),
         trained=mask.sum(1).tolist(),
-        **{name: _upload(tensor, device) for name, tensor in tensors.items()},
+        **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
 
 
@@ -168,12 +181,15 @@ def decay(block_size: int, gamma: float | None) -> Tensor:
     return torch.ones_like(slots) if gamma is None else (-(slots - 1).clamp(min=0) / gamma).exp()
 
 
-class DFlashBatcher(Batcher):
-    """Makes batches of captured samples; see `Batcher`."""
+class BlockBatcher(Batcher):
+    """Makes batches of captured samples with the blocks that are drawn for them; see `Batcher`."""
 
-    def __init__(self, options: BlockDraftSection, config: DFlashConfig, *, seed: int) -> None:
-        self._options, self._config, self._seed = options, config, seed
-        self._decay = decay(config.block_size, options.loss.gamma or default_gamma(config.block_size))
+    def __init__(self, options: BlockShapeSection, config: DFlashConfig, *, seed: int, last_state: bool) -> None:
+        self._shape, self._config, self._seed, self._last_state = options, config, seed, last_state
+
+    @abstractmethod
+    def slot_mask(self, batch: DFlashBatch) -> Tensor:
+        """Return which slots are trained, bool ``[batch, blocks, K]``."""
 
     def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> DFlashBatch:
         """Return `samples` as a batch padded on the right to a multiple of `multiple_of` tokens, with their blocks."""
@@ -181,7 +197,7 @@ class DFlashBatcher(Batcher):
         tokens = -(-longest // multiple_of) * multiple_of
         anchors, keep = stacked([self._anchors(sample) for sample in samples])
         states = [self._states(sample) for sample in samples]
-        last = [sample.tensors["last_hidden_state"] for sample in samples] if self._needs_labels else None
+        last = [sample.tensors["last_hidden_state"] for sample in samples] if self._last_state else None
         return DFlashBatch(
             input_ids=_padded([sample.tensors["input_ids"] for sample in samples], tokens).long(),
             loss_mask=_padded([sample.tensors["loss_mask"] for sample in samples], tokens),
@@ -201,34 +217,42 @@ class DFlashBatcher(Batcher):
             hidden_states=torch.zeros(1, length, width),
             anchors=torch.ones(1, 1, dtype=torch.int64),
             block_keep=torch.ones(1, 1, dtype=torch.bool),
-            last_hidden_state=torch.zeros(1, length, config.hidden_size) if self._needs_labels else None,
+            last_hidden_state=torch.zeros(1, length, config.hidden_size) if self._last_state else None,
         )
 
     def trainable_positions(self, batch: Batch) -> int:
         """Return how many slots of `batch` are trained."""
-        return int(slot_mask(_own(batch), self._config.block_size).sum())
+        return int(self.slot_mask(_own(batch)).sum())
+
+    def _anchors(self, sample: Sample) -> Tensor:
+        generator = generator_of(self._seed, sample.sample_id, "anchors")
+        return draw_anchors(sample.tensors["loss_mask"], self._shape.anchors, generator)
+
+    def _states(self, sample: Sample) -> Tensor:
+        states, noise = sample.tensors["aux_hidden_states"], self._shape.noise
+        if not noise:
+            return states
+        generator = generator_of(self._seed, sample.sample_id, "noise")
+        return states + (torch.rand(states.shape, generator=generator) * (2 * noise) - noise).to(states.dtype)
+
+
+class DFlashBatcher(BlockBatcher):
+    """A `BlockBatcher` for DFlash's loss."""
+
+    def __init__(self, options: BlockDraftSection, config: DFlashConfig, *, seed: int) -> None:
+        super().__init__(options, config, seed=seed, last_state=options.loss.label == "teacher")
+        self._loss = options.loss
+        self._decay = decay(config.block_size, options.loss.gamma or default_gamma(config.block_size))
+
+    def slot_mask(self, batch: DFlashBatch) -> Tensor:
+        """Return which slots are trained, bool ``[batch, blocks, K]``."""
+        return slot_mask(batch, self._config.block_size)
 
     def normalisers(self, batch: Batch | None) -> dict[str, float]:
         """Return what `batch` adds to the number that the window's loss is divided by, as ``loss``."""
         if batch is None:
             return {"loss": 0.0}
-        mask = slot_mask(_own(batch), self._config.block_size)
-        return {"loss": float(divisor(mask, self._options.loss.divides_by, self._decay))}
-
-    @property
-    def _needs_labels(self) -> bool:
-        return self._options.loss.label == "teacher"
-
-    def _anchors(self, sample: Sample) -> Tensor:
-        generator = generator_of(self._seed, sample.sample_id, "anchors")
-        return draw_anchors(sample.tensors["loss_mask"], self._options.anchors, generator)
-
-    def _states(self, sample: Sample) -> Tensor:
-        states, noise = sample.tensors["aux_hidden_states"], self._options.noise
-        if not noise:
-            return states
-        generator = generator_of(self._seed, sample.sample_id, "noise")
-        return states + (torch.rand(states.shape, generator=generator) * (2 * noise) - noise).to(states.dtype)
+        return {"loss": float(divisor(self.slot_mask(_own(batch)), self._loss.divides_by, self._decay))}
 
 
 def divisor(mask: Tensor, by: str, weights: Tensor) -> Tensor:
@@ -258,8 +282,8 @@ def _padded(rows: Sequence[Tensor], tokens: int) -> Tensor:
     return padded
 
 
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a GPU without waiting for it."""
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`; a host tensor is copied to a GPU without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disagg_core.contracts import Capture
-from disagg_core.drafts.dflash.options import BlockDraftSection
+from disagg_core.drafts.dflash.options import BlockShapeSection
 from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
@@ -71,6 +71,8 @@ class DFlashConfig(BaseModel):
     """Keys of ``dflash_config`` that only this kind of draft has, all of them."""
     foreign_keys: ClassVar[tuple[str, ...]] = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
     """Keys of ``dflash_config`` that make it another kind of draft."""
+    required_values: ClassVar[Mapping[str, tuple[Any, ...]]] = _REQUIRED_VALUES
+    """Keys that would change what is computed, with the values that do not."""
 
     hidden_size: int = Field(gt=0, description="Width H of draft and target.")
     intermediate_size: int = Field(gt=0, description="Width of the SwiGLU.")
@@ -162,7 +164,7 @@ class DFlashConfig(BaseModel):
         found = {**values, **{key: value for key, value in nested.items() if value is not None}}
         faults = [
             f"{key}: expected {allowed[0]!r}, found {found[key]!r}"
-            for key, allowed in _REQUIRED_VALUES.items()
+            for key, allowed in cls.required_values.items()
             if key in found and found[key] not in allowed
         ]
         faults += [f"{key}: unknown to a {cls.architecture}" for key in cls.foreign_keys if found.get(key) is not None]
@@ -220,7 +222,7 @@ class DFlashConfig(BaseModel):
 
     @classmethod
     def for_target(
-        cls, facts: TargetFacts, options: BlockDraftSection, capture: Capture, mask_token_id: int, **extra: Any
+        cls, facts: TargetFacts, options: BlockShapeSection, capture: Capture, mask_token_id: int, **extra: Any
     ) -> Self:
         """Return the config of a fresh draft for a target; sizes that `options` leave out are the target's.
 
@@ -281,7 +283,7 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _rope_of(facts: TargetFacts, options: BlockDraftSection) -> dict[str, Any]:
+def _rope_of(facts: TargetFacts, options: BlockShapeSection) -> dict[str, Any]:
     """Return the draft's RoPE: its own, or the target's if a draft can have it."""
     if options.rope_theta is not None:
         return {"rope_type": "default", "rope_theta": options.rope_theta}

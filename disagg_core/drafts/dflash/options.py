@@ -51,8 +51,8 @@ class BlockLossSection(Section):
         return self.normalisation or ("weights" if self.type == "dflash" else "positions")
 
 
-class BlockDraftSection(DraftSection):
-    """What drafts of DFlash's family have in common. Sizes that are not given are the target's."""
+class BlockShapeSection(DraftSection):
+    """What drafts of a block have in common, whatever their loss. Sizes that are not given are the target's."""
 
     block_size: int = Field(16, ge=2, le=64, description="Slots K of a block; the draft proposes K - 1 tokens.")
     num_layers: int = Field(5, ge=1, le=32, description="Layers of the draft, and target layers captured by default.")
@@ -72,7 +72,6 @@ class BlockDraftSection(DraftSection):
     )
     anchors: int = Field(512, ge=1, le=8192, description="Blocks of a sample in a step at most, drawn at random.")
     noise: float = Field(0.0, ge=0, le=1, description="Uniform noise on the captured states is within this of 0.")
-    loss: BlockLossSection = Field(default_factory=BlockLossSection, description="Loss options.")
 
     @property
     def layer_kinds(self) -> tuple[LayerType, ...]:
@@ -80,7 +79,7 @@ class BlockDraftSection(DraftSection):
         return (self.layer_types,) * self.num_layers if isinstance(self.layer_types, str) else self.layer_types
 
     @model_validator(mode="after")
-    def _layers_fit(self) -> BlockDraftSection:
+    def _layers_fit(self) -> BlockShapeSection:
         if len(self.layer_kinds) != self.num_layers:
             raise ValueError(f"layer_types: expected {self.num_layers} (num_layers), found {len(self.layer_kinds)}")
         slides = "sliding" in self.layer_kinds
@@ -94,15 +93,21 @@ class BlockDraftSection(DraftSection):
         return self
 
     @model_validator(mode="after")
-    def _sizes_come_with_init_from(self) -> BlockDraftSection:
+    def _sizes_come_with_init_from(self) -> BlockShapeSection:
         found = sorted(self.model_fields_set & SIZES)
         if self.init_from is not None and found:
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self
 
 
-SIZES = frozenset(BlockDraftSection.model_fields) - {"method", "init_from", "anchors", "noise", "loss"}
+SIZES = frozenset(BlockShapeSection.model_fields) - {"method", "init_from", "anchors", "noise"}
 """Options that say how a fresh draft is built."""
+
+
+class BlockDraftSection(BlockShapeSection):
+    """A draft with DFlash's loss."""
+
+    loss: BlockLossSection = Field(default_factory=BlockLossSection, description="Loss options.")
 
 
 class DFlashSection(BlockDraftSection):
