@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from disagg_core.drafts.dflash.options import DFlashSection
 from disagg_core.drafts.dflash2.options import DFlash2Section
+from disagg_core.drafts.dspark.options import DSparkSection
 from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.drafts.p_eagle.options import PEagleSection
 from disagg_core.errors import BadInput
@@ -15,7 +16,13 @@ from disagg_core.run_spec.draft import DraftSection
 if TYPE_CHECKING:
     from disagg_core.drafts.method import DraftMethod
 
-SECTIONS: tuple[type[DraftSection], ...] = (Eagle3Section, DFlashSection, DFlash2Section, PEagleSection)
+SECTIONS: tuple[type[DraftSection], ...] = (
+    Eagle3Section,
+    DFlashSection,
+    DFlash2Section,
+    DSparkSection,
+    PEagleSection,
+)
 """The section of each method in the run document; the method itself is ``METHOD`` in ``method.py`` beside it."""
 
 _HOMES = {section.model_fields["method"].default: section.__module__.removesuffix(".options") for section in SECTIONS}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.dflash import serving_format
-from disagg_core.drafts.dflash.batch import DFlashBatcher
+from disagg_core.drafts.dflash.batch import BlockBatcher, DFlashBatcher
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.drafter import BlockDrafter
 from disagg_core.drafts.dflash.loss import DFlashLoss, simulated_accept_length
 from disagg_core.drafts.dflash.model import DFlashDraft
-from disagg_core.drafts.dflash.options import BlockDraftSection, DFlashSection
+from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, DFlashSection
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
 from disagg_core.drafts.method import (
     DraftConfig,
@@ -44,6 +44,8 @@ class DFlash(DraftMethod):
     formats = serving_format.FORMATS
     draft_type: ClassVar[type[DFlashDraft]] = DFlashDraft
     """What a draft of the method is; its config's type goes with it."""
+    slots_without_proposal: ClassVar[int] = 1
+    """Slots of a block that propose nothing: the one of the token emitted last."""
 
     def capture(self, options: DraftSection, num_layers: int, layers: tuple[int, ...] | None) -> Capture:
         """Return the layers, by default as many as the draft has; the last hidden state for the teacher's labels."""
@@ -54,7 +56,11 @@ class DFlash(DraftMethod):
                 f"target.aux_layers: expected ascending layer ids from 0 to {num_layers - 2} (the target has "
                 f"{num_layers} layers and the last cannot be captured), found {list(chosen)}"
             )
-        return Capture(tuple(chosen), last_hidden_state=section.loss.label == "teacher")
+        return Capture(tuple(chosen), last_hidden_state=self.needs_last_state(section))
+
+    def needs_last_state(self, section: BlockShapeSection) -> bool:
+        """Tell whether the loss needs the target's last hidden state."""
+        return _with_loss(section).loss.label == "teacher"
 
     def check(self, options: DraftSection, facts: TargetFacts, *, max_tokens: int, draft_tokens: int) -> None:
         """Refuse a block that no sample or evaluation fits, sizes that do not fit each other, a bad mask token."""
@@ -67,9 +73,10 @@ class DFlash(DraftMethod):
             faults.append(
                 f"draft.block_size: expected at most data.max_tokens ({max_tokens}), found {section.block_size}"
             )
-        if draft_tokens > section.block_size - 1:
+        most = section.block_size - self.slots_without_proposal
+        if draft_tokens > most:
             faults.append(
-                f"evaluation.draft_tokens: expected at most draft.block_size - 1 ({section.block_size - 1}), "
+                f"evaluation.draft_tokens: expected at most {most} with blocks of {section.block_size}, "
                 f"found {draft_tokens}"
             )
         for attempt in (self._check_mask_token, self._check_sizes):
@@ -80,10 +87,10 @@ class DFlash(DraftMethod):
         if faults:
             raise BadInput("; ".join(faults))
 
-    def _check_mask_token(self, section: BlockDraftSection, facts: TargetFacts, capture: Capture) -> None:
+    def _check_mask_token(self, section: BlockShapeSection, facts: TargetFacts, capture: Capture) -> None:
         _mask_token(section, facts)
 
-    def _check_sizes(self, section: BlockDraftSection, facts: TargetFacts, capture: Capture) -> None:
+    def _check_sizes(self, section: BlockShapeSection, facts: TargetFacts, capture: Capture) -> None:
         self._config(section.model_copy(update={"mask_token_id": 0}), facts, capture, 0)
 
     def vocabulary(self, options: DraftSection, facts: TargetFacts) -> DraftVocabulary:
@@ -114,7 +121,7 @@ class DFlash(DraftMethod):
         return self._config(section, facts, capture, _mask_token(section, facts))
 
     def _config(
-        self, section: BlockDraftSection, facts: TargetFacts, capture: Capture, mask_token_id: int
+        self, section: BlockShapeSection, facts: TargetFacts, capture: Capture, mask_token_id: int
     ) -> DFlashConfig:
         return self.draft_type.config_type.for_target(facts, section, capture, mask_token_id)
 
@@ -158,17 +165,17 @@ class DFlash(DraftMethod):
         assert isinstance(config, DFlashConfig)
         return sum(prod(shape) for shape in serving_format.expected_shapes(self.draft_type, config).values())
 
-    def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> DFlashBatcher:
+    def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> BlockBatcher:
         """Return what makes the batches and draws their blocks."""
         assert isinstance(config, DFlashConfig)
-        return DFlashBatcher(_section(options), config, seed=seed)
+        return DFlashBatcher(_with_loss(options), config, seed=seed)
 
     def loss(
         self, draft: DraftModel, parts: FrozenParts, options: DraftSection, *, activation_checkpointing: bool
     ) -> nn.Module:
         """Return the loss module."""
         assert isinstance(draft, DFlashDraft)
-        section = _section(options)
+        section = _with_loss(options)
         return DFlashLoss(draft, parts, section.loss, activation_checkpointing=activation_checkpointing)
 
     def figures(self, ratios: Mapping[str, Ratio]) -> Figures:
@@ -178,9 +185,9 @@ class DFlash(DraftMethod):
         return {**figures, "simulated_accept_length": simulated_accept_length(values["accuracies"])}
 
     def most_draft_tokens(self, config: DraftConfig) -> int:
-        """Return K - 1."""
+        """Return as many as a block has slots that propose."""
         assert isinstance(config, DFlashConfig)
-        return config.block_size - 1
+        return config.block_size - self.slots_without_proposal
 
     def drafter(
         self, draft: DraftModel, sampler: Sampler, prompts: Sequence[Sequence[int]], states: Tensor, first: Tensor
@@ -233,11 +240,16 @@ def default_layers(num_layers: int, count: int) -> tuple[int, ...]:
     return tuple(round(i * (num_layers - 2) / max(1, fewer - 1)) for i in range(fewer))
 
 
-def _mask_token(section: BlockDraftSection, facts: TargetFacts) -> int:
+def _mask_token(section: BlockShapeSection, facts: TargetFacts) -> int:
     return mask_token_of(section.mask_token_id, facts, spare_tokens_of(facts))
 
 
-def _section(options: DraftSection) -> BlockDraftSection:
+def _section(options: DraftSection) -> BlockShapeSection:
+    assert isinstance(options, BlockShapeSection)
+    return options
+
+
+def _with_loss(options: DraftSection) -> BlockDraftSection:
     assert isinstance(options, BlockDraftSection)
     return options
 

@@ -47,6 +47,8 @@ _SPECULATORS_VERSION = "0.9.0"
 """Version of the speculators library whose config schema is followed."""
 _LIFTED = ("block_size", "mask_token_id", "sample_from_anchor")
 """Keys that a speculators config has at the top and z-lab's among the draft's own."""
+_KINDS = ("conv_", "selector_", "markov_", "confidence_", "enable_confidence_")
+"""How the keys begin that only one kind of draft has; they move likewise."""
 
 
 def expected_shapes(draft_type: type[DFlashDraft], config: DFlashConfig) -> dict[str, tuple[int, ...]]:
@@ -162,7 +164,7 @@ def _from_speculators(document: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: document[key] for key in _LIFTED if key in document}
     if document.get("sliding_window_non_causal"):
         layer["is_causal"] = False
-    kind = {key: value for key, value in document.items() if key.startswith(("conv_", "selector_"))}
+    kind = {key: value for key, value in document.items() if key.startswith(_KINDS)}
     return {
         **layer,
         "dflash_config": {**own, **kind, "target_layer_ids": [layer_id - 1 for layer_id in ids] if ids else None},

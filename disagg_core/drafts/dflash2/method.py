@@ -12,7 +12,7 @@ from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.method import METHOD as DFLASH
 from disagg_core.drafts.dflash.method import DFlash
 from disagg_core.drafts.dflash.model import DFlashDraft
-from disagg_core.drafts.dflash.options import BlockDraftSection
+from disagg_core.drafts.dflash.options import BlockShapeSection
 from disagg_core.drafts.dflash2.config import DFlash2Config
 from disagg_core.drafts.dflash2.drafter import SelectingDrafter
 from disagg_core.drafts.dflash2.loss import DFlash2Loss
@@ -34,7 +34,7 @@ class DFlash2(DFlash):
     draft_type = DFlash2Draft
 
     def _config(
-        self, section: BlockDraftSection, facts: TargetFacts, capture: Capture, mask_token_id: int
+        self, section: BlockShapeSection, facts: TargetFacts, capture: Capture, mask_token_id: int
     ) -> DFlash2Config:
         own = {key: getattr(section, key) for key in DFlash2Config.own_keys}
         return DFlash2Config.for_target(facts, section, capture, mask_token_id, is_causal=False, **own)

@@ -1,12 +1,12 @@
 """The loss of DSpark: cross entropy, distance to the target, and what the confidence head is to know.
 
-Slot s of the block with anchor p predicts token p + s + 1 with the distribution ``q`` of its logits, bias included; ``p``
-is the target's at position p + s. A slot weighs ``w(s) = exp(-s / gamma)`` up to the block's first label that is not
-trained on, and 0 from there. Each term is summed over the window and divided by the window's sum of weights, or of
-trained slots:
+Slot s of the block with anchor p predicts token p + s + 1 with the distribution ``q`` of its logits, bias included;
+``t`` is the target's at position p + s. A slot weighs ``w(s) = exp(-s / gamma)`` up to the block's first label that is
+not trained on, and 0 from there. Each term is summed over the window with these weights and divided by the window's
+sum of weights, or of trained slots:
 
 - ce: ``-log q(token)``;
-- l1: ``sum_v |q - p|``, twice the total variation;
+- l1: ``sum_v |q - t|``, twice the total variation;
 - confidence: binary cross entropy of the head's logit with ``c = 1 - l1 / 2``, the probability that a drafted token
   stands, through which no gradient goes.
 
@@ -83,17 +83,21 @@ class DSparkStep:
 
     def teaching(self) -> Teaching:
         """Return what the trained slots are compared with; weights are divided already."""
-        plan, last = self.plan, self.batch.last_hidden_state
-        assert last is not None
-        trained = plan.trained_flat
+        plan, trained = self.plan, self.plan.trained_flat
         return Teaching(
             labels=plan.labels.flatten()[trained],
-            states=last.flatten(0, 1)[plan.source_flat.flatten()[trained]],
+            states=self.teacher_states(plan.source_flat.flatten()[trained]),
             lm_head=self.lm_head,
             weights=self.slot_weights() / self.divisor,
             cross_entropy=self.section.ce,
             distance=self.section.l1,
         )
+
+    def teacher_states(self, places: Tensor) -> Tensor:
+        """Return the target's last states ``[..., H]`` at `places`, indices into batch * tokens."""
+        last = self.batch.last_hidden_state
+        assert last is not None
+        return last.flatten(0, 1)[places]
 
     def slot_weights(self) -> Tensor:
         """Return the weights of the trained slots ``[R]``."""
@@ -103,6 +107,12 @@ class DSparkStep:
         """Return values of the trained slots ``[R]`` as ``[M, K]``, 0 elsewhere."""
         shape = self.plan.labels.shape
         return rows.new_zeros(shape).flatten().index_copy(0, self.plan.trained_flat, rows).view(shape)
+
+    def by_block(self, values: Tensor) -> Tensor:
+        """Return values of the M blocks ``[M, ...]`` as ``[batch, blocks, ...]``, 0 where no block is."""
+        shape = (*self.batch.anchors.shape, *values.shape[1:])
+        flat = values.new_zeros(shape).flatten(0, 1)
+        return flat.index_copy(0, self.plan.block_flat, values).view(shape)
 
     def run(self, draft: DSparkDraft, *, checkpointing: bool) -> DSparkTerms:
         """Run the blocks and return the terms of the trained slots."""

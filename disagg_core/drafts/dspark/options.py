@@ -10,6 +10,14 @@ from disagg_core.drafts.dflash.options import BlockShapeSection
 from disagg_core.run_spec.section import Section
 
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
+HEAD_OPTIONS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "confidence_threshold",
+)
+"""Options that a draft's config has under the same name; they say how a fresh draft is built."""
 
 
 class DSparkLossSection(Section):
@@ -52,7 +60,7 @@ class DSparkSection(BlockShapeSection):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DSparkSection:
-        found = sorted(self.model_fields_set & _HEAD_OPTIONS)
+        found = sorted(self.model_fields_set.intersection(HEAD_OPTIONS))
         if self.init_from is not None and found:
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         if self.enable_confidence_head and self.loss.confidence == 0:
@@ -63,14 +71,3 @@ class DSparkSection(BlockShapeSection):
         if not self.enable_confidence_head and self.confidence_threshold > 0:
             raise ValueError("confidence_threshold takes effect with enable_confidence_head only")
         return self
-
-
-_HEAD_OPTIONS = frozenset(
-    {
-        "markov_rank",
-        "markov_head_type",
-        "enable_confidence_head",
-        "confidence_head_with_markov",
-        "confidence_threshold",
-    }
-)
