@@ -83,7 +83,7 @@ def validate_prompts(
             _probe(spec, order, encoder)
             lines = _evaluated(spec, encoder, held_out)
         rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows
-        count = order.per_epoch
+        count = order.expected
     finally:
         order.close()
     if count == 0:

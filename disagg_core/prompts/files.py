@@ -21,12 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg_core.errors import PromptError
+from disagg_core.processes.retry import Retry
 from disagg_core.prompts.pinned import PinnedFile, PinnedStream, directory_revision
 from disagg_core.run_spec.section import is_local
 
 HF_PREFIX = "hf:"
 _CHUNK_BYTES = 16 * 1024**2
 _SHUFFLE_BUFFER = 10_000
+_AWAY_S = 600.0
+_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 10.0
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -119,6 +123,14 @@ def _index(file: BinaryIO, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArra
     return starts[numbers], numbers + 1, pin
 
 
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised where a dataset cannot be read for the moment."""
+    import aiohttp
+    import httpx
+
+    return OSError, aiohttp.ClientError, httpx.HTTPError
+
+
 @dataclass(frozen=True)
 class DatasetName:
     """A dataset as named in a run document: ``hf:<name or directory>[:split]``."""
@@ -183,7 +195,7 @@ class DatasetStream:
 
     @property
     def rows(self) -> int | None:
-        """Rows of the split, if the dataset says so; otherwise it shows only when the stream has ended."""
+        """Rows of the split, if its card says so; what it really has shows only when the stream has ended."""
         info = self._dataset.info.splits
         entry = info.get(self.name.split) if info else None
         return entry.num_examples if entry and entry.num_examples else None
@@ -195,23 +207,33 @@ class DatasetStream:
     def read(self, epoch: int, position: int, *, seed: int, skip: int, shuffle: bool) -> Any | None:
         """Return the row at `position` of an epoch's order over all rows but the first `skip`; None at the end.
 
-        Positions that ascend cost one row each; going back starts the stream again.
+        Positions that ascend cost one row each; going back starts the stream again, and so does a network that fails
+        for a moment, which is waited for.
+
+        Raises:
+            OSError, aiohttp.ClientError, httpx.HTTPError: it still failed after ten minutes.
         """
+        patiently = Retry(
+            _network_errors(), budget_s=_AWAY_S, every_s=_PAUSE_S, longest_s=_LONGEST_PAUSE_S, what=self.name.name
+        )
         with self._lock:
-            order = (epoch, seed, skip, shuffle)
-            if self._order != order or position < self._position:
-                self._restart(order)
-            try:
-                while self._position < position:
-                    next(self._iterator)
-                    self._position += 1
-                row = next(self._iterator)
-            except StopIteration:
-                self.ended_at = self._position
-                self._order = None
-                return None
-            self._position += 1
-            return row
+            return patiently(self._read, (epoch, seed, skip, shuffle), position)
+
+    def _read(self, order: tuple[int, int, int, bool], position: int) -> Any | None:
+        if self._order != order or position < self._position:
+            self._restart(order)
+        self._order = None  # an iterator that fails is of no more use
+        try:
+            while self._position < position:
+                next(self._iterator)
+                self._position += 1
+            row = next(self._iterator)
+        except StopIteration:
+            self.ended_at = self._position
+            return None
+        self._position += 1
+        self._order = order
+        return row
 
     def _restart(self, order: tuple[int, int, int, bool]) -> None:
         epoch, seed, skip, shuffle = order

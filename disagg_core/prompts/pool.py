@@ -113,6 +113,11 @@ class FileOrder:
         self.per_epoch: int = min(usable, spec.data.limit or usable)
         self._epoch: tuple[int, SeededPermutation] | None = None
 
+    @property
+    def expected(self) -> int:
+        """How many prompts an epoch has."""
+        return self.per_epoch
+
     def place(self, epoch: int, position: int) -> Placed | None:
         """Return the record at `position` of `epoch`; None beyond its end."""
         if position >= self.per_epoch:
@@ -156,10 +161,14 @@ class StreamOrder:
         # quarter of all the rows is as many as wanted.
         self._first = self.stream.first(spec.evaluation.prompts * _HELD_OUT_SHARE)
         self.held_out = held_out_count(spec, len(self._first))
-        rows = stream.rows
         self.per_epoch: int | None = None
-        if rows is not None:
-            self.per_epoch = min(rows - self.held_out, self._limit or rows)
+        """Known once an epoch has been read to its end: what a dataset's card says may not be what it has."""
+
+    @property
+    def expected(self) -> int | None:
+        """How many prompts an epoch has by the dataset's card, if it says."""
+        rows = self.stream.rows
+        return None if rows is None else min(rows - self.held_out, self._limit or rows)
 
     def place(self, epoch: int, position: int) -> Placed | None:
         """Return the record at `position` of `epoch`; None beyond its end, which is known from then on.
@@ -291,15 +300,15 @@ class EncodedPrompts:
         )
 
     def _place(self, ordinal: int) -> Placed | None:
-        if self.order.per_epoch is None:
+        per_epoch = self.order.per_epoch
+        if per_epoch is None:
             # Nobody knows yet where epoch 0 ends. Reading beyond its end is what tells, and only then can the ordinal
             # be one of a later epoch.
             placed = self.order.place(0, ordinal)
-            if placed is not None or not self.order.per_epoch:
+            per_epoch = self.order.per_epoch
+            if placed is not None or per_epoch is None:
                 return placed
-        per_epoch = self.order.per_epoch
-        assert per_epoch is not None
-        if not per_epoch or ordinal >= per_epoch * self._data.epochs:
+        if ordinal >= per_epoch * self._data.epochs:
             return None
         return self.order.place(*divmod(ordinal, per_epoch))
 

@@ -6,15 +6,17 @@ import json
 import resource
 from pathlib import Path
 
+import aiohttp
 import pytest
 from pydantic import ValidationError
 
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.prompts import files
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.prompts.encode import PromptEncoder
-from disagg_core.prompts.files import JsonlFile
+from disagg_core.prompts.files import DatasetName, DatasetStream, JsonlFile
 from disagg_core.prompts.pinned import DataChanged
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.prompts.records import (
@@ -501,3 +503,62 @@ def test_an_evaluation_without_prompts_to_decode_is_refused(tmp_path, chatty, ro
     with pytest.raises(PromptError, match=r"evaluation\.prompts: expected some held-out prompts to decode, found"):
         validate_prompts(spec_of(path, evaluation={"prompts": 16}), chatty)
     assert validate_prompts(spec_of(path, evaluation={"prompts": 0}), chatty).count == rows
+
+
+# --- streams are not what they say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [40, 80], ids=["the card says less", "the card says more"])
+def test_a_stream_has_the_rows_it_has_whatever_its_card_says(tmp_path, chatty, monkeypatch, said):
+    write(tmp_path / "train.jsonl", conversations(60))
+    spec = spec_of(f"hf:{tmp_path}", evaluation={"prompts": 0}, data={"epochs": 2})
+
+    def asked(skip):
+        source = PromptSource.from_spec(spec, chatty, group=8, skip=skip)
+        found = {}
+        while (batch := source.lease("w")) is not None:
+            found |= {task.ordinal: task.input_ids for task in batch.tasks if task.ordinal in batch.leases}
+            for lease in batch.leases.values():
+                source.complete(lease)
+        assert source.drained
+        source.close()
+        return found
+
+    silent = asked(None)
+    monkeypatch.setattr(DatasetStream, "rows", said)
+    assert validate_prompts(spec, chatty).total == 2 * said, "what the plan goes by"
+    whole = asked(None)
+    assert sorted(whole) == list(range(120))
+    assert whole == silent
+    resumed = asked(OrdinalSet([(0, 89)]))
+    assert resumed == {ordinal: whole[ordinal] for ordinal in range(90, 120)}
+
+
+def test_a_network_that_fails_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    write(tmp_path / "train.jsonl", conversations(30))
+    stream = DatasetStream(DatasetName.parse(f"hf:{tmp_path}"))
+    options = {"seed": 1, "skip": 2, "shuffle": True}
+    undisturbed = [stream.read(0, position, **options) for position in range(29)]
+    rows, failures = stream._dataset.skip, iter([aiohttp.ClientPayloadError("cut"), ConnectionResetError("reset")])
+
+    class Cut:
+        """The rows, of which the tenth cannot be read at first, and then not even the first."""
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def shuffle(self, **how):
+            return Cut(self.inner.shuffle(**how))
+
+        def __iter__(self):
+            for number, row in enumerate(self.inner):
+                if number in (0, 9) and (number == 9 or len(seen) > 1) and (error := next(failures, None)):
+                    raise error
+                yield row
+
+    seen = []
+    monkeypatch.setattr(stream._dataset, "skip", lambda count: seen.append(count) or Cut(rows(count)))
+    monkeypatch.setattr(files, "_PAUSE_S", 0.0)
+    stream.close()
+    assert [stream.read(0, position, **options) for position in range(29)] == undisturbed
+    assert len(seen) == 3, "it was begun again twice"
