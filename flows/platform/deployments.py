@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -96,14 +97,22 @@ async def register_all(pools: PoolsSection) -> None:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
             with contextlib.suppress(ObjectAlreadyExists):
                 await client.create_work_pool(
-                    WorkPoolCreate(
-                        name=pool, type="process", base_job_template=ProcessWorker.get_default_base_job_template()
-                    )
+                    WorkPoolCreate(name=pool, type="process", base_job_template=_job_template())
                 )
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
     for deployment in deployments(pools):
         await _deploy(deployment)
+
+
+def _job_template() -> dict[str, Any]:
+    """Return the process worker's template for runs that do not write to their worker: its death would end them.
+
+    The next line that they log to a pipe without a reader makes them exit. The server has their logs all the same.
+    """
+    template = deepcopy(ProcessWorker.get_default_base_job_template())
+    template["variables"]["properties"]["stream_output"]["default"] = False
+    return template
 
 
 async def _deploy(deployment: Deployment) -> None:

@@ -104,7 +104,7 @@ def keep(command: list[str], own_log: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """``serve`` runs the workers; the path of a log instead keeps a process that does, with its output there."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if arguments[0] == "serve":
         asyncio.run(serve(PoolsSection()))
     else:
