@@ -9,7 +9,7 @@ Floors, imports point downwards only (`tests/unit/core/test_architecture.py` hol
     drafts, prompts, run
     target, store
     run_spec, processes, settings
-    errors, contracts, ordinals, files
+    errors, failures, contracts, ordinals, files
 """
 
 from __future__ import annotations

@@ -216,6 +216,13 @@ class RoleFailed(DraftlineError):
         self.failure_class = failure_class
 
 
+class PeerFailed(RoleFailed):
+    """Another rank of this role failed; its own word says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "infrastructure")
+
+
 def classify(error: BaseException) -> FailureClass:
     """Return the failure class of `error`: its own if it is one of ours, else by the evidence that it holds.
 

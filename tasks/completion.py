@@ -101,7 +101,7 @@ def complete(
             published=earlier + made.refs,
             trained=trained.samples,
             quarantined=trained.quarantined,
-            unused=keys_left if stopped_early else 0,
+            unused=keys_left + trained.lost if stopped_early else 0,
             store_keys_left=0 if stopped_early else keys_left,
         ),
         training=TrainingFigures(
@@ -140,6 +140,7 @@ class _Trained(BaseModel):
     steps: int
     samples: int
     quarantined: int
+    lost: int = 0
     reason: str
     checkpoint: str
     samples_per_second: float

@@ -115,7 +115,9 @@ def judge(attempt: int, producer: RoleRun, consumer: RoleRun) -> AttemptOutcome:
     that was cancelled because the other failed is not the cause, unless it had failed and was slow to end.
     """
     if producer.completed and consumer.completed:
-        lost = consumer.outcome.result.get("lost", 0) if consumer.outcome else 0
+        result = consumer.outcome.result if consumer.outcome else {}
+        # After the last step of max_steps nobody would train on what was lost: another attempt is for nothing.
+        lost = result.get("lost", 0) if result.get("reason") != "max_steps" else 0
         return AttemptOutcome(attempt=attempt, incomplete=lost if isinstance(lost, int) else 0)
     culprit = next(
         (run for run in (consumer, producer) if not run.completed and not run.stopped),

@@ -22,7 +22,7 @@ from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.drafts.warm_start import read_warm_start
-from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, RoleFailed, classify
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, PeerFailed, RoleFailed, classify
 from disagg_core.processes.launch import die_with_parent
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
@@ -34,7 +34,9 @@ from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
-from disagg_core.training.trainer import StepObserver, TrainOutcome
+from disagg_core.training.progress import TrainOutcome
+from disagg_core.training.trainer import StepObserver
+from disagg_core.training.watchdog import Watchdog
 
 POLL_S = 0.2
 NAMES_S = 90.0
@@ -62,8 +64,14 @@ def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
         torch.set_num_threads(section.cpu_threads)
     state = assignment.dir.state
     with Ranks.join(section.device) as ranks:
+        limit_s = assignment.plan.spec.orchestration.stall_timeout_s
+
+        def stalled(error: DraftlineError) -> None:
+            write_failure(_outcome_path(state, ranks.rank), started, error)
+
         try:
-            outcome, counters = _train(assignment, ranks, stop)
+            with Watchdog(f"rank {ranks.rank} of the consumer", limit_s, on_stall=stalled) as watchdog:
+                outcome, counters = _train(assignment, ranks, stop, watchdog)
         except BaseException as error:
             _log.exception("rank %d of the consumer failed", ranks.rank)
             write_failure(_outcome_path(state, ranks.rank), started, _true_cause(error, state, ranks))
@@ -83,7 +91,9 @@ def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseExceptio
 
     A rank that was killed leaves no note: the broken connection is then all that is known, and classed as what it is.
     """
-    if ranks.size == 1 or not ranks.is_first or isinstance(error, DraftlineError):
+    if ranks.size == 1 or not ranks.is_first:
+        return error
+    if isinstance(error, DraftlineError) and not isinstance(error, PeerFailed):
         return error
     if classify(error) not in ("bug", "infrastructure"):
         return error
@@ -98,14 +108,17 @@ def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseExceptio
     return wait_until(noted, timeout_s=PEER_NOTE_S, every_s=POLL_S) or error
 
 
-def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[TrainOutcome, dict[str, float]]:
+def _train(
+    assignment: RoleAssignment, ranks: Ranks, stop: StopSignal, watchdog: Watchdog
+) -> tuple[TrainOutcome, dict[str, float]]:
     """Open channel and store, build the draft, train; return the outcome with the store client's counters."""
     plan, spec = assignment.plan, assignment.plan.spec
     progress = ProgressFile(assignment.dir.state / "consumer.json")
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
-            vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop)
+            vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop, watchdog)
+            watchdog.note("building the draft")
             draft, parts = _build_draft(assignment, vocab_map, ranks.device)
             expected = plan.identity(assignment.attempt, vocab_map.version)
             if channel is not None:
@@ -125,6 +138,7 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
                 seed=spec.run.seed,
                 identity=checkpoint_identity(assignment, vocab_map.version),
                 observer=_observers(assignment, progress) if ranks.is_first else None,
+                on_progress=watchdog.note,
             )
             stop.forward_to(lambda _: loader.request_stop())
         except BaseException as error:
@@ -133,11 +147,16 @@ def _train(assignment: RoleAssignment, ranks: Ranks, stop: StopSignal) -> tuple[
                     channel.abandon(f"{type(error).__name__}: {error}", classify(error))
             raise
         outcome = trainer.fit(loader)
+        watchdog.note("closing store and channel")
         return outcome, {f"consumer_{name}": float(value) for name, value in store.counters.items()}
 
 
 def _wait_for_vocab_map(
-    assignment: RoleAssignment, channel: StreamingRefChannel | None, progress: ProgressFile | None, stop: StopSignal
+    assignment: RoleAssignment,
+    channel: StreamingRefChannel | None,
+    progress: ProgressFile | None,
+    stop: StopSignal,
+    watchdog: Watchdog,
 ) -> VocabMap:
     """Return the run's vocabulary map as soon as the producer has written it.
 
@@ -152,6 +171,7 @@ def _wait_for_vocab_map(
     limit_s = assignment.plan.spec.orchestration.stall_timeout_s
     seen, since = 0, time.monotonic()
     while not path.is_file():
+        watchdog.note("waiting for the vocabulary map")
         if progress is not None:
             progress.update(phase="waiting for the vocabulary map", step=0)
         if channel is not None and (done := _producer_progress(channel, path, limit_s, stop)) != seen:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.channel.patience import patience
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef, StreamTotals, ordinal_of, sample_id_of
 from disagg_core.engines.contract import Target
 from disagg_core.errors import (
@@ -22,14 +23,13 @@ from disagg_core.errors import (
     BadInput,
     ChannelClosed,
     ChannelError,
-    ChannelUnavailable,
     DraftlineError,
     Preempted,
     RoleFailed,
     StoreError,
     classify,
 )
-from disagg_core.processes.retry import Retry, join_all
+from disagg_core.processes.retry import join_all
 from disagg_core.processes.shutdown import DRIVE_S
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import FAILURES_IN_ROW, Pipeline, largest_group
@@ -45,9 +45,6 @@ _PUBLISH_TOGETHER = 256
 _WAIT_S = 0.05
 _LOOK_S = 0.25
 _GLANCE_S = 0.02
-_CHANNEL_AWAY_S = 60.0
-"""A channel may be away for so long, whatever was wanted of it, before the run fails."""
-_CHANNEL_PAUSE_S = 0.25
 _JOIN_S = 60.0
 _CRASHES_IN_ROW = 4
 """A server that dies fails all that is under way at once; so many times in a row is no accident."""
@@ -88,13 +85,7 @@ class Drive:
         self._channel = channel
         self._meter = meter
         self._on_tick = on_tick
-        self._patiently = Retry(
-            ChannelUnavailable,
-            budget_s=_CHANNEL_AWAY_S,
-            every_s=_CHANNEL_PAUSE_S,
-            what="the channel",
-            on_wait=self._check_stop,
-        )
+        self._patiently = patience(self._check_stop)
         self._stop_reason: str | None = None
         self._before = 0
         self._threads: list[threading.Thread] = []

@@ -1,7 +1,9 @@
 """The consumer side: references and samples in, trained drafts and checkpoints out."""
 
 from disagg_core.training.consumer import build_disagg_online_consumer
-from disagg_core.training.loader import FeatureDataLoader, TrainingWindow
-from disagg_core.training.trainer import Trainer, TrainOutcome
+from disagg_core.training.loader import FeatureDataLoader
+from disagg_core.training.progress import TrainOutcome
+from disagg_core.training.trainer import Trainer
+from disagg_core.training.window import TrainingWindow
 
 __all__ = ["FeatureDataLoader", "TrainOutcome", "Trainer", "TrainingWindow", "build_disagg_online_consumer"]

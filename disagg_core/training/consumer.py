@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
@@ -14,8 +14,9 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.optimizer import Schedule
+from disagg_core.training.progress import CheckpointPolicy
 from disagg_core.training.step import OptimizerStep
-from disagg_core.training.trainer import CheckpointPolicy, StepObserver, Trainer
+from disagg_core.training.trainer import StepObserver, Trainer
 
 COMPILED_MULTIPLE = 128
 """Compiled steps see lengths padded to a multiple of this, so that few shapes are compiled."""
@@ -36,6 +37,7 @@ def build_disagg_online_consumer(
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
     observer: StepObserver | None = None,
+    on_progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Trainer, FeatureDataLoader]:
     """Return ``(trainer, loader)``; ``trainer.fit(loader)`` trains `draft` on the stream until it ends.
 
@@ -56,6 +58,7 @@ def build_disagg_online_consumer(
         seed: noted in checkpoints, and what the randomness of a step follows from.
         identity: what must be equal for a checkpoint to be continued.
         observer: is told of every step on rank 0.
+        on_progress: is told of all that counts as getting on, on every rank.
 
     Raises:
         CheckpointError: the newest checkpoint belongs to another run or draft.
@@ -68,7 +71,16 @@ def build_disagg_online_consumer(
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
     step = _step(draft, parts, ranks, section, options, batcher, steps)
-    trainer = Trainer(step, draft, ranks=ranks, checkpoints=saving, max_steps=section.max_steps, observer=observer)
+    trainer = Trainer(
+        step,
+        draft,
+        ranks=ranks,
+        checkpoints=saving,
+        max_steps=section.max_steps,
+        max_diverged_windows=section.max_diverged_windows,
+        observer=observer,
+        on_progress=on_progress,
+    )
     trainer.restore_newest()
     loader = FeatureDataLoader(
         StreamingRefQueue(channel) if channel is not None else None,

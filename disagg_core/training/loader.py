@@ -9,12 +9,13 @@ lost weighs zero too; it is quarantined with its reason when its window complete
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -22,14 +23,23 @@ import torch
 from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
+from disagg_core.channel.patience import CHANNEL_AWAY_S, CHANNEL_PAUSE_S, patience
 from disagg_core.contracts import SampleRef, ordinal_of
-from disagg_core.drafts.method import Batch, Batcher, Sample
-from disagg_core.errors import ChannelError, FailureClass, Preempted, SampleLost, SampleUnusable
+from disagg_core.drafts.method import Batcher, Sample
+from disagg_core.errors import (
+    ChannelError,
+    ChannelUnavailable,
+    FailureClass,
+    Preempted,
+    SampleLost,
+    SampleUnusable,
+)
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.interrupt import interruptible
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.window import GivenUp, TrainingWindow, checked, share_of
 
 PREFETCH_BYTES = 4 * 1024**3
 """Bytes of samples that one rank fetches ahead, besides the window in training."""
@@ -43,53 +53,16 @@ _log = logging.getLogger(__name__)
 
 
 class _Command(msgspec.Struct, frozen=True):
-    """What rank 0 tells the others in one round."""
+    """What rank 0 tells the others in one round; `at_once`: it ends before what was fetched is trained."""
 
     windows: list[list[SampleRef]]
     end: EndReason | None
-
-
-class GivenUp(msgspec.Struct, frozen=True):
-    """A sample that could not be trained on. `lost`: the store no longer has it, so it has to be captured again."""
-
-    sample_id: str
-    reason: str
-    lost: bool
+    at_once: bool = False
 
 
 _json_encoder = msgspec.json.Encoder()
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Command)
-
-
-@dataclass
-class TrainingWindow:
-    """One optimizer window on one rank.
-
-    `refs` are all of the window, in published order; `own` those that this rank fetched, `given_up` what of
-    these could not be used. `batches` are this rank's micro-batches; None weighs zero. Every rank has the
-    same number of them. Of this rank, `live_positions` counts the positions that are trained on, `normalisers` what its
-    batches add to the numbers that the window's loss is divided by, `tokens` its tokens.
-    """
-
-    refs: list[SampleRef]
-    own: list[SampleRef]
-    batches: list[Batch | None]
-    live_positions: int
-    normalisers: dict[str, float]
-    tokens: int
-    wait_s: float
-    given_up: list[GivenUp] = field(default_factory=list)
-
-    def oldest_age_s(self, now: float) -> float | None:
-        """Seconds since the oldest sample of the window was captured; None where the references do not say."""
-        captured = [ref.metadata["captured_at"] for ref in self.refs if "captured_at" in ref.metadata]
-        return now - min(float(at) for at in captured if at is not None) if captured else None
-
-    @property
-    def samples(self) -> int:
-        """Samples of this rank that are trained on."""
-        return len(self.own) - len(self.given_up)
 
 
 @dataclass
@@ -101,36 +74,20 @@ class _Pending:
         return [future for share in self.shares for _ref, future in share]
 
 
-def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
-    """Return rank `rank`'s micro-batches of a window as indices into `refs`.
-
-    Every rank gets the same number of micro-batches, and micro-batches of one round are alike in size on all ranks.
-    With `by_length`, samples of like length share a micro-batch and longer ones come first, which saves padding and
-    waiting; otherwise the published order is kept. A full window fills every micro-batch.
-    """
-    order = sorted(range(len(refs)), key=lambda i: -refs[i].num_tokens) if by_length else list(range(len(refs)))
-    rounds = -(-len(refs) // (batch_size * size))
-    base, longer = divmod(len(refs), max(1, rounds * size))
-    shares = []
-    for slot in range(rank, rounds * size, size):
-        first = slot * base + min(slot, longer)
-        shares.append(order[first : first + base + (slot < longer)])
-    return shares
-
-
-def _checked(sample: Sample) -> Sample:
-    """Return `sample` if its states are finite; one that is not would end the run for all others."""
-    for name, tensor in sample.tensors.items():
-        if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
-            raise SampleUnusable(f"{name} is not finite: the target overflowed on this prompt")
-    return sample
+def _failure_of(future: Future[dict[str, Tensor]]) -> BaseException | None:
+    """Return what a finished transfer ended with, if it is no fault of its one sample."""
+    error = future.exception()
+    return None if isinstance(error, (SampleLost, SampleUnusable)) else error
 
 
 class FeatureDataLoader:
     """Iterates the optimizer windows of a stream, on every rank in step.
 
     Iteration ends with the stream, or after `request_stop` was called on any rank; `end_reason` tells which. When the
-    stream fails, what was fetched is still delivered; then `failure` holds the error, on rank 0.
+    stream fails, what was fetched is still delivered; then `failure` holds the error, on rank 0. So it does, on the
+    rank that met it, when an acknowledgement or a fetch fails: all ranks end at the same step boundary.
+
+    A channel that is away is waited for.
     """
 
     def __init__(
@@ -169,9 +126,14 @@ class FeatureDataLoader:
         self._partial: list[SampleRef] = []
         self._stop = False
         self._ending: EndReason | None = None
+        self._at_once = False
+        self._patiently = patience(self._check_stop)
+        self._away_since: float | None = None
+        self._last_in_flight = 0
         self.end_reason: EndReason | None = None
-        self.failure: ChannelError | None = None
+        self.failure: BaseException | None = None
         self.on_wait: Callable[[], None] = lambda: None
+        self.on_progress: Callable[[str], None] = lambda what: None
 
     @property
     def global_batch_size(self) -> int:
@@ -192,7 +154,7 @@ class FeatureDataLoader:
             if self.end_reason is not None:
                 return
             if not self._arrived(self._pending[0]):
-                self.end_reason = "stop requested"
+                self.end_reason = self.end_reason or "stop requested"
                 return
             yield self._collected(self._pending.popleft(), started)
 
@@ -215,7 +177,7 @@ class FeatureDataLoader:
             assert command is not None
             for refs in command.windows:
                 self._pending.append(self._dispatched(refs))
-            if command.end == "stop requested" or (command.end and not self._pending):
+            if command.end == "stop requested" or command.at_once or (command.end and not self._pending):
                 self.end_reason = command.end
                 return
             if self._pending:
@@ -226,6 +188,8 @@ class FeatureDataLoader:
         """Take the windows that may be fetched now; wait for one if none is pending."""
         if stop:
             return _Command([], "stop requested")
+        if self._at_once:
+            return _Command([], self._ending, at_once=True)
         windows: list[list[SampleRef]] = []
         deadline = time.monotonic() + KEEPALIVE_S
         while self._ending is None:
@@ -257,18 +221,40 @@ class FeatureDataLoader:
             try:
                 with interruptible(self._check_stop):
                     got = self._queue.get(missing, timeout=timeout)
-            except (TimeoutError, Preempted):
+                    untrained = self._untrained(got)
+            except (TimeoutError, Preempted) as error:
+                self._away_since = self._away_since if isinstance(error, Preempted) else None
+                return []
+            except ChannelUnavailable as error:
+                if not self._goes_on_waiting(error, timeout):
+                    self._fail(error)
                 return []
             except ChannelError as error:
-                _log.error("the stream broke off; what was fetched is trained first: %s", error)
-                self.failure, self._ending = error, "stream failed"
+                self._fail(error)
                 return []
-            self._partial += self._untrained(got)
+            self._away_since = None
+            self._partial += untrained
             if len(got) < missing:
                 self._ending = "end of stream"
             if self._ending is not None or len(self._partial) == self._global_batch_size:
                 refs, self._partial = self._partial, []
                 return refs
+
+    def _goes_on_waiting(self, error: ChannelUnavailable, timeout: float) -> bool:
+        """Pause, if there is `timeout` to wait, and tell whether the channel may still come back.
+
+        In short rounds rather than by `patience`: the other ranks have to hear of rank 0 meanwhile.
+        """
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            _log.warning("the channel is away, trying again for up to %g s: %s", CHANNEL_AWAY_S, error)
+        time.sleep(min(timeout, CHANNEL_PAUSE_S))
+        return time.monotonic() - self._away_since < CHANNEL_AWAY_S
+
+    def _fail(self, error: BaseException, *, at_once: bool = False) -> None:
+        """Let the iteration end with `error`, after what was fetched is trained or `at_once`."""
+        _log.error("the stream broke off%s: %s", "" if at_once else "; what was fetched is trained first", error)
+        self.failure, self._ending, self._at_once = error, "stream failed", at_once
 
     def _check_stop(self) -> None:
         if self._stop:
@@ -279,7 +265,8 @@ class FeatureDataLoader:
         assert self._queue is not None
         seen = [ref for ref in refs if ordinal_of(ref.sample_id) in self._trained]
         if seen:
-            self._queue.fail(seen, "the restored weights were trained on it already", retryable=False)
+            reason = "the restored weights were trained on it already"
+            self._patiently(self._queue.fail, seen, reason, retryable=False)
             for ref in seen:
                 self._store.abort(ref)
         return [ref for ref in refs if ref not in seen] if seen else refs
@@ -298,14 +285,25 @@ class FeatureDataLoader:
     def _arrived(self, pending: _Pending) -> bool:
         """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before all had theirs.
 
-        A store that is away may keep a transfer for longer than there is time after a stop signal.
+        A store that is away may keep a transfer for longer than there is time after a stop signal. A rank whose store
+        fails for good ends the iteration on all of them: `failure` holds its error there.
         """
         left: set[Future[dict[str, Tensor]]] = set(pending.futures())
         while True:
+            before = len(left)
             left = wait(left, POLL_S).not_done
+            if len(left) < before:
+                self.on_progress("fetching samples")
             missing, stops = self._ranks.sum([float(len(left)), float(self._stop)])
-            if not missing or stops:
-                return not missing
+            if missing and stops:
+                return False
+            if not missing:
+                break
+        broken = next(filter(None, map(_failure_of, pending.futures())), None)
+        if self._ranks.sum([float(broken is not None)])[0]:
+            self.failure, self.end_reason = broken, "stream failed"
+            return False
+        return True
 
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
         """Collate a window's samples, which have arrived."""
@@ -316,7 +314,7 @@ class FeatureDataLoader:
             samples = []
             for ref, future in share:
                 try:
-                    samples.append(_checked(Sample(ref.sample_id, future.result())))
+                    samples.append(checked(Sample(ref.sample_id, future.result())))
                 except (SampleLost, SampleUnusable) as error:
                     _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
                     window.given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
@@ -337,22 +335,36 @@ class FeatureDataLoader:
 
     # --- after the step -----------------------------------------------------------------------------------------
 
-    def complete(self, window: TrainingWindow, *, step: int) -> list[GivenUp]:
+    def complete(self, window: TrainingWindow, *, step: int, given_up: list[GivenUp] | None = None) -> list[GivenUp]:
         """Acknowledge `window`, trained in optimizer step `step`, then remove its samples from the store.
 
-        What any rank could not use is quarantined. Returns that on every rank.
+        What any rank could not use, or what `given_up` says, which is the same on all ranks, is quarantined. Returns
+        that on every rank. A channel that does not come back ends the iteration before the next window, with `failure`:
+        the weights hold this one and are worth a checkpoint.
         """
-        given_up = self._given_up_anywhere(window)
-        names = {item.sample_id for item in given_up}
+        given_up = self.given_up_in(window) if given_up is None else given_up
         if self._queue is not None:
-            by_name = {ref.sample_id: ref for ref in window.refs}
-            for item in given_up:
-                self._queue.fail([by_name[item.sample_id]], item.reason, retryable=False)
-            self._queue.ack([ref for ref in window.refs if ref.sample_id not in names], step=step)
+            try:
+                self._acknowledge(self._queue, window, given_up, step)
+            except Preempted:
+                _log.warning("asked to stop while the channel is away: the last window is not acknowledged")
+            except ChannelError as error:
+                self._fail(error, at_once=True)
         self._store.release_many(window.own)
         return given_up
 
-    def _given_up_anywhere(self, window: TrainingWindow) -> list[GivenUp]:
+    def _acknowledge(
+        self, queue: StreamingRefQueue, window: TrainingWindow, given_up: list[GivenUp], step: int
+    ) -> None:
+        names = {item.sample_id for item in given_up}
+        by_name = {ref.sample_id: ref for ref in window.refs}
+        with interruptible(self._check_stop):
+            for item in given_up:
+                self._patiently(queue.fail, [by_name[item.sample_id]], item.reason, retryable=False)
+            self._patiently(queue.ack, [ref for ref in window.refs if ref.sample_id not in names], step=step)
+
+    def given_up_in(self, window: TrainingWindow) -> list[GivenUp]:
+        """Return what any rank could not use of `window`, on every rank. A collective."""
         if not self._ranks.sum([float(len(window.given_up))])[0]:
             return []
         messages = self._ranks.gather(_json_encoder.encode(window.given_up))
@@ -366,15 +378,28 @@ class FeatureDataLoader:
 
     @property
     def in_flight(self) -> int:
-        """References that were published and not yet acknowledged; 0 on ranks that do not read the channel."""
-        return self._channel.in_flight_remote() if self._channel is not None else 0
+        """References that were published and not yet acknowledged; 0 on ranks that do not read the channel.
+
+        A figure for people: while the channel is away it is the one from before.
+        """
+        if self._channel is not None:
+            with contextlib.suppress(ChannelUnavailable):
+                self._last_in_flight = self._channel.in_flight_remote()
+        return self._last_in_flight
+
+    def note(self, what: str) -> None:
+        """Tell the producer what training does: it counts as progress."""
+        if self._channel is not None:
+            self._channel.note_progress(what)
 
     def finish(self, reason: str) -> int:
         """Tell the producer that training is done; return how many published samples were left untrained."""
         self.close()
-        left = self.in_flight
-        if self._channel is not None:
-            self._channel.finish(reason)
+        if self._channel is None:
+            return 0
+        with interruptible(self._check_stop):
+            left = self._patiently(self._channel.in_flight_remote)
+            self._patiently(self._channel.finish, reason)
         return left
 
     def abandon(self, reason: str, failure_class: FailureClass) -> None:

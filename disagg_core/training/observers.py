@@ -10,7 +10,8 @@ from typing import Any
 from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.progress import ProgressFile
-from disagg_core.training.trainer import StepObserver, TrainingProgress
+from disagg_core.training.progress import TrainingProgress
+from disagg_core.training.trainer import StepObserver
 
 
 class MetricsObserver:

@@ -23,7 +23,11 @@ NamedParameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `peak`, then half a cosine to 0 at `total_steps`; constant after warm-up if that is None."""
+    """Linear warm-up to `peak`, then half a cosine to 0 at `total_steps`; constant after warm-up if that is None.
+
+    Steps beyond the last one, which samples that were lost and captured again need, have the last one's rate: at 0 they
+    would count as trained and change nothing.
+    """
 
     peak: float
     warmup_ratio: float
@@ -43,7 +47,8 @@ class Schedule:
             return self.peak * (step + 1) / warmup
         if self.total_steps is None:
             return self.peak
-        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        last = max(warmup, self.total_steps - 1)
+        progress = (min(step, last) - warmup) / max(1, self.total_steps - warmup)
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

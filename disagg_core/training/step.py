@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.method import Batch, Batcher, DraftMethod, DraftModel, Figures, LossOutput, Ratio
-from disagg_core.errors import TrainingDiverged
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
-from disagg_core.training.loader import TrainingWindow
 from disagg_core.training.optimizer import NamedParameters, Schedule, build_optimizer, clip_gradients
+from disagg_core.training.window import TrainingWindow
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,11 @@ class StepResult:
     grad_norm: float
     samples: int
     tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are; where not, the weights are those from before the window."""
+        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
     @property
     def loss(self) -> float:
@@ -70,12 +74,13 @@ class OptimizerStep:
         self._schedule = schedule
         self.parameters: NamedParameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.parameters.values(), section)
+        self.applied = 0
+        """How often the weights were changed, or began to be."""
 
     def run(self, window: TrainingWindow, step: int) -> StepResult | None:
         """Do optimizer step `step` (0-based) on `window`; return None, doing nothing, if it has no unmasked position.
 
-        Raises:
-            TrainingDiverged: the gradient is not finite. The weights are no longer usable.
+        Where loss or gradient is not finite, on any rank, the weights stay as they are on all of them.
         """
         names = sorted(window.normalisers)
         counts = [window.live_positions, window.samples, window.tokens]
@@ -89,15 +94,12 @@ class OptimizerStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(self.parameters.values(), self._max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         figures = self._method.figures(tally.summed(self._ranks))
         result = StepResult(figures, learning_rate, float(norm), int(samples), int(tokens))
-        if not (math.isfinite(result.grad_norm) and math.isfinite(result.loss)):
-            raise TrainingDiverged(
-                f"step {step}: expected a finite loss and gradient, found loss {result.loss} and gradient norm "
-                f"{result.grad_norm}; lower training.learning_rate, or look for samples with non-finite hidden states"
-            )
+        if result.finite:
+            self.applied += 1
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return result
 
     def _backward(self, window: TrainingWindow, normalisers: Mapping[str, Tensor]) -> _Tally:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 import torch
 
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.method import DraftModel
-from disagg_core.errors import ChannelError, Preempted, RoleFailed, classify
+from disagg_core.errors import ChannelError, DraftlineError, PeerFailed, Preempted, TrainingDiverged, classify
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.training.checkpoint import (
     CheckpointContent,
@@ -31,11 +29,16 @@ from disagg_core.training.checkpoint import (
     save_checkpoint,
 )
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.loader import FeatureDataLoader, GivenUp, TrainingWindow
+from disagg_core.training.loader import FeatureDataLoader
+from disagg_core.training.progress import CheckpointPolicy, FitTally, TrainingProgress, TrainOutcome
 from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
 from disagg_core.training.step import OptimizerStep, StepResult
+from disagg_core.training.window import GivenUp, TrainingWindow
 
 _log = logging.getLogger(__name__)
+
+_LAST_WINDOWS = 2
+"""A stream whose last windows, so many, were not finite has most likely left weights that are spoiled."""
 
 
 class StepObserver(Protocol):
@@ -51,80 +54,6 @@ class StepObserver(Protocol):
         """Record that the trainer waits for references."""
 
 
-class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a fit ended. Counts with `_here` are of this fit, the others of the run since its first attempt.
-
-    `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good; `given_up` lists
-    both, (sample id, reason) each. `unused` counts references that were published but not trained when the last step
-    was reached. Rates are per second from the first window on, over all ranks.
-    """
-
-    reason: str
-    steps: int
-    samples: int
-    tokens: int
-    quarantined: int
-    lost: int
-    unused: int
-    steps_here: int
-    samples_here: int
-    tokens_here: int
-    loss_first: float | None
-    loss_last: float | None
-    seconds: float
-    data_wait_s: float
-    samples_per_second: float
-    tokens_per_second: float
-    checkpoint: str | None
-    given_up: list[tuple[str, str]]
-
-
-@dataclass
-class TrainingProgress:
-    """What was done since the run began: what a checkpoint remembers."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    trained: OrdinalSet = field(default_factory=OrdinalSet)
-    quarantined: OrdinalSet = field(default_factory=OrdinalSet)
-    loss_first: float | None = None
-    loss_last: float | None = None
-
-    def cursor(self) -> DataCursor:
-        """Return the data cursor."""
-        return DataCursor(trained=self.trained.ranges(), quarantined=self.quarantined.ranges())
-
-
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """Where checkpoints go, how often, how many stay, and whose they are."""
-
-    root: Path
-    every_steps: int
-    keep: int
-    seed: int
-    identity: Mapping[str, str]
-    total_steps: int | None
-
-
-@dataclass
-class _FitTally:
-    """What one call of `fit` has done."""
-
-    started: float = 0.0
-    steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    wait_s: float = 0.0
-    lost: int = 0
-    given_up: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started if self.started else 0.0
-
-
 class Trainer:
     """Trains a draft from a stream. The same calls are made on every rank."""
 
@@ -136,13 +65,20 @@ class Trainer:
         ranks: Ranks,
         checkpoints: CheckpointPolicy | None = None,
         max_steps: int | None = None,
+        max_diverged_windows: int = 5,
         observer: StepObserver | None = None,
+        on_progress: Callable[[str], None] = lambda what: None,
     ) -> None:
+        """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits."""
         self._step = step
         self._draft = draft
         self._ranks = ranks
         self._policy = checkpoints
         self._max_steps = max_steps
+        self._max_diverged_windows = max_diverged_windows
+        self._on_progress = on_progress
+        self._counted = 0
+        self._saving = False
         self._observer = observer if ranks.is_first else None
         self._saved: Path | None = None
         self._saved_cursor: DataCursor | None = None
@@ -202,12 +138,30 @@ class Trainer:
         if (self._saved, self._saved_cursor) == (path, cursor):
             return path
         self._phase("saving")
+        self._saving = True
         draft = self.weights()
         optimizer = gather_optimizer(self._draft, self._step.optimizer)
         content = CheckpointContent(draft, self._draft.config.to_dict(), optimizer, self._rng(), self._state(policy))
         self._ranks.first_does(lambda: save_checkpoint(policy.root, content, keep=policy.keep))
+        self._saving = False
         self._saved, self._saved_cursor = path, cursor
+        self._on_progress("saved a checkpoint")
         return path
+
+    def _save_after(self, error: Exception) -> None:
+        """Save what was trained until `error`, if the weights are sound and no other rank has to help.
+
+        Other ranks may be anywhere at this moment. What all of them notice ends in `_train`, and is saved by all.
+        Weights that only give numbers that are not finite are not sound; the newest checkpoint is from before them.
+        """
+        diverged = isinstance(error, TrainingDiverged)
+        sound = self._step.applied == self._counted and not self._saving and not diverged
+        if not sound or self._ranks.size > 1 or self.progress.step == 0:
+            return
+        try:
+            self.save()
+        except (DraftlineError, RuntimeError, OSError) as further:
+            error.add_note(f"what was trained until then could not be saved: {further}")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the draft in serving names, whole, fp32 and on the CPU, on rank 0; every rank must call it."""
@@ -239,18 +193,21 @@ class Trainer:
 
         Raises:
             Preempted: a stop was requested; a checkpoint was saved first.
-            DraftlineError: whatever else ended training; the channel was told.
+            TrainingDiverged: too many windows in a row were not finite; nothing is saved.
+            DraftlineError: whatever else ended training; the channel was told. A checkpoint was saved unless the
+                weights are not sound, or the ranks could not do it together.
         """
-        tally = _FitTally()
+        tally = FitTally()
+        loader.on_progress = self._on_progress
         try:
             reason = self._train(loader, tally)
             self.save()
-            if reason == "stop requested":
-                raise Preempted(f"asked to stop; saved at step {self.progress.step}, the next attempt continues there")
-            if reason == "stream failed":
-                raise loader.failure or RoleFailed("the stream failed; rank 0 knows why", "stalled")
+            if reason != "end of stream" and reason != "max_steps":
+                raise self._cause_of(reason, loader)
             unused = loader.finish(reason)
         except BaseException as error:
+            if isinstance(error, Exception):
+                self._save_after(error)
             try:
                 loader.abandon("preempted" if isinstance(error, Preempted) else _describe(error), classify(error))
             except ChannelError as further:
@@ -259,7 +216,13 @@ class Trainer:
         self._phase("finished")
         return self._outcome(reason, tally, unused)
 
-    def _train(self, loader: FeatureDataLoader, tally: _FitTally) -> str:
+    def _cause_of(self, reason: str, loader: FeatureDataLoader) -> BaseException:
+        """Return what a fit that ended for `reason` raises, after its checkpoint."""
+        if reason == "stop requested":
+            return Preempted(f"asked to stop; saved at step {self.progress.step}, the next attempt continues there")
+        return loader.failure or PeerFailed("the stream failed on another rank, which says why")
+
+    def _train(self, loader: FeatureDataLoader, tally: FitTally) -> str:
         """Train until the stream, the steps or the process's time end; return which."""
         if self.progress.step == 0:
             self.save()
@@ -276,31 +239,63 @@ class Trainer:
                 self.save()
             if self._reached_max_steps():
                 return "max_steps"
+            self._check_skipped(tally, self._max_diverged_windows)
         assert loader.end_reason is not None
+        if loader.end_reason == "end of stream":
+            self._check_skipped(tally, min(_LAST_WINDOWS, self._max_diverged_windows))
         return loader.end_reason
+
+    def _check_skipped(self, tally: FitTally, allowed: int) -> None:
+        """Raise `TrainingDiverged` if as many windows as `allowed` in a row gave numbers that are not finite."""
+        if tally.skipped_in_row >= allowed:
+            raise TrainingDiverged(
+                f"step {self.progress.step}: expected a finite loss and gradient, found {tally.skipped_in_row} windows "
+                f"in a row without (training.max_diverged_windows); of the last: {tally.given_up[-1][1]}; lower "
+                "training.learning_rate, or look for samples with huge hidden states"
+            )
 
     def _reached_max_steps(self) -> bool:
         return self._max_steps is not None and self.progress.step >= self._max_steps
 
-    def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: _FitTally) -> bool:
+    def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: FitTally) -> bool:
         """Train on `window` and complete it; return whether there was anything in it to take a step on."""
         started = time.monotonic()
         result = self._step.run(window, self.progress.step)
-        if result is not None:
+        given_up = loader.given_up_in(window)
+        if result is not None and not result.finite:
+            given_up = self._skipped(window, given_up, tally, result)
+            result = None
+        elif result is not None:
             self.progress.step += 1
             tally.steps += 1
+            tally.skipped_in_row = 0
             self.progress.loss_last = result.loss
             if self.progress.loss_first is None:
                 self.progress.loss_first = result.loss
-        given_up = loader.complete(window, step=self.progress.step)
         self._count(window, given_up, tally, result)
+        self._counted = self._step.applied
+        loader.complete(window, step=self.progress.step, given_up=given_up)
+        loader.note(f"trained step {self.progress.step}")
+        self._on_progress("trained a window")
         tally.wait_s += window.wait_s
         if result is not None and self._observer is not None:
             self._observer.on_step(self._record(loader, window, result, tally, time.monotonic() - started))
         return result is not None
 
+    def _skipped(
+        self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, result: StepResult
+    ) -> list[GivenUp]:
+        """Count a window whose numbers are not finite; return its samples as given up: they are quarantined."""
+        reason = f"not trained on: the window's loss is {result.loss}, its gradient norm {result.grad_norm}"
+        tally.skipped += 1
+        tally.skipped_in_row += 1
+        _log.error("step %d: a window of %d samples is %s", self.progress.step, len(window.refs), reason)
+        named = {item.sample_id for item in given_up}
+        others = [ref.sample_id for ref in window.refs if ref.sample_id not in named]
+        return given_up + [GivenUp(name, reason, lost=False) for name in others]
+
     def _count(
-        self, window: TrainingWindow, given_up: list[GivenUp], tally: _FitTally, result: StepResult | None
+        self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, result: StepResult | None
     ) -> None:
         unusable = {item.sample_id: item for item in given_up}
         for ref in window.refs:
@@ -324,7 +319,7 @@ class Trainer:
         loader: FeatureDataLoader,
         window: TrainingWindow,
         result: StepResult,
-        tally: _FitTally,
+        tally: FitTally,
         step_s: float,
     ) -> dict[str, Any]:
         seconds = max(step_s + window.wait_s, 1e-9)
@@ -343,14 +338,16 @@ class Trainer:
         }
 
     def _phase(self, phase: str) -> None:
+        self._on_progress(phase)
         if self._observer is not None:
             self._observer.on_phase(phase, self.progress)
 
     def _on_wait(self) -> None:
+        self._on_progress("waiting for samples")
         if self._observer is not None:
             self._observer.on_wait()
 
-    def _outcome(self, reason: str, tally: _FitTally, unused: int) -> TrainOutcome:
+    def _outcome(self, reason: str, tally: FitTally, unused: int) -> TrainOutcome:
         seconds = tally.seconds
         return TrainOutcome(
             reason=reason,
@@ -359,6 +356,7 @@ class Trainer:
             tokens=self.progress.tokens,
             quarantined=len(self.progress.quarantined),
             lost=tally.lost,
+            skipped=tally.skipped,
             unused=unused,
             steps_here=tally.steps,
             samples_here=tally.samples,

@@ -8,10 +8,12 @@ import threading
 import pytest
 import torch
 
-from disagg_core.contracts import StreamTotals
+from disagg_core.channel import patience as patience_module
+from disagg_core.contracts import StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3.options import LossSection
-from disagg_core.errors import Preempted, ProducerFailed, TrainingDiverged
+from disagg_core.errors import ChannelUnavailable, Preempted, ProducerFailed, StoreUnavailable, TrainingDiverged
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training import loader as loader_module
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver
@@ -410,3 +412,114 @@ def test_compat_normalisation_divides_by_padding_too(attempt, ranks):
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, loss=loss)
 
     assert trainer.fit(loader).steps == 2
+
+
+def once(error, real):
+    """Let the first call of `real` raise `error`."""
+    left = [error]
+
+    def call(*arguments, **options):
+        if left:
+            raise left.pop()
+        return real(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["poll", "ack", "quarantine", "in_flight_remote", "finish"])
+def test_a_channel_that_is_away_for_a_moment_costs_the_consumer_nothing(attempt, ranks, tmp_path, monkeypatch, method):
+    refs = attempt.publish(range(10))
+    attempt.store.abort(refs[5])
+    away = ChannelUnavailable("the mount is away")
+    monkeypatch.setattr(attempt.reader, method, once(away, getattr(attempt.reader, method)))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.reason, outcome.samples, outcome.lost) == ("end of stream", 9, 1)
+    assert attempt.writer.in_flight_remote() == 0
+
+
+@pytest.mark.parametrize("method", ["poll", "ack"])
+def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_was_trained(
+    attempt, ranks, tmp_path, monkeypatch, method
+):
+    attempt.publish(range(12), ended=False)
+    monkeypatch.setattr(loader_module, "CHANNEL_AWAY_S", 0.2)
+    monkeypatch.setattr(patience_module, "CHANNEL_AWAY_S", 0.2)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    steps = []
+
+    def away(*_arguments, **_options):
+        raise ChannelUnavailable("the mount is away")
+
+    class Watcher:
+        def on_step(self, record):
+            steps.append(record["step"])
+            monkeypatch.setattr(attempt.reader, method, away)
+
+        def on_phase(self, phase, progress): ...
+
+        def on_wait(self): ...
+
+    trainer._observer = Watcher()
+    with pytest.raises(ChannelUnavailable):
+        trainer.fit(loader)
+
+    assert newest_complete(tmp_path).name == f"step-{trainer.progress.step}"
+    assert len(covered_ordinals(tmp_path)) == 4 * trainer.progress.step
+    assert trainer.progress.step == (2 if method == "ack" else 3)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), OSError(5, "Input/output error"), KeyError("a bug"), StoreUnavailable("gone")]
+)
+def test_any_ending_of_a_fit_saves_what_was_trained(attempt, ranks, tmp_path, error):
+    attempt.publish(range(12))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    run = trainer._step.run
+
+    def breaks(window, step):
+        if step == 2:
+            raise error
+        return run(window, step)
+
+    trainer._step.run = breaks
+    with pytest.raises(type(error)):
+        trainer.fit(loader)
+
+    assert newest_complete(tmp_path).name == "step-2"
+    assert len(covered_ordinals(tmp_path)) == 8
+
+
+def test_weights_that_an_error_left_half_changed_are_not_saved(attempt, ranks, tmp_path):
+    attempt.publish(range(12))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    trainer._step.optimizer.step = once(RuntimeError("in the middle"), trainer._step.optimizer.step)
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.fit(loader)
+
+    assert newest_complete(tmp_path).name == "step-0"
+
+
+def test_a_window_that_is_not_finite_is_skipped_counted_and_the_run_goes_on(attempt, ranks, tmp_path):
+    """One sample of finite, huge states among 16: the loss of its window overflows, that of the others does not."""
+    huge = sample(5)
+    huge["last_hidden_state"][2] = 3e38
+    refs = store_samples(attempt.store, attempt.identity, range(5))
+    size = len(huge["input_ids"])
+    name = sample_id_of(5)
+    refs.append(attempt.store.put(name, huge, identity=attempt.identity, source_task_id=name, num_tokens=size))
+    refs += store_samples(attempt.store, attempt.identity, range(6, 16))
+    attempt.writer.publish_many(refs)
+    end(attempt.writer, refs)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+
+    outcome = trainer.fit(loader)
+
+    assert (outcome.steps, outcome.samples, outcome.quarantined, outcome.skipped) == (3, 12, 4, 1)
+    assert all(torch.isfinite(weight).all() for weight in trainer.weights().values())
+    assert {name for name, _ in outcome.given_up} == {sample_id_of(n) for n in range(4, 8)}
+    assert attempt.writer.in_flight_remote() == 0
+    assert attempt.store.key_count() == 0

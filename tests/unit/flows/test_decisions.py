@@ -77,6 +77,15 @@ def test_lost_samples_ask_for_another_attempt() -> None:
     assert "2 samples" in outcome.describe()
 
 
+def test_a_sample_that_was_lost_on_the_way_to_max_steps_asks_for_no_attempt(plan: RunPlan) -> None:
+    trained = done(**TRAINED | {"samples": 7, "reason": "max_steps", "lost": 1})
+    outcome = judge(1, role_run("producer", "Completed", done()), role_run("consumer", "Completed", trained))
+    assert outcome.finished
+    completion = complete(plan, 1, done(**PRODUCED), trained, keys_left=1)
+    completion.accounting.check()
+    assert completion.accounting.unused == 2
+
+
 def test_a_cancelled_producer_is_not_the_cause_of_a_failed_consumer() -> None:
     consumer = role_run("consumer", "Failed", failure("out_of_memory", "CUDA out of memory"))
     outcome = judge(2, role_run("producer", "Cancelled"), consumer)

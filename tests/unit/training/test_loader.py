@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef
-from disagg_core.training.loader import share_of
-from disagg_core.training.trainer import TrainingProgress
+from disagg_core.training.progress import TrainingProgress
+from disagg_core.training.window import share_of
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ from disagg_core.run.metrics import read_metrics
 from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.training import observers
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
-from disagg_core.training.trainer import TrainingProgress
+from disagg_core.training.progress import TrainingProgress
 
 pytestmark = pytest.mark.unit
 

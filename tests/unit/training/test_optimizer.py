@@ -20,7 +20,7 @@ from disagg_core.training.state import gather_optimizer, restore_optimizer
 pytestmark = pytest.mark.unit
 
 
-def test_the_rate_climbs_linearly_and_falls_as_half_a_cosine_to_zero():
+def test_the_rate_climbs_linearly_and_falls_as_half_a_cosine_towards_zero():
     schedule = Schedule(peak=2.0, warmup_ratio=0.1, total_steps=100)
 
     assert schedule.at(0) == pytest.approx(0.2)
@@ -28,8 +28,15 @@ def test_the_rate_climbs_linearly_and_falls_as_half_a_cosine_to_zero():
     assert schedule.at(10) == pytest.approx(2.0)
     assert schedule.at(55) == pytest.approx(1.0)
     assert schedule.at(99) == pytest.approx(1 + math.cos(math.pi * 89 / 90))
-    assert schedule.at(100) == 0.0
-    assert schedule.at(1000) == 0.0
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0.1, 100), (0.0, 100), (0.0, 1), (0.9, 10), (0.0, 2)])
+def test_steps_beyond_the_last_one_train_at_its_rate_and_never_at_none(warmup, total):
+    """Samples that were lost and captured again come after the planned steps."""
+    schedule = Schedule(peak=2.0, warmup_ratio=warmup, total_steps=total)
+
+    assert schedule.at(total - 1) > 0
+    assert schedule.at(total) == schedule.at(10 * total) == schedule.at(total - 1)
 
 
 def test_the_schedule_is_what_torch_computes():

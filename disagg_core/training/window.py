@@ -1,0 +1,75 @@
+"""One optimizer window: its samples, how they are shared out over ranks, and what of them could not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from disagg_core.contracts import SampleRef
+from disagg_core.drafts.method import Batch, Sample
+from disagg_core.errors import SampleUnusable
+
+
+class GivenUp(msgspec.Struct, frozen=True):
+    """A sample that could not be trained on. `lost`: the store no longer has it, so it has to be captured again."""
+
+    sample_id: str
+    reason: str
+    lost: bool
+
+
+@dataclass
+class TrainingWindow:
+    """One optimizer window on one rank.
+
+    `refs` are all of the window, in published order; `own` those that this rank fetched, `given_up` what of
+    these could not be used. `batches` are this rank's micro-batches; None weighs zero. Every rank has the
+    same number of them. Of this rank, `live_positions` counts the positions that are trained on, `normalisers` what its
+    batches add to the numbers that the window's loss is divided by, `tokens` its tokens.
+    """
+
+    refs: list[SampleRef]
+    own: list[SampleRef]
+    batches: list[Batch | None]
+    live_positions: int
+    normalisers: dict[str, float]
+    tokens: int
+    wait_s: float
+    given_up: list[GivenUp] = field(default_factory=list)
+
+    def oldest_age_s(self, now: float) -> float | None:
+        """Seconds since the oldest sample of the window was captured; None where the references do not say."""
+        captured = [ref.metadata["captured_at"] for ref in self.refs if "captured_at" in ref.metadata]
+        return now - min(float(at) for at in captured if at is not None) if captured else None
+
+    @property
+    def samples(self) -> int:
+        """Samples of this rank that are trained on."""
+        return len(self.own) - len(self.given_up)
+
+
+def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
+    """Return rank `rank`'s micro-batches of a window as indices into `refs`.
+
+    Every rank gets the same number of micro-batches, and micro-batches of one round are alike in size on all ranks.
+    With `by_length`, samples of like length share a micro-batch and longer ones come first, which saves padding and
+    waiting; otherwise the published order is kept. A full window fills every micro-batch.
+    """
+    order = sorted(range(len(refs)), key=lambda i: -refs[i].num_tokens) if by_length else list(range(len(refs)))
+    rounds = -(-len(refs) // (batch_size * size))
+    base, longer = divmod(len(refs), max(1, rounds * size))
+    shares = []
+    for slot in range(rank, rounds * size, size):
+        first = slot * base + min(slot, longer)
+        shares.append(order[first : first + base + (slot < longer)])
+    return shares
+
+
+def checked(sample: Sample) -> Sample:
+    """Return `sample` if its states are finite; one that is not would end the run for all others."""
+    for name, tensor in sample.tensors.items():
+        if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
+            raise SampleUnusable(f"{name} is not finite: the target overflowed on this prompt")
+    return sample
