@@ -85,7 +85,10 @@ CaptureOutcome: TypeAlias = Captured | Stored | Failed
 
 @dataclass
 class ServerHealth:
-    """What became of one server, for metrics and the run's report. A local target has one, named ``local``."""
+    """What became of one server, for metrics and the run's report. A local target has one, named ``local``.
+
+    `worked` grows with whatever it does: decoding steps, batches, answers. It says only that the server gets on.
+    """
 
     name: str
     state: str = "closed"
@@ -93,6 +96,7 @@ class ServerHealth:
     failures: int = 0
     restarts: int = 0
     queue_depth: int = 0
+    worked: int = 0
     events: list[str] = field(default_factory=list)
 
 

@@ -7,7 +7,7 @@ and the prompt's ordinal: neither the batch nor the attempt changes what a promp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +53,23 @@ class Sampling:
 
 
 def continue_tasks(
-    model: Any, tasks: Sequence[PromptTask], sampling: Sampling, *, eos_token_ids: Collection[int], device: torch.device
+    model: Any,
+    tasks: Sequence[PromptTask],
+    sampling: Sampling,
+    *,
+    eos_token_ids: Collection[int],
+    device: torch.device,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Return the continuation of each task by a transformers causal LM, ending with an end-of-text id if it came.
 
-    All tasks are decoded as one batch. `check_interrupt` is asked before each step.
+    All tasks are decoded as one batch. `check_interrupt` is asked before each step, `on_step` is called with it.
     """
     rooms = [sampling.room(task) for task in tasks]
     draws = _draws(tasks, rooms, sampling) if sampling.temperature > 0 else None
     with torch.inference_mode():
-        return _decode(model, [task.input_ids for task in tasks], rooms, draws, sampling, eos_token_ids, device)
+        prompts = [task.input_ids for task in tasks]
+        return _decode(model, prompts, rooms, draws, sampling, eos_token_ids, device, on_step)
 
 
 def _draws(tasks: Sequence[PromptTask], rooms: Sequence[int], sampling: Sampling) -> Tensor:
@@ -82,6 +89,7 @@ def _decode(
     sampling: Sampling,
     eos_token_ids: Collection[int],
     device: torch.device,
+    on_step: Callable[[], None],
 ) -> list[list[int]]:
     from transformers import DynamicCache
 
@@ -94,6 +102,7 @@ def _decode(
     tokens: list[list[int]] = [[] for _ in prompts]
     for step in range(max(rooms)):
         check_interrupt()
+        on_step()
         logits = model(
             input_ids=ids,
             attention_mask=mask[:, : width + step],

@@ -188,13 +188,21 @@ class TransformersTarget:
         try:
             with self._lock:
                 rows = continue_tasks(
-                    self._model, batch, sampling, eos_token_ids=self._facts.eos_token_ids, device=self._device
+                    self._model,
+                    batch,
+                    sampling,
+                    eos_token_ids=self._facts.eos_token_ids,
+                    device=self._device,
+                    on_step=self._works,
                 )
         except (RuntimeError, IndexError) as error:
             yield from self._one_by_one(batch, error, lambda part: self._decoded(part, sampling))
             return
         for task, tokens in zip(batch, rows, strict=True):
             yield Generated(task, tokens)
+
+    def _works(self) -> None:
+        self._health.worked += 1
 
     def _captured(self, batch: list[PromptTask], originals: Mapping[int, PromptTask]) -> Iterator[Captured | Failed]:
         states = self._prepared()
@@ -211,6 +219,7 @@ class TransformersTarget:
         finally:
             states.clear()
         self._known_good = batch
+        self._works()
         share = 1 / len(batch)
         for task, tensors in zip(batch, samples, strict=True):
             original = originals[task.ordinal]

@@ -33,6 +33,7 @@ from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.rollout.work import WorkNotes, noted
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
@@ -131,7 +132,7 @@ def _assemble(
     stack.callback(target.close)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
-    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter, stop))
+    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter, stop, channel))
     target.prepare(identity)
     source = _open_source(assignment, pool, target, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
@@ -160,7 +161,12 @@ def _open_prompts(plan: RunPlan, stack: contextlib.ExitStack) -> EncodedPrompts:
 
 
 def _vocab_version(
-    plan: RunPlan, pool: EncodedPrompts, target: Target, enter: Callable[..., None], stop: StopSignal
+    plan: RunPlan,
+    pool: EncodedPrompts,
+    target: Target,
+    enter: Callable[..., None],
+    stop: StopSignal,
+    channel: StreamingRefChannel,
 ) -> str:
     """Derive the run's vocabulary map if it has none yet; return its version."""
     cache = get_settings().home / "vocab_maps"
@@ -168,7 +174,7 @@ def _vocab_version(
     def progress(done: int, total: int | None) -> None:
         enter("vocabulary map", counted=done, of=total)
 
-    with interruptible(stop.check):
+    with interruptible(stop.check), noted(WorkNotes(target, channel.note_progress)):
         return vocab_map_of(plan, pool, target, cache=cache, progress=progress).version
 
 

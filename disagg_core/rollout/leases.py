@@ -12,8 +12,10 @@ Pure: no thread, no clock of its own, no I/O. A lease carries a number; an answe
 given back is stale and changes nothing, so a worker that comes back from the dead cannot answer for a prompt that
 somebody else holds by now.
 
-A prompt that has failed is a *suspect*: it may be what killed its server. At most one suspect is out at a time, so that
-a poisonous prompt uses up its own attempts and not those of its neighbours.
+A prompt that has failed is a *suspect*: it may be what killed its server. Suspects go out alone at first; each that
+comes to something shows that the trouble was not theirs, and twice as many may go out together, up to
+`MOST_SUSPECTS`. A failure among them begins anew. One with a single attempt left always goes alone, so that a poisonous
+prompt uses up its own attempts and not the last ones of its neighbours.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from disagg_core.ordinals import OrdinalSet
+
+MOST_SUSPECTS = 16
+"""Prompts that have failed and are tried again together, at most."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class LeaseBook:
         self._waiting: list[int] = []
         self._trouble: dict[int, _Trouble] = {}
         self._numbers = 0
+        self._suspects = 1
         self.done = OrdinalSet()
         self.rejected = OrdinalSet()
 
@@ -109,18 +115,26 @@ class LeaseBook:
 
     def take_waiting(self, worker: str) -> Lease | None:
         """Lease the lowest ordinal that came back, if there is one that may go out now."""
-        suspect_out = any(lease.failures for lease in self._leased.values())
+        out = [lease.failures for lease in self._leased.values() if lease.failures]
+        alone_out = any(failures >= self._last_chance for failures in out)
         passed_over = []
         taken = None
         while self._waiting and taken is None:
             ordinal = heapq.heappop(self._waiting)
-            if suspect_out and ordinal in self._trouble:
+            trouble = self._trouble.get(ordinal)
+            allowed = self._suspects if trouble and trouble.failures < self._last_chance else 1
+            if trouble is not None and (alone_out or len(out) >= allowed):
                 passed_over.append(ordinal)
             else:
                 taken = self._lease(ordinal, worker)
         for ordinal in passed_over:
             heapq.heappush(self._waiting, ordinal)
         return taken
+
+    @property
+    def _last_chance(self) -> int:
+        """Failures after which a prompt has one attempt left."""
+        return self._max_attempts - 1
 
     def _lease(self, ordinal: int, worker: str) -> Lease:
         self._numbers += 1
@@ -148,7 +162,8 @@ class LeaseBook:
         if not self.holds(lease):
             return False
         del self._leased[lease.ordinal]
-        self._trouble.pop(lease.ordinal, None)
+        if self._trouble.pop(lease.ordinal, None) is not None:
+            self._suspects = min(2 * self._suspects, MOST_SUSPECTS)
         return self.done.add(lease.ordinal)
 
     def reject(self, lease: Lease) -> bool:
@@ -167,6 +182,7 @@ class LeaseBook:
         trouble.failures += 1
         trouble.avoid.add(server)
         trouble.reason = reason
+        self._suspects = 1
         if trouble.failures >= self._max_attempts:
             return self.reject(lease)
         self.give_back(lease)

@@ -34,6 +34,7 @@ from disagg_core.processes.shutdown import DRIVE_S
 from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.pipeline import FAILURES_IN_ROW, Pipeline, largest_group
 from disagg_core.rollout.prompt_source import PromptSource
+from disagg_core.rollout.work import WorkNotes
 from disagg_core.rollout.worker import Putters, RolloutWorker
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RolloutSection
@@ -76,6 +77,7 @@ class Drive:
         store: MooncakeFeatureStore,
         channel: StreamingRefChannel,
         meter: RolloutMeter,
+        target: Target,
         on_tick: Callable[[DriveState, RolloutMeter], None],
     ) -> None:
         self._pipeline = pipeline
@@ -86,6 +88,7 @@ class Drive:
         self._meter = meter
         self._on_tick = on_tick
         self._patiently = patience(self._check_stop)
+        self._work = WorkNotes(target, channel.note_progress, busy_since=self._busy_since)
         self._stop_reason: str | None = None
         self._before = 0
         self._threads: list[threading.Thread] = []
@@ -177,6 +180,7 @@ class Drive:
         """Look whether to stop, expire leases, and report."""
         self._check_stop()
         self._pipeline.expire()
+        self._work.look()
         reader = self._patiently(self._channel.reader_status)
         if reader.state == "done":
             log.info("the consumer is done (%s): no more samples are needed", reader.reason)
@@ -185,6 +189,9 @@ class Drive:
             raise RoleFailed(f"stopped because {reader.describe()}", "stalled")
         self._meter.blocked(self._pipeline.blocked_s)
         self._on_tick(self.state(), self._meter)
+
+    def _busy_since(self) -> float | None:
+        return max((since for worker in self._workers if (since := worker.busy_since) is not None), default=None)
 
     def _check_stop(self) -> None:
         if self._stop_reason is not None:
@@ -323,7 +330,14 @@ def build_disagg_online_producer(
         for number in range(workers_wanted)
     ]
     return workers, Drive(
-        pipeline=pipeline, workers=workers, putters=putters, store=store, channel=channel, meter=meter, on_tick=on_tick
+        pipeline=pipeline,
+        workers=workers,
+        putters=putters,
+        store=store,
+        channel=channel,
+        meter=meter,
+        target=target,
+        on_tick=on_tick,
     )
 
 

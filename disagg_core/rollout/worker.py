@@ -169,6 +169,8 @@ class RolloutWorker:
         self._meter = meter
         self._unavailable_timeout_s = unavailable_timeout_s
         self._pause_s = 0.05
+        self.busy_since: float | None = None
+        """When the target was handed the work that it has given no outcome of yet; None when it has none."""
 
     def run(self) -> None:
         """Work until nothing is left or the pipeline stops."""
@@ -188,9 +190,11 @@ class RolloutWorker:
     def capture(self, batch: PromptBatch) -> None:
         """Have one batch captured and answer for each of its leases."""
         open_leases = dict(batch.leases)
+        self.busy_since = time.monotonic()
         try:
             outcomes = self._target.capture(batch.tasks, avoid=batch.avoid)
             for outcome in outcomes:
+                self.busy_since = time.monotonic()
                 self._take(outcome, open_leases.pop(outcome.task.ordinal, None))
                 if self._pipeline.stopping:
                     break
@@ -199,8 +203,10 @@ class RolloutWorker:
                     self._pipeline.failed(lease, "the target gave no outcome", "unknown")
                 open_leases.clear()
         except TargetUnavailable as error:
+            self.busy_since = None
             self._wait_for_target(error)
         finally:
+            self.busy_since = None
             for lease in open_leases.values():
                 self._pipeline.given_back(lease)
 

@@ -38,6 +38,7 @@ class PoolMember:
     managed: ManagedServer | None = None
     restarts: int = 0
     captured: int = 0
+    answered: int = 0
     checked: threading.Event = field(default_factory=threading.Event)  # its first start is decided
     suspect: threading.Event = field(default_factory=threading.Event)
     refused: TargetError | None = None
@@ -149,6 +150,7 @@ class ServerPool:
         with self._changed:
             self._breakers.succeeded(name)
             self._members[name].captured += captured
+            self._members[name].answered += 1
             self._changed.notify_all()
 
     def busy(self, name: str, reason: str) -> None:
@@ -176,6 +178,7 @@ class ServerPool:
                 failures=report.failures,
                 restarts=self._members[report.name].restarts,
                 queue_depth=report.in_flight,
+                worked=self._members[report.name].answered,
                 events=list(report.events),
             )
             for report in reports

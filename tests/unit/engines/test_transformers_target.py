@@ -284,3 +284,12 @@ def test_a_target_that_dies_while_it_generates_blames_no_prompt(make_target):
     dying(target, 5, torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
     with pytest.raises(TargetBroken):
         list(target.capture(tasks_of(7, 30, 12), avoid={}))
+
+
+def test_every_decoding_step_and_batch_is_counted_as_work(make_target):
+    target = make_target(sampling=GREEDY)
+    steps = []
+    for outcome in target.capture(tasks_of(7, 7), avoid={}):
+        steps.append(target.health()[0].worked)
+        longest = outcome.num_tokens - 7
+    assert steps[-1] >= longest + 1, "its decoding steps, and the batch that was captured"

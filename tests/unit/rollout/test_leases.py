@@ -166,3 +166,34 @@ def test_skipped_prompts_never_go_out():
     leases.skip_rejected([5])
     assert [lease.ordinal for lease in leases.take_unseen("a", 10)] == [7, 8, 9]
     assert len(leases.rejected) == 1
+
+
+def test_after_a_crash_the_suspects_come_back_in_growing_groups_and_not_one_by_one():
+    leases = book(end=64)
+    for lease in leases.take_unseen("a", 64):
+        leases.fail(lease, "the server died", "server-1")
+    rounds = []
+    while not leases.drained:
+        out = []
+        while (lease := leases.take_waiting("b")) is not None:
+            out.append(lease)
+        rounds.append(len(out))
+        for lease in out:
+            assert leases.complete(lease)
+    assert rounds[:5] == [1, 2, 8, 16, 16]
+    assert len(rounds) <= 8
+
+
+def test_a_poisonous_prompt_among_the_suspects_costs_no_neighbour_its_last_attempt():
+    leases, poison = book(end=40), {9, 10, 23}
+    for lease in leases.take_unseen("a", 40):
+        leases.fail(lease, "the server died", "server-1")
+    while not leases.drained:
+        out = []
+        while (lease := leases.take_waiting("b")) is not None:
+            out.append(lease)
+        dies = any(lease.ordinal in poison for lease in out)
+        for lease in out:
+            leases.fail(lease, "the server died", "server-1") if dies else leases.complete(lease)
+    assert set(leases.rejected) == poison
+    assert len(leases.done) == 37
