@@ -7,8 +7,8 @@ import sys
 
 from prefect import flow
 
+from disagg_core.run.devices import visible_devices
 from disagg_core.run.plan import RoleAssignment
-from disagg_core.run_spec.devices import visible_devices
 from tasks.role_process import run_role_process, write_assignment
 
 

@@ -23,10 +23,10 @@ from disagg_core.files import write_atomically
 from disagg_core.prompts.checks import PromptFacts, validate_prompts
 from disagg_core.prompts.pinned import PinnedData
 from disagg_core.report.archive import archive_base, probe_archive
+from disagg_core.run.devices import check_shared_node
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, make_plan
-from disagg_core.run_spec.devices import check_shared_node
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings

@@ -6,13 +6,14 @@ rather than to the run (directories, endpoints, secrets) is in `disagg_core.sett
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from disagg_core.run_spec.devices import DevicesSection, check_devices
 from disagg_core.run_spec.draft import DraftSection, default_draft, draft_field
 from disagg_core.run_spec.section import Bytes, ChannelUrl, RunName, SecretFreeUrl, Section
+
+Devices = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class RunSection(Section):
@@ -230,6 +231,27 @@ class PoolsSection(Section):
     train: str = Field("gpu-train", description="Pool of the consumer.")
 
 
+class DevicesSection(Section):
+    """The GPUs of producer and consumer, by number, of a node that both run on. None: all that the worker sees."""
+
+    rollout: Devices | None = Field(None, min_length=1, description="GPUs of the producer and of the evaluation.")
+    train: Devices | None = Field(None, min_length=1, description="GPUs of the consumer; a process has one.")
+
+    @model_validator(mode="after")
+    def _each_gpu_has_one_role(self) -> DevicesSection:
+        rollout, train = self.rollout or (), self.train or ()
+        for name, given in (("rollout", rollout), ("train", train)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"expected every GPU once in {name}, found {list(given)}")
+        if both := sorted(set(rollout) & set(train)):
+            raise ValueError(
+                f"expected every GPU in one of the two lists, found {both} in both: a target and a trainer on one GPU "
+                f"run out of memory. Where the roles have nodes of their own, give no lists, or set CUDA_VISIBLE_DEVICES where "
+                "each pool's worker is started"
+            )
+        return self
+
+
 class OrchestrationSection(Section):
     """How Prefect runs the two roles."""
 
@@ -263,7 +285,7 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _devices_are_used(self) -> RunSpec:
-        check_devices(self)
+        _check_devices(self)
         return self
 
     @property
@@ -275,3 +297,27 @@ class RunSpec(Section):
     def global_batch_size(self) -> int:
         """Samples of one optimizer step: world_size x batch_size x accumulation_steps."""
         return self.world_size * self.training.batch_size * self.training.accumulation_steps
+
+
+def _check_devices(spec: RunSpec) -> None:
+    """Check that each role has at least as many GPUs listed as it puts to use.
+
+    Raises:
+        ValueError: it has not, or it is told to run on the CPU.
+    """
+    devices, target, training = spec.orchestration.devices, spec.target, spec.training
+    if devices.train is not None:
+        _expect("train", devices.train, training.device, training.processes, "training.processes")
+    if devices.rollout is not None:
+        serving = target.backend == "sglang" and not target.server_urls
+        wanted = target.servers * target.tensor_parallel if serving else None
+        _expect("rollout", devices.rollout, target.device, wanted, "target.servers x target.tensor_parallel")
+
+
+def _expect(role: str, given: Devices, device: str, wanted: int | None, what: str) -> None:
+    if device == "cpu":
+        raise ValueError(f"orchestration.devices.{role}: expected no GPUs for a role on the CPU, found {list(given)}")
+    if wanted is not None and len(given) < wanted:
+        raise ValueError(
+            f"orchestration.devices.{role}: expected at least {wanted} GPUs ({what}), found {len(given)}: {list(given)}"
+        )

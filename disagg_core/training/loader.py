@@ -318,20 +318,9 @@ class FeatureDataLoader:
                 except (SampleLost, SampleUnusable) as error:
                     _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
                     window.given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
-            self._add(window, samples)
+            window.add(samples, self._batcher, multiple_of=self._multiple_of)
         window.wait_s = time.monotonic() - started
         return window
-
-    def _add(self, window: TrainingWindow, samples: list[Sample]) -> None:
-        """Add a micro-batch of `samples` to `window`; None where there is nothing in them to train on."""
-        batch = self._batcher.collate(samples, multiple_of=self._multiple_of) if samples else None
-        positions = self._batcher.trainable_positions(batch) if batch is not None else 0
-        batch = batch if positions else None
-        window.batches.append(batch)
-        window.live_positions += positions
-        window.tokens += sum(len(sample) for sample in samples)
-        for name, value in self._batcher.normalisers(batch).items():
-            window.normalisers[name] += value
 
     # --- after the step -----------------------------------------------------------------------------------------
 

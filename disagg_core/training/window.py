@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from disagg_core.contracts import SampleRef
-from disagg_core.drafts.method import Batch, Sample
+from disagg_core.drafts.method import Batch, Batcher, Sample
 from disagg_core.errors import SampleUnusable
 
 
@@ -48,6 +48,17 @@ class TrainingWindow:
     def samples(self) -> int:
         """Samples of this rank that are trained on."""
         return len(self.own) - len(self.given_up)
+
+    def add(self, samples: Sequence[Sample], batcher: Batcher, *, multiple_of: int) -> None:
+        """Add a micro-batch of `samples`; None where there is nothing in them to train on."""
+        batch = batcher.collate(samples, multiple_of=multiple_of) if samples else None
+        positions = batcher.trainable_positions(batch) if batch is not None else 0
+        batch = batch if positions else None
+        self.batches.append(batch)
+        self.live_positions += positions
+        self.tokens += sum(len(sample) for sample in samples)
+        for name, value in batcher.normalisers(batch).items():
+            self.normalisers[name] += value
 
 
 def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:

@@ -9,8 +9,8 @@ import pytest
 
 from disagg_core.engines.sglang.launch import ServerLaunch
 from disagg_core.errors import BadInput, SpecError
+from disagg_core.run.devices import check_shared_node, visible_devices
 from disagg_core.run.plan import RoleAssignment, make_plan
-from disagg_core.run_spec.devices import check_shared_node, visible_devices
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.store.endpoints import StoreEndpoints
