@@ -29,16 +29,19 @@ def preflight(spec: RunSpec) -> RunPlan:
     """
     from disagg_core.checks.preflight import prepare_run
 
+    def beats() -> None:
+        check_heartbeat(get_current_settings().flows.heartbeat_frequency)
+
     run_id = run_id_of(spec, flow_run.id)
     run_dir = RunDir.of(get_settings().runs_dir, run_id)
-    run_dir.report.unlink(missing_ok=True)  # of an earlier process of this run
     if run_dir.completion.is_file():
         get_run_logger().info("run %s: the training is complete; what is left is archive and evaluation", run_id)
+        beats()
         plan = read_plan(run_dir)
         check_pools(plan.spec, trained=True)
-        return plan
-    also = (lambda: check_heartbeat(get_current_settings().flows.heartbeat_frequency), lambda: check_pools(spec))
-    plan = prepare_run(spec, run_id, get_settings(), also)
+    else:
+        plan = prepare_run(spec, run_id, get_settings(), also=(beats, lambda: check_pools(spec)))
+    plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off
     get_run_logger().info(
         "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -33,6 +34,7 @@ from disagg_core.evaluation.target_runner import check_rolls_back
 from disagg_core.prompts.pinned import DataChanged
 from disagg_core.report.archive import ArchiveUnusable, probe_archive
 from disagg_core.roles.evaluation import read_prompts
+from disagg_core.roles.producer import _open_prompts
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
@@ -124,6 +126,8 @@ def test_a_run_that_is_tried_again_keeps_the_data_that_it_was_planned_with(setti
     path.write_bytes(path.read_bytes()[1:])
     with pytest.raises(DataChanged, match=r"prompts\.jsonl: expected the \d+ bytes"):
         prepare_run(spec, "demo-1", settings)
+    with pytest.raises(DataChanged), contextlib.ExitStack() as stack:
+        _open_prompts(plan, stack)
 
 
 def test_a_run_that_is_tried_again_keeps_the_revision_that_it_was_planned_with(settings: Settings) -> None:
