@@ -25,10 +25,11 @@ class PoolsNotReady(DraftlineError):
     failure_class: FailureClass = "stalled"
 
 
-def check_pools(spec: RunSpec, *, trained: bool = False, timeout_s: float = _LOOK_S) -> None:
+def check_pools(spec: RunSpec, *, trained: bool = False, in_turn: bool = True, timeout_s: float = _LOOK_S) -> None:
     """Check that the roles of a run can start on their work pools, within `timeout_s` seconds.
 
-    Of a run that is `trained` only the evaluation is left.
+    Of a run that is `trained` only the evaluation is left. One that is not `in_turn` yet waits for other runs of ours
+    (`tasks.run_slot`), which may hold the slots that it needs.
 
     Raises:
         PoolsNotReady: they cannot.
@@ -37,14 +38,14 @@ def check_pools(spec: RunSpec, *, trained: bool = False, timeout_s: float = _LOO
     with get_client(sync_client=True) as client:
 
         def ready() -> bool:
-            faults[:] = _faults(client, spec, trained)
+            faults[:] = _faults(client, spec, trained, in_turn)
             return not faults
 
         if not wait_until(ready, timeout_s=timeout_s, every_s=_POLL_S):
             raise PoolsNotReady("; ".join(faults))
 
 
-def _faults(client: SyncPrefectClient, spec: RunSpec, trained: bool) -> Iterator[str]:
+def _faults(client: SyncPrefectClient, spec: RunSpec, trained: bool, in_turn: bool) -> Iterator[str]:
     pools = spec.orchestration.pools
     roles: list[tuple[str, str]] = []
     at_once: Counter[str] = Counter()
@@ -56,7 +57,7 @@ def _faults(client: SyncPrefectClient, spec: RunSpec, trained: bool) -> Iterator
         roles.append(("draft-evaluation", pools.rollout))
         at_once[pools.rollout] = max(1, at_once[pools.rollout])
     for pool, slots in at_once.items():
-        yield from _pool_faults(client, pool, slots)
+        yield from _pool_faults(client, pool, slots, in_turn)
     for flow, pool in roles:
         try:
             client.read_deployment_by_name(f"{flow}/{pool}")
@@ -64,7 +65,7 @@ def _faults(client: SyncPrefectClient, spec: RunSpec, trained: bool) -> Iterator
             yield f"there is no deployment {flow}/{pool}; register it: draftline register"
 
 
-def _pool_faults(client: SyncPrefectClient, name: str, slots: int) -> Iterator[str]:
+def _pool_faults(client: SyncPrefectClient, name: str, slots: int, in_turn: bool) -> Iterator[str]:
     try:
         pool = client.read_work_pool(name)
     except ObjectNotFound:
@@ -76,7 +77,8 @@ def _pool_faults(client: SyncPrefectClient, name: str, slots: int) -> Iterator[s
         workers = client.read_workers_for_work_pool(name)
         if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
             yield f"the work pool {name} has no worker online; start one: prefect worker start --pool {name}"
-    free = None if pool.concurrency_limit is None else pool.concurrency_limit - (pool.active_slots or 0)
+    taken = (pool.active_slots or 0) if in_turn else 0
+    free = None if pool.concurrency_limit is None else pool.concurrency_limit - taken
     if free is not None and free < slots:
         yield (
             f"the work pool {name} has {free} of {pool.concurrency_limit} slots free, this run needs {slots} at once: "

@@ -38,9 +38,9 @@ def preflight(spec: RunSpec) -> RunPlan:
         get_run_logger().info("run %s: the training is complete; what is left is archive and evaluation", run_id)
         beats()
         plan = read_plan(run_dir)
-        check_pools(plan.spec, trained=True)
+        check_pools(plan.spec, trained=True, in_turn=False)
     else:
-        plan = prepare_run(spec, run_id, get_settings(), also=(beats, lambda: check_pools(spec)))
+        plan = prepare_run(spec, run_id, get_settings(), also=(beats, lambda: check_pools(spec, in_turn=False)))
     plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off
     get_run_logger().info(
         "run %s: %s prompts, %s steps, in %s", run_id, plan.total_prompts, plan.total_steps, plan.root

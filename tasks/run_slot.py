@@ -7,6 +7,7 @@ for each pool, taken together; where a pool has room for more runs, raise its li
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -19,6 +20,7 @@ from prefect.logging import get_run_logger
 
 from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.document import PoolsSection
+from tasks.pools import check_pools
 
 _LEASE_S = 300.0
 """How long the slots of a run whose process is gone stay taken, and how long a Prefect server may be away."""
@@ -41,11 +43,16 @@ async def ensure_slots(client: PrefectClient, pools: PoolsSection) -> None:
 
 @asynccontextmanager
 async def run_slot(plan: RunPlan) -> AsyncIterator[None]:
-    """Hold a slot on both pools of the run, from before its roles until its evaluation has ended; waits without end."""
+    """Hold a slot on both pools of the run, from before its roles until its evaluation has ended; waits without end.
+
+    Raises:
+        PoolsNotReady: it is this run's turn, and somebody else still holds the places on a pool, or its worker is gone.
+    """
     pools = plan.spec.orchestration.pools
     async with get_client() as client:
         await ensure_slots(client, pools)
     names = slot_names(pools)
     get_run_logger().info("waiting until no other run has %s", " and ".join(names))
     async with concurrency(names, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False):
+        await asyncio.to_thread(check_pools, plan.spec, trained=plan.dir.completion.is_file())
         yield

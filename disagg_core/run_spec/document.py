@@ -246,8 +246,8 @@ class DevicesSection(Section):
         if both := sorted(set(rollout) & set(train)):
             raise ValueError(
                 f"expected every GPU in one of the two lists, found {both} in both: a target and a trainer on one GPU "
-                "run out of memory. Where the roles have nodes of their own, give no lists, or set CUDA_VISIBLE_DEVICES "
-                "where each pool's worker is started"
+                "run out of memory. Where the roles have nodes of their own, give no lists, or set "
+                "CUDA_VISIBLE_DEVICES where each pool's worker is started"
             )
         return self
 

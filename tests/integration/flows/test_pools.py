@@ -95,4 +95,5 @@ def test_a_slot_that_another_run_holds_is_not_free(registered: None) -> None:
     asyncio.run(held())
     assert "the work pool orchestrator has 1 of 2 slots free, this run needs 2 at once" in "; ".join(faults(spec))
     assert faults(spec, trained=True) == [], "the evaluation does not need it"
+    assert "slots free" not in "; ".join(faults(spec, in_turn=False)), "a run waits for its turn with nothing held"
     set_pool("orchestrator", concurrency_limit=None)

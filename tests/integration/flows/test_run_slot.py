@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +22,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 def plan_on(rollout: str, train: str) -> Any:
     pools = PoolsSection(rollout=rollout, train=train)
-    return SimpleNamespace(spec=SimpleNamespace(orchestration=SimpleNamespace(pools=pools)))
+    spec = SimpleNamespace(orchestration=SimpleNamespace(pools=pools))
+    return SimpleNamespace(spec=spec, dir=SimpleNamespace(completion=Path("none")))
 
 
 @pytest.fixture(autouse=True)
 def logger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(module, "check_pools", lambda *_, **__: None)  # no workers, and none are needed here
 
 
 def test_a_run_that_shares_a_pool_with_another_one_waits_for_all_of_it_and_holds_nothing(api: PrefectServer) -> None:
