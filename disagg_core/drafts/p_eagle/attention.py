@@ -131,7 +131,8 @@ class _Sliced(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         by_query = torch.zeros_like(query)
         sides = [x[rows] for x in (key, value) for rows in (plan.key_rows, plan.deep_rows)]
-        by_sides = [torch.zeros_like(side) for side in sides]
+        work = torch.float64 if query.dtype == torch.float64 else torch.float32  # many slices add to one key
+        by_sides = [torch.zeros_like(side, dtype=work) for side in sides]
         for piece in plan.slices:
             places = (piece.keys, piece.deep, piece.keys, piece.deep)
             with torch.enable_grad():
@@ -144,7 +145,8 @@ class _Sliced(torch.autograd.Function):
                 total[place] += part
         by_key, by_value = torch.zeros_like(key), torch.zeros_like(value)
         for total, (real, deep) in ((by_key, by_sides[:2]), (by_value, by_sides[2:])):
-            total.index_copy_(0, plan.key_rows, real).index_copy_(0, plan.deep_rows, deep)
+            total.index_copy_(0, plan.key_rows, real.to(total.dtype))
+            total.index_copy_(0, plan.deep_rows, deep.to(total.dtype))
         return None, by_query, by_key, by_value
 
 

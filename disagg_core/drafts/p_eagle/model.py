@@ -122,7 +122,7 @@ class PEagleDraft(DraftModel):
         self.register_buffer("t2d", torch.full((config.vocab_size,), identity, dtype=torch.bool))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.rotary = RotaryEmbedding(config)
-        self._has_embedding = False
+        self._has_embedding = self._complete = False
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -151,12 +151,15 @@ class PEagleDraft(DraftModel):
 
     def require_complete(self) -> None:
         """Raise `IncompatibleDraft` if the embedding or the vocabulary map was never set."""
+        if self._complete:
+            return
         if not self._has_embedding:
             raise IncompatibleDraft("the draft has no embedding: expected a copy of the target's; call attach() first")
-        if self.config.draft_vocab_size != self.config.vocab_size and not bool(self.t2d.any()):
+        if not bool(self.t2d.any()):
             raise IncompatibleDraft(
                 "the draft has no vocabulary map: expected its tokens; call attach() with one first"
             )
+        self._complete = True
 
     def serving_state_dict(self) -> dict[str, Tensor]:
         """Return all tensors of the draft; its embedding is its own."""
