@@ -135,14 +135,15 @@ class DFlashDraft(DraftModel):
         Raises:
             IncompatibleDraft: they have other sizes than the config says.
         """
-        expected = (self.config.vocab_size, self.config.hidden_size)
+        size, width = self.config.vocab_size, self.config.hidden_size
         found = {"embedding": tuple(parts.embedding.shape), "LM head": tuple(parts.lm_head.shape)}
-        faults = [f"{name}: expected [V, H] = {expected}, found {shape}" for name, shape in found.items()
-                  if shape != expected]  # fmt: skip
-        if vocab_map is not None and vocab_map.d2t.numel() != self.config.vocab_size:
-            faults.append(
-                f"vocabulary map: expected all {self.config.vocab_size} tokens, found {vocab_map.d2t.numel()}"
-            )
+        faults = [
+            f"{name}: expected [V, H] = {(size, width)}, found {shape}"
+            for name, shape in found.items()
+            if shape != (size, width)
+        ]
+        if vocab_map is not None and vocab_map.d2t.numel() != size:
+            faults.append(f"vocabulary map: expected all {size} tokens, found {vocab_map.d2t.numel()}")
         if faults:
             raise IncompatibleDraft(f"the target's parts do not fit the draft: {'; '.join(faults)}")
         self.embed_tokens = nn.Parameter(parts.embedding.detach(), requires_grad=False)
