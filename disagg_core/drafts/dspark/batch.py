@@ -25,16 +25,14 @@ def shifted_mask(batch: DFlashBatch, block_size: int) -> Tensor:
 
 
 def decay(block_size: int, gamma: float) -> Tensor:
-    """Return the weight of each slot, fp32 ``[K]``: ``exp(-s / gamma)``."""
-    return (-torch.arange(block_size, dtype=torch.float32) / gamma).exp()
+    """Return the weight of each slot, fp64 ``[K]``: ``exp(-s / gamma)``."""
+    return (-torch.arange(block_size, dtype=torch.float64) / gamma).exp()
 
 
 def divisor(mask: Tensor, loss: DSparkLossSection) -> Tensor:
     """Return what trained slots ``[batch, blocks, K]`` add to the divisor of every term, fp64 scalar."""
     counted = mask.flatten(0, 1).sum(0).double()
-    if loss.normalisation == "positions":
-        return counted.sum()
-    return (counted * decay(mask.shape[2], loss.gamma).double()).sum()
+    return counted.sum() if loss.normalisation == "positions" else (counted * decay(mask.shape[2], loss.gamma)).sum()
 
 
 class DSparkBatcher(BlockBatcher):
