@@ -21,8 +21,17 @@ SEED = 11
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eagle3": {"vocab_size": 40, "ttt_length": 3},
-    "dflash": {"block_size": 4, "num_layers": 2, "anchors": 3, "mask_token_id": VOCAB - 1},
-    "dflash2": {"block_size": 4, "num_layers": 2, "anchors": 3, "mask_token_id": VOCAB - 1},
+    "dflash": {"block_size": 4, "num_layers": 2, "mask_token_id": 63, "anchors": 6},
+    "dflash2": {
+        "block_size": 4,
+        "num_layers": 2,
+        "mask_token_id": 63,
+        "anchors": 6,
+        "sliding_window": 8,
+        "conv_group_size": 4,
+        "selector_rank": 4,
+        "selector_top_k": 6,
+    },
     "dspark": {"block_size": 4, "num_layers": 2, "mask_token_id": 63, "markov_rank": 6, "anchors": 6},
     "p_eagle": {"vocab_size": 40, "num_layers": 2, "depths": 4, "mask_token_id": VOCAB - 1},
 }
