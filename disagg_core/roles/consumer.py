@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -117,7 +118,8 @@ def _train(
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
-            vocab_map = _wait_for_vocab_map(assignment, channel, progress if ranks.is_first else None, stop, watchdog)
+            shown = progress if ranks.is_first else None
+            vocab_map = _wait_for_vocab_map(assignment, channel, shown, stop, watchdog.note)
             watchdog.note("building the draft")
             draft, parts = _build_draft(assignment, vocab_map, ranks.device)
             expected = plan.identity(assignment.attempt, vocab_map.version)
@@ -156,7 +158,7 @@ def _wait_for_vocab_map(
     channel: StreamingRefChannel | None,
     progress: ProgressFile | None,
     stop: StopSignal,
-    watchdog: Watchdog,
+    on_progress: Callable[[str], None] = lambda what: None,
 ) -> VocabMap:
     """Return the run's vocabulary map as soon as the producer has written it.
 
@@ -171,7 +173,7 @@ def _wait_for_vocab_map(
     limit_s = assignment.plan.spec.orchestration.stall_timeout_s
     seen, since = 0, time.monotonic()
     while not path.is_file():
-        watchdog.note("waiting for the vocabulary map")
+        on_progress("waiting for the vocabulary map")
         if progress is not None:
             progress.update(phase="waiting for the vocabulary map", step=0)
         if channel is not None and (done := _producer_progress(channel, path, limit_s, stop)) != seen:
