@@ -20,16 +20,17 @@ def train_consumer(assignment: RoleAssignment, node_rank: int = 0) -> None:
     """Run one node of the training consumer of one attempt: a ``torchrun`` tree, or one plain process."""
     role = "consumer" if node_rank == 0 else f"consumer-node{node_rank}"
     spec = assignment.plan.spec
+    environment = {
+        **visible_devices(spec, "train", os.environ),
+        **network_environment(get_settings().host, spec.training.nodes, os.environ),
+    }
     document = write_assignment(assignment, role)
     run_role_process(
         role,
         [sys.executable, *launcher(assignment, node_rank), "-m", "disagg_core.roles.consumer", str(document)],
         assignment,
         assignment.dir.logs / f"{role}.log",
-        environment={
-            **visible_devices(spec, "train", os.environ),
-            **network_environment(get_settings().host, spec.training.nodes, os.environ),
-        },
+        environment=environment,
         leaves_outcome=node_rank == 0,
     )
 

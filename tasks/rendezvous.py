@@ -29,12 +29,10 @@ def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
     """Return torchrun's rendezvous arguments of this node; node 0 is reached at its DRAFTLINE_HOST.
 
     Raises:
-        BadInput: this node's DRAFTLINE_HOST is an address at which other nodes cannot reach it.
         RoleFailed: node 0 did not say where it is within the stall timeout.
     """
     place = assignment.dir.state / "rendezvous.json"
     host = get_settings().host
-    address_for_others(host)
     if node_rank == 0:
         named = f"[{host}]" if ":" in host else host
         write_atomically(place, json.dumps({"endpoint": f"{named}:{free_port(host)}", "pid": os.getpid()}))

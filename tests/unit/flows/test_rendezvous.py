@@ -12,10 +12,17 @@ import psutil
 import pytest
 
 from disagg_core.errors import BadInput
+from disagg_core.run.plan import RoleAssignment, make_plan
+from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
+from disagg_core.store.endpoints import StoreEndpoints
+from disagg_core.target.facts import read_target_facts
+from flows.train_consumer import train_consumer
 from tasks import rendezvous
 
 pytestmark = pytest.mark.unit
+
+SPEC = Path(__file__).resolve().parents[3] / "infra" / "runs" / "qwen3-8b-eagle3.yaml"
 
 
 @pytest.fixture
@@ -70,7 +77,11 @@ def test_an_ipv6_address_is_written_in_brackets(tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "rendezvous.json").read_bytes())["endpoint"] == "[2001:db8::7]:29500"
 
 
-def test_nodes_do_not_meet_at_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match=r"127\.0\.0\.1"):
-        meeting(tmp_path, monkeypatch, "127.0.0.1")
-    assert not (tmp_path / "rendezvous.json").exists()
+def test_a_consumer_of_two_nodes_at_loopback_ends_before_the_other_node_is_told_where_to_come(tmp_path: Path) -> None:
+    spec = load_spec(SPEC, ["training.nodes=2", "rollout.high_watermark_refs=600"])
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="run", root=tmp_path, total_prompts=100)
+    store = StoreEndpoints(master_address="a:1", metrics_address="a:2")
+    assignment = RoleAssignment(plan=plan, attempt=1, store=store)
+    with pytest.raises(BadInput, match=r"reach this one, found 127\.0\.0\.1"):
+        train_consumer.fn(assignment)
+    assert not (assignment.dir.state / "rendezvous.json").exists()
