@@ -21,7 +21,12 @@ class RunSection(Section):
 
     name: RunName = Field("training", description="Name of the run; lower case letters, digits, '.', '_' and '-'.")
     seed: int = Field(0, ge=0, description="Seed of the prompt order, of sampling and of the draft's weights.")
-    attempts: int = Field(3, ge=1, le=100, description="Attempts in all; each goes on from the last checkpoint, and one outage uses up one.")
+    attempts: int = Field(
+        3,
+        ge=1,
+        le=100,
+        description="Attempts in all; each goes on from the last checkpoint, and one outage uses up one.",
+    )
     trackers: tuple[Literal["tensorboard"], ...] = Field(
         (), description="Where metrics go besides metrics/*.jsonl; needs the 'trackers' extra."
     )
