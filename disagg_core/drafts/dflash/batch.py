@@ -14,10 +14,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from disagg_core.drafts.dflash.anchors import draw_anchors, generator_of, stacked
+from disagg_core.drafts.dflash.anchors import draw_anchors, stacked
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, default_gamma
 from disagg_core.drafts.method import Batch, Batcher, Sample
+from disagg_core.drafts.randomness import generator_of
 from disagg_core.errors import BadInput
 
 _INPUTS = {"input_ids": 2, "loss_mask": 2, "hidden_states": 3, "anchors": 2, "block_keep": 2}

@@ -17,7 +17,8 @@ from disagg_core.drafts.p_eagle.attention import PADDING, AttentionPlan, plan_at
 from disagg_core.drafts.p_eagle.config import PEagleConfig
 from disagg_core.drafts.p_eagle.model import LAYERS_READ
 from disagg_core.drafts.p_eagle.options import PEagleSection
-from disagg_core.drafts.p_eagle.sampling import Rows, generator_of, sample_rows
+from disagg_core.drafts.p_eagle.sampling import Rows, sample_rows
+from disagg_core.drafts.randomness import generator_of
 from disagg_core.errors import BadInput
 
 AHEAD = 2
@@ -219,7 +220,7 @@ class PEagleBatcher(Batcher):
 
     def _rows(self, sample: Sample, mask: Tensor) -> Rows:
         options = self._options
-        generator = generator_of(self._seed, sample.sample_id)
+        generator = generator_of(self._seed, sample.sample_id, "p_eagle")
         return sample_rows(mask, self._config.depths, options.retention, options.least_retention, generator)
 
 

@@ -6,7 +6,6 @@ and keeps a smaller share of them. So an anchor that is there at depth d is ther
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +21,6 @@ class Rows:
 
     anchors: Tensor
     depths: Tensor
-
-
-def generator_of(seed: int, sample_id: str) -> torch.Generator:
-    """Return the generator on the CPU that a sample's rows are drawn with in a run of this `seed`."""
-    digest = hashlib.sha256(f"{seed}/{sample_id}/p_eagle".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def kept_at(depth: int, valid: int, retention: float, least: float) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from disagg_core.drafts.dflash.anchors import candidates, draw_anchors, generator_of, stacked
+from disagg_core.drafts.dflash.anchors import candidates, draw_anchors, stacked
 from disagg_core.drafts.dflash.batch import slot_mask
 from disagg_core.drafts.dflash.method import METHOD
 from disagg_core.drafts.dflash.options import DFlashSection
 from disagg_core.drafts.method import Sample
+from disagg_core.drafts.randomness import generator_of
 from tests.unit.drafts.dflash.cases import small_config, some_samples
 
 pytestmark = pytest.mark.unit

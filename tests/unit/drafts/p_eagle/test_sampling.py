@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from disagg_core.drafts.p_eagle.sampling import Rows, generator_of, kept_at, sample_rows
+from disagg_core.drafts.p_eagle.sampling import Rows, kept_at, sample_rows
+from disagg_core.drafts.randomness import generator_of
 
 pytestmark = pytest.mark.unit
 
@@ -19,7 +20,7 @@ shares = st.floats(0.1, 1.0)
 
 
 def drawn(mask: Tensor, *, depths: int = 8, retention: float = 0.8, least: float = 0.2, name: str = "s/0") -> Rows:
-    return sample_rows(mask, depths, retention, least, generator_of(3, name))
+    return sample_rows(mask, depths, retention, least, generator_of(3, name, "rows"))
 
 
 def by_depth(rows: Rows) -> list[list[int]]:
@@ -96,7 +97,7 @@ def test_a_draw_is_a_function_of_seed_and_sample() -> None:
     mask = torch.ones(80)
 
     first, again, other = drawn(mask), drawn(mask), drawn(mask, name="s/1")
-    reseeded = sample_rows(mask, 8, 0.8, 0.2, generator_of(4, "s/0"))
+    reseeded = sample_rows(mask, 8, 0.8, 0.2, generator_of(4, "s/0", "rows"))
 
     assert torch.equal(first.anchors, again.anchors)
     assert not torch.equal(first.anchors, other.anchors)
