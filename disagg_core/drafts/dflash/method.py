@@ -73,12 +73,10 @@ class DFlash(DraftMethod):
             faults.append(
                 f"draft.block_size: expected at most data.max_tokens ({max_tokens}), found {section.block_size}"
             )
-        most = section.block_size - self.slots_without_proposal
-        if draft_tokens > most:
-            faults.append(
-                f"evaluation.draft_tokens: expected at most {most} with blocks of {section.block_size}, "
-                f"found {draft_tokens}"
-            )
+        idle = self.slots_without_proposal
+        if draft_tokens > section.block_size - idle:
+            bound = f"draft.block_size{f' - {idle}' if idle else ''} ({section.block_size - idle})"
+            faults.append(f"evaluation.draft_tokens: expected at most {bound}, found {draft_tokens}")
         for attempt in (self._check_mask_token, self._check_sizes):
             try:
                 attempt(section, facts, capture)
