@@ -30,28 +30,35 @@ _SCORE_BYTES = {"cpu": 1 * 1024**2, "cuda": 256 * 1024**2}
 """Bytes of the scores of one piece for one key head: on CPU about what a core's cache holds."""
 
 
-def block_attention(
-    plan: BlockPlan,
-    mask: LayerMask,
-    kernel: AttentionKernel,
-    query: Tensor,
-    own: tuple[Tensor, Tensor],
-    context: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Return the attention's result ``[M, K, heads, d]``; differentiable.
+class BlockAttention:
+    """The attention of one batch's blocks, for all layers.
 
     Args:
         plan: the batch's blocks.
-        mask: the layer's.
         kernel: see the module.
-        query: ``[M, K, heads, d]``, rotated.
-        own: keys (rotated) and values of the slots, ``[M, K, kv_heads, d]``.
-        context: keys (rotated) and values of the context rows, ``[rows, kv_heads, d]``.
     """
-    if kernel == "flex":
-        return _flex(plan, mask, query, own, context)
-    result: Tensor = _Gathered.apply(plan, mask, query, *own, *context)  # type: ignore[no-untyped-call]
-    return result
+
+    def __init__(self, plan: BlockPlan, kernel: AttentionKernel) -> None:
+        self._plan, self._kernel = plan, kernel
+        self._patterns: dict[LayerMask, BlockMask] = {}
+
+    def __call__(
+        self, mask: LayerMask, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the attention's result ``[M, K, heads, d]``; differentiable.
+
+        Args:
+            mask: the layer's.
+            query: ``[M, K, heads, d]``, rotated.
+            own: keys (rotated) and values of the slots, ``[M, K, kv_heads, d]``.
+            context: keys (rotated) and values of the context rows, ``[rows, kv_heads, d]``.
+        """
+        if self._kernel == "flex":
+            if mask not in self._patterns:
+                self._patterns[mask] = flex_mask(self._plan, mask)
+            return _flex(self._patterns[mask], query, own, context)
+        result: Tensor = _Gathered.apply(self._plan, mask, query, *own, *context)  # type: ignore[no-untyped-call]
+        return result
 
 
 # --- gathered ----------------------------------------------------------------------------------------------------
@@ -257,15 +264,13 @@ def _by_slot(x: Tensor, shape: torch.Size) -> Tensor:
 # --- flex --------------------------------------------------------------------------------------------------------
 
 
-def _flex(
-    plan: BlockPlan, mask: LayerMask, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]
-) -> Tensor:
+def _flex(pattern: BlockMask, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]) -> Tensor:
     keys, values = (
         torch.cat((far, near.flatten(0, 1))).transpose(0, 1)[None] for far, near in zip(context, own, strict=True)
     )
     attend = _compiled_flex() if query.is_cuda else flex_attention
     output: Tensor = attend(
-        query.flatten(0, 1).transpose(0, 1)[None], keys, values, block_mask=flex_mask(plan, mask), enable_gqa=True
+        query.flatten(0, 1).transpose(0, 1)[None], keys, values, block_mask=pattern, enable_gqa=True
     )
     return output[0].transpose(0, 1).reshape(query.shape)
 

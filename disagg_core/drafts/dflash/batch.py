@@ -65,7 +65,14 @@ class DFlashBatch:
             ]
         if faults:
             raise BadInput(f"batch: {'; '.join(faults)}")
-        return cls(**{name: tensors[name] for name in _INPUTS}, last_hidden_state=tensors.get("last_hidden_state"))
+        return cls(
+            input_ids=tensors["input_ids"].cpu(),
+            loss_mask=tensors["loss_mask"].cpu(),
+            hidden_states=tensors["hidden_states"],
+            anchors=tensors["anchors"].cpu(),
+            block_keep=tensors["block_keep"].cpu(),
+            last_hidden_state=tensors.get("last_hidden_state"),
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DFlashBatch:
         """Move the states to `device`; what the blocks are planned from stays where it is."""

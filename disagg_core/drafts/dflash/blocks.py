@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from disagg_core.drafts.dflash.attention import AttentionKernel, block_attention
+from disagg_core.drafts.dflash.attention import AttentionKernel, BlockAttention
 from disagg_core.drafts.dflash.batch import BlockPlan
 from disagg_core.drafts.dflash.config import LayerMask
 from disagg_core.drafts.dflash.model import Angles, DecoderLayer, DFlashDraft
@@ -43,9 +43,10 @@ def run_blocks(
     longest = hidden_states.shape[1] + plan.block_size
     far = draft.rotary(plan.context_positions, longest, state.dtype)
     near = draft.rotary(plan.positions, longest, state.dtype)
+    attention = BlockAttention(plan, kernel)
     for layer, mask in zip(draft.layers, masks, strict=True):
         assert isinstance(layer, DecoderLayer)
-        arguments = (layer, mask, plan, kernel, state, context, near, far)
+        arguments = (layer, attention, mask, state, context, near, far)
         if checkpointing:
             state = _finished_in_slices(layer, checkpoint(_attended, *arguments, **_KEEP))
         else:
@@ -64,9 +65,8 @@ def _finished_in_slices(layer: DecoderLayer, state: Tensor) -> Tensor:
 
 def _attended(
     layer: DecoderLayer,
+    attention: BlockAttention,
     mask: LayerMask,
-    plan: BlockPlan,
-    kernel: AttentionKernel,
     state: Tensor,
     context: Tensor,
     near: Angles,
@@ -75,6 +75,6 @@ def _attended(
     seen = layer.self_attn.keys(context, far)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return block_attention(plan, mask, kernel, query, (key, value), seen)
+        return attention(mask, query, (key, value), seen)
 
     return layer.attended(state, near, attend)

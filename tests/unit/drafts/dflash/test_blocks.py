@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.dflash import DFlashDraft, dflash_loss
-from disagg_core.drafts.dflash.attention import block_attention
+from disagg_core.drafts.dflash.attention import BlockAttention
 from disagg_core.drafts.dflash.batch import DFlashBatch, plan_blocks
+from disagg_core.drafts.dflash.blocks import run_blocks
 from disagg_core.drafts.dflash.config import LayerMask
 from disagg_core.drafts.dflash.drafter import ContextCache, draft_block
 from tests.benchmarks.baselines.eager_dflash import dense_mask, eager_dflash
@@ -55,7 +56,7 @@ def test_kernels_attend_as_a_dense_mask_says(kernel: Any, mask: LayerMask, group
     own = tuple(torch.randn(plan.blocks, BLOCK, 2, 6, generator=generator) for _ in range(2))
     context = tuple(torch.randn(len(plan.context_flat), 2, 6, generator=generator) for _ in range(2))
 
-    found = block_attention(plan, mask, kernel, query, own, context)
+    found = BlockAttention(plan, kernel)(mask, query, own, context)
 
     seen = dense_mask(batch.anchors, batch.block_keep, max(LENGTHS), BLOCK, mask)
     slots = seen.unflatten(1, (-1, BLOCK)).flatten(0, 1)[plan.block_flat]  # [M, K, tokens + N * K]
@@ -195,8 +196,6 @@ def test_a_block_of_one_layer_and_two_slots_predicts_the_next_token() -> None:
 
 
 def test_checkpointing_changes_nothing() -> None:
-    from disagg_core.drafts.dflash.blocks import run_blocks
-
     draft = small_draft(**KINDS["sliding"])
     batch = DFlashBatch.of(small_batch(draft.config, LENGTHS))
     plan = plan_blocks(batch, BLOCK, draft.config.mask_token_id, torch.device("cpu"))
