@@ -104,7 +104,7 @@ def test_a_draft_whose_files_name_no_layers_reads_its_methods_own_choice(
 
 
 def test_layers_that_the_target_lacks_are_refused(target: LlamaForCausalLM) -> None:
-    with pytest.raises(TargetError, match=r"expected layers of the target, 0 to 3, found \[0, 1, 4\]"):
+    with pytest.raises(TargetError, match=r"expected layers from 0 to 3 to capture, found \[4\]"):
         speculative_generate(target, make_draft(target, aux_layer_ids=(0, 1, 4)), [1, 2])
 
 

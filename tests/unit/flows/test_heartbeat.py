@@ -128,7 +128,7 @@ def test_a_process_that_beats_too_rarely_is_refused() -> None:
 
 
 def test_preflight_asks_prefect_how_often_this_process_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.preflight.check_pools", lambda spec: None)  # there is no server
+    monkeypatch.setattr("tasks.preflight.check_pools", lambda spec, **_: None)  # there is no server
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 180}), pytest.raises(HeartbeatTooRare):
         preflight.fn(load_spec(DEMO))
 
