@@ -18,7 +18,7 @@ _MIB = 1024**2
 
 def render(plan: RunPlan) -> Group:
     """Return what `draftline plan` prints. All of it was checked against each other by `make_plan`."""
-    head = Text(f"{plan.spec.run.name}: {plan.spec.draft.method} draft for {plan.target.describe()}")
+    head = Text(f"{plan.spec.run.name}: {plan.spec.draft.title} draft for {plan.target.describe()}")
     return Group(head, Text(), _processes(plan), Text(), _numbers(plan))
 
 

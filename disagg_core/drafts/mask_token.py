@@ -27,12 +27,17 @@ class SpareTokens:
 
 
 def spare_tokens_of(facts: TargetFacts) -> SpareTokens | None:
-    """Return what the target's tokenizer says, or None for a directory without one.
+    """Return what the target's tokenizer says, or None where there is none to ask.
+
+    That is a directory without a tokenizer, and a hub model that is planned from ``target.config`` alone.
 
     Raises:
         TargetError: the tokenizer cannot be read.
     """
-    if is_local(facts.model) and not (Path(facts.model).expanduser() / "tokenizer_config.json").is_file():
+    if is_local(facts.model):
+        if not (Path(facts.model).expanduser() / "tokenizer_config.json").is_file():
+            return None
+    elif facts.commit is None:
         return None
     return _loaded(facts.model, facts.commit)
 

@@ -65,7 +65,7 @@ def gpus_of_ranks(spec: RunSpec, node: list[str]) -> list[str]:
     return [seen[rank] for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b-eagle3", "llama31-8b-eagle3"])
+@pytest.mark.parametrize("name", ["qwen3-8b-eagle3", "llama31-8b-eagle3", "qwen3-8b-dflash2", "qwen3-8b-dspark"])
 def test_the_documents_for_one_node_of_8_gpus_use_each_gpu_once(name: str) -> None:
     spec = load_spec(RUNS / f"{name}.yaml")
     node = [str(gpu) for gpu in range(GPUS)]

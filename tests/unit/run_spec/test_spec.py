@@ -80,12 +80,21 @@ def test_a_missing_document_is_named(tmp_path: Path) -> None:
         load_spec(tmp_path / "nothing.yaml")
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b-eagle3", "llama31-8b-eagle3", "qwen3-8b-eagle3-two-nodes"])
-def test_the_shipped_documents_can_be_planned_without_weights(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("qwen3-8b-eagle3", 4),
+        ("llama31-8b-eagle3", 4),
+        ("qwen3-8b-eagle3-two-nodes", 4),
+        ("qwen3-8b-dflash2", 5),
+        ("qwen3-8b-dspark", 6),
+    ],
+)
+def test_the_shipped_documents_can_be_planned_without_weights(name: str, states: int) -> None:
     spec = load_spec(RUNS / f"{name}.yaml")
     facts = read_target_facts(spec.target)
     plan = make_plan(spec, facts, run_id="x", root=Path("x"), total_prompts=1000)
-    assert plan.bytes_per_token == 4 + 1 + 4 * 4096 * 2
+    assert plan.bytes_per_token == 4 + 1 + states * 4096 * 2
     assert plan.total_steps == -(-1000 // spec.global_batch_size)
 
 
