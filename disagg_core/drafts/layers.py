@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x`` ``[..., size]``."""
-        normed: Tensor = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        normed: Tensor
+        full = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        if full and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            normed = _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        else:
+            normed = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         return normed
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``x / rms(x) * weight``, which keeps its input and a number for each row; torch's on a CPU keeps much more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (x * scale).mul_(weight)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        by_weight = torch.einsum("nd,nd->d", grads[0].flatten(0, -2), normed.flatten(0, -2))
+        by_normed = grads[0] * weight
+        inner = torch.linalg.vecdot(by_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return by_normed.sub_(normed.mul_(inner)).mul_(scale), by_weight, None
 
 
 class SwiGLU(nn.Module):

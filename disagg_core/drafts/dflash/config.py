@@ -27,7 +27,6 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "tie_word_embeddings": (False, None),
     "partial_rotary_factor": (1.0, None),
     "rope_is_neox_style": (True, None),
     "is_neox_style": (True, None),
