@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -56,11 +57,14 @@ def test_the_options_fit_the_tiny_target(case: Case) -> None:
     case.method.check(case.options, case.facts, max_tokens=64, draft_tokens=3)
 
 
+small_case = cache(Case.of)
+
+
 @given(mask=st.lists(st.integers(0, 1), min_size=1, max_size=24))
 @settings(max_examples=40, deadline=None)
 @pytest.mark.parametrize("name", method_names())
 def test_a_sample_is_called_untrainable_exactly_when_it_has_no_position(name: str, mask: list[int]) -> None:
-    case = Case.of(name)
+    case = small_case(name)
     batcher = case.method.batcher(case.options, case.config, seed=SEED)
     batch = batcher.collate([case.sample(0, len(mask), mask)])
     assert (case.method.untrainable(mask) is None) == (batcher.trainable_positions(batch) > 0)

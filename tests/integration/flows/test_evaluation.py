@@ -36,7 +36,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
 from flows import online_disagg_training as parent
-from tasks import evaluation, preflight
+from tasks import evaluation, preflight, run_slot
 from tasks.completion import Completion, complete
 from tests.integration.flows.conftest import PrefectServer
 
@@ -49,8 +49,10 @@ EVALUATED = {"prompts": 4, "interval": (1.1, 1.5), "per_position": [0.2], "lossl
 class StoreAtHand:
     """A feature store that is always ready."""
 
+    endpoints = StoreEndpoints(master_address="127.0.0.1:1", metrics_address="127.0.0.1:2")
+
     async def ready(self, attempt: int) -> StoreEndpoints:
-        return StoreEndpoints(master_address="127.0.0.1:1", metrics_address="127.0.0.1:2")
+        return self.endpoints
 
     def require_alive(self) -> None:
         """Nothing of it can die."""
@@ -100,9 +102,10 @@ def spec(api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The tests' run document, for a parent flow in this process whose training takes no time."""
     monkeypatch.setenv("DRAFTLINE_HOME", str(tmp_path))
     monkeypatch.setattr(parent, "feature_store_services", store_at_hand)
-    monkeypatch.setattr(parent, "run_roles", trained_at_once)
+    monkeypatch.setattr(parent, "run_attempt", trained_at_once)
     monkeypatch.setattr(parent, "verify_completion", completed)
-    monkeypatch.setattr(preflight, "check_pools", lambda *_, **__: None)  # the server has none
+    for module in (preflight, run_slot):
+        monkeypatch.setattr(module, "check_pools", lambda *_, **__: None)  # the server has none
     get_settings.cache_clear()
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
         yield load_spec(TINY, ["evaluation.min_accept_length=1.2"])
@@ -169,7 +172,7 @@ def test_another_try_only_evaluates_and_reports_the_whole_run(
     before = report_in(tmp_path)
 
     monkeypatch.setattr(evaluation, "run_child", it_measures_the_draft)
-    for step in ("feature_store_services", "run_roles", "verify_completion"):
+    for step in ("feature_store_services", "run_attempt", "verify_completion"):
         monkeypatch.setattr(parent, step, never)
     monkeypatch.setattr("disagg_core.checks.preflight.prepare_run", never)
     asyncio.run(tried_again(spec, before))

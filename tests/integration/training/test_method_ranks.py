@@ -13,8 +13,10 @@ from tests.integration.training.test_ranks import run_program
 
 pytestmark = pytest.mark.integration
 
+FIRST, *OTHERS = method_names()
 
-@pytest.mark.parametrize("name", method_names())
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_two_ranks_end_with_the_weights_of_one(name: str, tmp_path: Path) -> None:
     for processes in (1, 2):
         run_program(processes, ["method_rank_main.py", name, str(tmp_path)], tmp_path / f"{processes}.log")

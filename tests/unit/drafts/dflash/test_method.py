@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.dflash import DFlashConfig
-from disagg_core.drafts.dflash.mask_token import mask_token_of
 from disagg_core.drafts.dflash.method import METHOD, default_layers
 from disagg_core.drafts.dflash.options import DFlashSection
 from disagg_core.drafts.registry import method_of
@@ -137,40 +136,6 @@ def test_a_draft_of_the_target_is_built_like_it() -> None:
     assert METHOD.most_draft_tokens(config) == 15
     with pytest.raises(IncompatibleDraft, match="whole vocabulary"):
         METHOD.config_for(section, some_facts(), CAPTURE, 30)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "length", "mask", "special", "expected"),
-    [
-        (None, 35, None, (), 35),
-        (None, 35, 12, (), 12),
-        (38, 35, None, (), 38),
-        (12, 35, 12, (), 12),
-        (12, 35, None, (12, 13), 12),
-        (12, None, None, (), 12),
-    ],
-)
-def test_the_mask_token_is_found(
-    chosen: int | None, length: int | None, mask: int | None, special: tuple[int, ...], expected: int
-) -> None:
-    section = DFlashSection(mask_token_id=chosen)
-    assert mask_token_of(section, some_facts(), length, mask, special) == expected
-
-
-@pytest.mark.parametrize(
-    ("chosen", "length", "words"),
-    [
-        (None, None, "tokenizer: unknown"),
-        (None, VOCAB, "no row to spare"),
-        (12, 35, "which the tokenizer makes of text; take an id from 35 to 39"),
-        (0, 35, "begins, ends or pads"),
-        (2, None, "begins, ends or pads"),
-        (VOCAB, 35, "below the target's vocabulary size 40"),
-    ],
-)
-def test_a_mask_token_that_is_text_or_nothing_is_refused(chosen: int | None, length: int | None, words: str) -> None:
-    with pytest.raises(BadInput, match=words):
-        mask_token_of(DFlashSection(mask_token_id=chosen), some_facts(), length, None)
 
 
 def test_a_published_draft_goes_on_for_its_own_target_only() -> None:
