@@ -14,7 +14,7 @@ The accept length of a block is 1 + the number of trained slots up to the first 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -322,12 +322,3 @@ def figures_of(step: BlockStep, predicted: Tensor, prefix: str = "") -> dict[str
         f"{prefix}accuracies": Ratio(correct[:, 1:].sum(0), mask[:, 1:].sum(0)),
         f"{prefix}block_accept_length": Ratio(accepted.sum(), (accepted > 0).sum().float()),
     }
-
-
-def simulated_accept_length(accuracies: Sequence[float]) -> float:
-    """Return ``1 + sum_k prod_{i <= k} acc_i``: tokens per target pass if slots were right independently."""
-    length, product = 1.0, 1.0
-    for accuracy in accuracies:
-        product *= accuracy
-        length += product
-    return length

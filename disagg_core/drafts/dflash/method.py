@@ -14,7 +14,7 @@ from disagg_core.drafts.dflash import serving_format
 from disagg_core.drafts.dflash.batch import BlockBatcher, DFlashBatcher
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.drafter import BlockDrafter
-from disagg_core.drafts.dflash.loss import DFlashLoss, simulated_accept_length
+from disagg_core.drafts.dflash.loss import DFlashLoss
 from disagg_core.drafts.dflash.model import DFlashDraft
 from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, DFlashSection
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
@@ -30,6 +30,7 @@ from disagg_core.drafts.method import (
     Ratio,
 )
 from disagg_core.drafts.sampling import Sampler
+from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput, IncompatibleDraft, TargetError
 from disagg_core.run_spec.draft import DraftSection

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from disagg_core.contracts import Capture
-from disagg_core.drafts.dflash.loss import simulated_accept_length
 from disagg_core.drafts.dflash.method import DFlash
 from disagg_core.drafts.dflash.options import BlockShapeSection
 from disagg_core.drafts.dspark import serving_format
@@ -20,6 +19,7 @@ from disagg_core.drafts.dspark.model import DSparkDraft
 from disagg_core.drafts.dspark.options import HEAD_OPTIONS, DSparkSection
 from disagg_core.drafts.method import DraftConfig, Drafter, DraftModel, ExportRequest, Figures, FrozenParts, Ratio
 from disagg_core.drafts.sampling import Sampler
+from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
 

@@ -9,8 +9,9 @@ from disagg_core import lazy_names
 if TYPE_CHECKING:
     from disagg_core.drafts.eagle3.batch import Eagle3Batch, count_valid_positions
     from disagg_core.drafts.eagle3.config import Eagle3Config
-    from disagg_core.drafts.eagle3.loss import Eagle3Loss, TttOutput, simulated_accept_length, training_time_test
+    from disagg_core.drafts.eagle3.loss import Eagle3Loss, TttOutput, training_time_test
     from disagg_core.drafts.eagle3.model import DraftCache, Eagle3Draft
+    from disagg_core.drafts.simulated import simulated_accept_length
 
 __all__ = [
     "DraftCache",
@@ -34,7 +35,7 @@ __getattr__ = lazy_names(
         "Eagle3Loss": "drafts.eagle3.loss",
         "TttOutput": "drafts.eagle3.loss",
         "count_valid_positions": "drafts.eagle3.batch",
-        "simulated_accept_length": "drafts.eagle3.loss",
+        "simulated_accept_length": "drafts.simulated",
         "training_time_test": "drafts.eagle3.loss",
     },
 )

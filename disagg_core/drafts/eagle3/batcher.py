@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, count_valid_positions
-from disagg_core.drafts.eagle3.layers import COUNT
 from disagg_core.drafts.eagle3.options import LossSection
+from disagg_core.drafts.eagle_layers import COUNT
 from disagg_core.drafts.method import Batch, Batcher, Sample
 
 _DUMMY_TOKENS = 4

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from disagg_core.drafts.eagle3.layers import default_layers
 from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.eagle_layers import default_layers
 from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts

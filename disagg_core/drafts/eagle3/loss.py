@@ -252,12 +252,3 @@ class Eagle3Loss(nn.Module):
             activation_checkpointing=self.activation_checkpointing,
             compiled=self._compiled,
         )
-
-
-def simulated_accept_length(accuracies: Sequence[float] | Tensor) -> float:
-    """Return ``1 + sum_k prod_{i <= k} acc_i``: tokens per target pass if steps were right independently."""
-    length, product = 1.0, 1.0
-    for accuracy in accuracies:
-        product *= float(accuracy)
-        length += product
-    return length

@@ -16,10 +16,10 @@ from disagg_core.drafts.eagle3.batch import Eagle3Batch
 from disagg_core.drafts.eagle3.batcher import Eagle3Batcher
 from disagg_core.drafts.eagle3.config import Eagle3Config
 from disagg_core.drafts.eagle3.drafter import DraftChain
-from disagg_core.drafts.eagle3.layers import check_layers, default_layers
-from disagg_core.drafts.eagle3.loss import Eagle3Loss, TttOutput, simulated_accept_length
+from disagg_core.drafts.eagle3.loss import Eagle3Loss, TttOutput
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.eagle_layers import check_layers, default_layers
 from disagg_core.drafts.method import (
     DraftConfig,
     Drafter,
@@ -33,6 +33,7 @@ from disagg_core.drafts.method import (
     Ratio,
 )
 from disagg_core.drafts.sampling import Sampler
+from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft, SpecError
 from disagg_core.run_spec.draft import DraftSection

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import Capture
-from disagg_core.drafts.eagle3.layers import check_layers, default_layers
-from disagg_core.drafts.eagle3.loss import simulated_accept_length
+from disagg_core.drafts.eagle_layers import check_layers, default_layers
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
 from disagg_core.drafts.method import (
     DraftConfig,
@@ -33,6 +32,7 @@ from disagg_core.drafts.p_eagle.loss import PEagleLoss
 from disagg_core.drafts.p_eagle.model import PEagleDraft
 from disagg_core.drafts.p_eagle.options import PEagleSection
 from disagg_core.drafts.sampling import Sampler
+from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft, SpecError
 from disagg_core.run_spec.draft import DraftSection

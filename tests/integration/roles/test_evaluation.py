@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from disagg_core.cli import drafts as commands
 from disagg_core.contracts import Capture
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
-from disagg_core.drafts.eagle3.layers import default_layers
+from disagg_core.drafts.eagle_layers import default_layers
 from disagg_core.drafts.export import export_draft
 from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
 from disagg_core.roles.evaluation import (

@@ -1,4 +1,4 @@
-"""Which of a target's layers an EAGLE-3 draft reads: three, spread over the depth, never the last."""
+"""Which of a target's layers the drafts of the EAGLE family read: three, spread over the depth, never the last."""
 
 from __future__ import annotations
 

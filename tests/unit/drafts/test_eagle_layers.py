@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_core.drafts.eagle3.layers import check_layers, default_layers
+from disagg_core.drafts.eagle_layers import check_layers, default_layers
 from disagg_core.errors import TargetError
 
 pytestmark = pytest.mark.unit
