@@ -194,17 +194,21 @@ class Preempted(DraftlineError):
     failure_class: FailureClass = "preempted"
 
 
-class AccountingError(DraftlineError):
+class NotGoodEnough(DraftlineError):
+    """Base of the judgements: the run did all its work, its draft is delivered, and what came of it does not do."""
+
+
+class AccountingError(NotGoodEnough):
     """The run's numbers do not add up: which identity fails and by how much."""
 
 
-class TooManyLost(DraftlineError):
+class TooManyLost(NotGoodEnough):
     """More prompts or samples came to nothing than the run allows: how many, of how many, and why."""
 
     failure_class: FailureClass = "infrastructure"
 
 
-class EvaluationFailed(DraftlineError):
+class EvaluationFailed(NotGoodEnough):
     """Speculative decoding was not lossless, or the accept length is below the run's minimum."""
 
 

@@ -19,7 +19,7 @@ from disagg_core.settings import get_settings
 from tasks.archive import archive_report, archive_run
 from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
-from tasks.completion import Completion, verify_completion
+from tasks.completion import Completion, judge_training, verify_completion
 from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
@@ -74,6 +74,7 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
             completion = record.completion or await train(plan, record)
             record.archive = archive_run(plan, completion)
             emit(plan, "archived", url=record.archive.url)
+            judge_training(plan, completion)
             record.evaluation = await evaluate_draft(plan, completion)
         judge_draft(plan, record.evaluation)
     except Exception as error:

@@ -1,4 +1,7 @@
-"""After the end of the stream: is every sample accounted for, and is the store empty?"""
+"""After the end of the stream: is every sample accounted for, and is the store empty?
+
+The figures are found out first and judged when the draft is exported and archived: no judgement costs the draft.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
-from disagg_core.errors import RoleFailed, TooManyLost
+from disagg_core.errors import RoleFailed, StoreError, TooManyLost
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import ServerFigures, TrainingFigures
 from disagg_core.run.directory import RunDir
@@ -25,7 +28,7 @@ from tasks.roles import Role, RoleRun
 
 
 class Completion(BaseModel):
-    """The checked end of a run's training."""
+    """The end of a run's training. `refused_reasons` are those among the `rejected_reasons` that are not the data's."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,6 +38,7 @@ class Completion(BaseModel):
     first_checkpoint: Path
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
+    refused_reasons: dict[str, int] = {}
     servers: list[ServerFigures]
 
 
@@ -42,67 +46,93 @@ class Completion(BaseModel):
 async def verify_completion(
     plan: RunPlan, attempt: int, endpoints: StoreEndpoints, runs: dict[Role, RoleRun]
 ) -> Completion:
-    """Compare the end-of-stream totals with what was trained, and sweep the store.
+    """Put the end-of-stream totals beside what was trained, and sweep the store; `judge_training` says if it will do.
 
     Raises:
-        AccountingError: the numbers do not add up, or samples were left in the store.
-        TooManyLost: they add up, but too much came to nothing.
+        RoleFailed: a role that completed left no outcome.
     """
-    evicted = MasterView(endpoints).health().evicted
-    if evicted:  # an alarm: what was evicted is captured again, but only we may free a sample
-        get_run_logger().error("the store has evicted %d objects, expected none", evicted)
-    left = await sweep(plan, endpoints, f"{plan.run_id}/")
     producer, consumer = _result(runs["producer"]), _result(runs["consumer"])
+    left, evicted = await _swept(plan, endpoints)
     completion = complete(plan, attempt, producer, consumer, keys_left=left, evicted=evicted)
     get_run_logger().info("accounting: %s", completion.accounting)
-    completion.accounting.check()
-    check_losses(plan, attempt, completion)
     return completion
 
 
-def check_losses(plan: RunPlan, attempt: int, completion: Completion) -> None:
-    """Raise `TooManyLost` if the target refused, or the trainer quarantined, more than the run document allows.
+async def _swept(plan: RunPlan, endpoints: StoreEndpoints) -> tuple[int | None, int]:
+    """Return how many samples of the run were left in the store, None if it is gone, and how many it had evicted."""
+    log = get_run_logger()
+    try:
+        evicted = MasterView(endpoints).health().evicted
+        if evicted:  # an alarm: what was evicted is captured again, but only we may free a sample
+            log.error("the store has evicted %d objects, expected none", evicted)
+        return await sweep(plan, endpoints, f"{plan.run_id}/"), evicted
+    except StoreError as error:
+        log.error("the training is complete; the store was lost before what was left in it was counted: %s", error)
+        return None, 0
 
-    Prompts whose own form cannot be used do not count. One prompt, and the samples of one optimizer step, are always
-    allowed: of a small run they are a large share.
+
+def judge_training(plan: RunPlan, completion: Completion) -> None:
+    """Raise if the run's numbers do not add up, or more came to nothing than the run document allows.
+
+    Of what the target refused, prompts whose own form cannot be used do not count. One prompt, and the samples of one
+    optimizer step, are always allowed: of a small run they are a large share.
+
+    Raises:
+        AccountingError: a sample is unaccounted for, or was left in the store.
+        TooManyLost: the target refused, or the trainer quarantined, too much.
     """
     accounting, spec = completion.accounting, plan.spec
-    reasons = Counter(record.reason for record in _rejections(plan, attempt) if record.kind != "rejected")
-    refused = reasons.total()
+    accounting.check()
+    refused = sum(completion.refused_reasons.values())
     if refused > max(1, spec.rollout.max_rejected * accounting.prompts):
-        often = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        often = "; ".join(f"{count} x {why}" for why, count in Counter(completion.refused_reasons).most_common(3))
         raise TooManyLost(
             f"{refused} of {accounting.prompts} prompts were refused or quarantined for other reasons than their own "
-            f"form, rollout.max_rejected allows {spec.rollout.max_rejected:.1%}: {often}. The checkpoints are kept; "
-            "look at the target's GPU and log, or raise the share"
+            f"form, rollout.max_rejected allows {spec.rollout.max_rejected:.1%}: {often}. The draft is exported and "
+            "archived; look at the target's GPU and log, or give the next run a larger share"
         )
     allowed = max(spec.global_batch_size, spec.training.max_quarantined * accounting.published)
     if accounting.quarantined > allowed:
         raise TooManyLost(
             f"{accounting.quarantined} of {accounting.published} samples were quarantined by the trainer, "
             f"training.max_quarantined allows {spec.training.max_quarantined:.1%}; the consumer's log names each with "
-            "its reason. The checkpoints are kept; look at the target's states, or raise the share"
+            "its reason. The draft is exported and archived; look at the target's states, or give the next run a "
+            "larger share"
         )
 
 
 def complete(
-    plan: RunPlan, attempt: int, producer: RoleOutcome, consumer: RoleOutcome, *, keys_left: int, evicted: int = 0
+    plan: RunPlan,
+    attempt: int,
+    producer: RoleOutcome,
+    consumer: RoleOutcome,
+    *,
+    keys_left: int | None,
+    evicted: int = 0,
 ) -> Completion:
-    """Put the figures of both roles together. What the sweep found after the last step of `max_steps` was unused."""
+    """Put the figures of both roles together. What the sweep found after the last step of `max_steps` was unused.
+
+    `keys_left` is None where the store is gone: nothing is left in it, and what was unused is what was not trained.
+    """
     from disagg_core.training.checkpoint import untrained_checkpoint
 
     made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
-    earlier = made.skipped
-    stopped_early = trained.reason == "max_steps"
+    published = made.skipped + made.refs
+    unused = 0
+    if trained.reason == "max_steps":
+        not_trained = max(0, published - trained.samples - trained.quarantined)
+        unused = not_trained if keys_left is None else keys_left + trained.lost
+        keys_left = 0
+    rejections = _rejections(plan, attempt)
     return Completion(
         accounting=Accounting(
-            prompts=earlier + made.prompts,
+            prompts=made.skipped + made.prompts,
             rejected=made.rejected,
-            published=earlier + made.refs,
+            published=published,
             trained=trained.samples,
             quarantined=trained.quarantined,
-            unused=keys_left + trained.lost if stopped_early else 0,
-            store_keys_left=0 if stopped_early else keys_left,
+            unused=unused,
+            store_keys_left=keys_left or 0,
         ),
         training=TrainingFigures(
             steps=trained.steps,
@@ -113,13 +143,14 @@ def complete(
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
         first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
-        rejected_reasons=dict(Counter(record.reason for record in _rejections(plan, attempt))),
+        rejected_reasons=dict(Counter(record.reason for record in rejections)),
+        refused_reasons=dict(Counter(record.reason for record in rejections if record.kind != "rejected")),
         servers=made.servers,
     )
 
 
 def read_completion(run: RunDir) -> Completion | None:
-    """Return the checked end of a run's training, if an earlier process of the run came so far.
+    """Return the end of a run's training, if an earlier process of the run came so far.
 
     Raises:
         OtherVersion: it was written by another version.

@@ -18,7 +18,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from disagg_core.errors import DraftlineError, classify
+from disagg_core.errors import DraftlineError, NotGoodEnough, classify
 from disagg_core.files import write_atomically
 from disagg_core.report.archive import Archive
 from disagg_core.report.document import (
@@ -106,9 +106,10 @@ class RunRecord:
     def failed(self, error: Exception) -> RunReport:
         """Return the report of a run that ended with `error`, with all that was found out before it."""
         message = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
-        if self.completion is not None and self.evaluation is None:
+        judged = isinstance(error, NotGoodEnough)
+        if self.completion is not None and self.evaluation is None and not judged:
             message = f"{'archive' if self.archive is None else 'evaluation'} failed: {message}"
-        return self._report("failed", Failure(failure_class=classify(error), message=message))
+        return self._report("failed", Failure(failure_class=classify(error), message=message, judged=judged))
 
     def _report(self, state: EndState, failure: Failure | None) -> RunReport:
         done, archive = self.completion, self.archive

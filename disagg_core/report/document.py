@@ -66,10 +66,11 @@ class ArchiveFigures(_Part):
 
 
 class Failure(_Part):
-    """Why a run did not complete."""
+    """Why a run did not complete; `judged`: it did all its work, and what came of it was not good enough."""
 
     failure_class: FailureClass
     message: str
+    judged: bool = False
 
 
 class AttemptFigures(_Part):
@@ -96,10 +97,8 @@ EndState = Literal["completed", "failed", "cancelled", "crashed"]
 
 
 HOW_TO_RESUME = "Retry on its page in the Prefect UI resumes from its newest checkpoint"
-REST = (
-    "the training is complete: Retry on its page in the Prefect UI does what is left, archive and evaluation; "
-    "draftline evaluate {run_id} measures the draft here, or with --server on an SGLang server"
-)
+REST = "the training is complete: Retry on its page in the Prefect UI does what is left, archive and evaluation; "
+MEASURE = "draftline evaluate {run_id} measures the draft here, or with --server on an SGLang server"
 
 
 class RunReport(_Part):
@@ -129,8 +128,9 @@ class RunReport(_Part):
         """How a run goes on that was cut off from outside, or whose training is complete and its draft not measured."""
         if self.state in ("cancelled", "crashed"):
             return HOW_TO_RESUME
-        trained = self.accounting is not None and not self.accounting.problems()
-        return REST.format(run_id=self.run_id) if self.state == "failed" and trained and not self.evaluation else None
+        if self.failure is None or self.accounting is None or self.evaluation is not None:
+            return None
+        return ("" if self.failure.judged else REST) + MEASURE.format(run_id=self.run_id)
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic's documented order
     @property

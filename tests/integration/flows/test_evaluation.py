@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.errors import EvaluationFailed, RoleFailed
+from disagg_core.errors import AccountingError, EvaluationFailed, RoleFailed, TooManyLost
 from disagg_core.report.archive import MANIFEST, verify_archive
 from disagg_core.report.document import RunReport
 from disagg_core.report.figures import figures_of
@@ -151,6 +151,45 @@ def test_a_draft_whose_evaluation_fails_is_exported_and_archived(
     import_draft(Path(report.export))
     assert report.archive is not None
     assert_archived(report, ["evaluation/request.json"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"refused_reasons": {"CUDA error": 9}}, TooManyLost, "rollout.max_rejected allows 5.0%: 9 x CUDA error"),
+        ({"accounting": {"store_keys_left": 1}}, AccountingError, "1 samples were left in the store"),
+    ],
+)
+def test_a_draft_of_a_run_that_lost_too_much_is_exported_and_archived_and_tried_again_only_judged(
+    spec: RunSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, dict[str, int]],
+    error: type[Exception],
+    message: str,
+) -> None:
+    async def completed_with_losses(plan: RunPlan, *_: object) -> Completion:
+        found = (await completed(plan)).model_dump()
+        for part, values in changes.items():
+            found[part] |= values
+        return Completion.model_validate(found)
+
+    monkeypatch.setattr(parent, "verify_completion", completed_with_losses)
+    monkeypatch.setattr(evaluation, "run_child", never)
+    with pytest.raises(error, match=message):
+        asyncio.run(parent.online_disagg_training(spec))
+    report = report_in(tmp_path)
+    assert report.failure is not None
+    assert report.failure.message.startswith(("9 of 44 prompts", "the run's numbers"))
+    assert report.failure.judged
+    assert "Retry" not in dict_of(report)["to resume"]
+    assert_archived(report, [])
+
+    for step in ("feature_store_services", "run_attempt", "verify_completion"):
+        monkeypatch.setattr(parent, step, never)
+    with pytest.raises(error, match=message):
+        asyncio.run(tried_again(spec, report))
+    assert_archived(report_in(tmp_path), [])
 
 
 def test_the_evaluation_of_a_good_draft_reaches_the_archive(

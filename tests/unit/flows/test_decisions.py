@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from disagg_core.errors import EvaluationFailed, RoleFailed, StoreUnavailable, TooManyLost
+from disagg_core.errors import AccountingError, EvaluationFailed, RoleFailed, StoreUnavailable, TooManyLost
 from disagg_core.report.document import EvaluationFigures
 from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.outcomes import RoleOutcome
@@ -23,7 +23,7 @@ from flows.online_disagg_training import online_disagg_training
 from flows.train_consumer import launcher
 from tasks import roles
 from tasks.children import Supervision
-from tasks.completion import Completion, check_losses, complete
+from tasks.completion import Completion, complete, judge_training
 from tasks.evaluation import judge_draft
 from tasks.rendezvous import meet
 from tasks.reporting import RunRecord
@@ -141,6 +141,17 @@ def test_samples_beyond_the_last_step_are_unused_and_not_leaked(plan: RunPlan) -
         assert "published = trained + quarantined + unused does not hold" in completion.accounting.problems()[0]
 
 
+def test_a_store_that_is_gone_at_the_end_costs_no_account(plan: RunPlan) -> None:
+    judge_training(plan, complete(plan, 2, done(**PRODUCED), done(**TRAINED), keys_left=None))
+    trained = done(**TRAINED | {"samples": 7, "reason": "max_steps"})
+    completion = complete(plan, 1, done(**PRODUCED), trained, keys_left=None)
+    judge_training(plan, completion)
+    assert completion.accounting.unused == 2
+    short = complete(plan, 2, done(**PRODUCED), done(**TRAINED | {"samples": 8}), keys_left=None)
+    with pytest.raises(AccountingError, match="published = trained"):
+        judge_training(plan, short)
+
+
 def test_a_sample_that_nobody_trained_on_fails_the_run(plan: RunPlan) -> None:
     completion = complete(plan, 1, done(**PRODUCED), done(**TRAINED | {"samples": 8}), keys_left=1)
     assert len(completion.accounting.problems()) == 2
@@ -172,21 +183,21 @@ def completed(plan: RunPlan, prompts: int, rejected: int, quarantined: int = 0) 
 def test_a_run_whose_target_refused_too_much_does_not_complete(plan: RunPlan) -> None:
     rejections(plan, *["quarantined"] * 3, *["refused"] * 3)
     with pytest.raises(TooManyLost, match=r"6 of 100 prompts .* rollout.max_rejected allows 5.0%: 3 x why") as lost:
-        check_losses(plan, 1, completed(plan, 100, 6))
+        judge_training(plan, completed(plan, 100, 6))
     assert lost.value.failure_class == "infrastructure"
-    check_losses(plan, 1, completed(plan, 120, 6))
+    judge_training(plan, completed(plan, 120, 6))
 
 
 def test_prompts_of_a_form_that_cannot_be_used_do_not_count_against_the_target(plan: RunPlan) -> None:
     rejections(plan, *["rejected"] * 60, "refused")
-    check_losses(plan, 1, completed(plan, 100, 61))
+    judge_training(plan, completed(plan, 100, 61))
 
 
 def test_a_run_that_trained_on_too_little_of_what_was_captured_does_not_complete(plan: RunPlan) -> None:
     allowed = max(plan.spec.global_batch_size, 50)
-    check_losses(plan, 1, completed(plan, 1000, 0, quarantined=allowed))
+    judge_training(plan, completed(plan, 1000, 0, quarantined=allowed))
     with pytest.raises(TooManyLost, match=r"training\.max_quarantined"):
-        check_losses(plan, 1, completed(plan, 1000, 0, quarantined=allowed + 1))
+        judge_training(plan, completed(plan, 1000, 0, quarantined=allowed + 1))
 
 
 def figures(**changes: object) -> EvaluationFigures:
