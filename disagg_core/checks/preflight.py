@@ -15,8 +15,7 @@ from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
 from disagg_core.checks.services import check_channel, check_external_store, check_servers
 from disagg_core.drafts.method import DraftConfig
-from disagg_core.drafts.registry import method_of
-from disagg_core.drafts.warm_start import read_warm_start
+from disagg_core.drafts.warm_start import first_config
 from disagg_core.errors import BadInput, TargetError
 from disagg_core.evaluation.target_runner import check_rolls_back
 from disagg_core.files import write_atomically
@@ -175,10 +174,7 @@ def _draft_config(plan: RunPlan) -> DraftConfig:
     Raises:
         IncompatibleDraft: the draft to continue from does not fit.
     """
-    section = plan.spec.draft
-    if section.init_from is not None:
-        return read_warm_start(section, plan.target, plan.capture).config
-    return method_of(section.method).config_for(section, plan.target, plan.capture, plan.draft_vocab_size)
+    return first_config(plan.spec.draft, plan.target, plan.capture, plan.draft_vocab_size)
 
 
 def _as_planned(spec: RunSpec, known: RunPlan) -> RunSpec:

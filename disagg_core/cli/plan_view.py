@@ -9,7 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.cost import DraftCost, cost_of
+from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.warm_start import first_config
 from disagg_core.run.plan import RunPlan
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.store.capacity import most_regions
 
 _GIB = 1024**3
@@ -19,7 +23,7 @@ _MIB = 1024**2
 def render(plan: RunPlan) -> Group:
     """Return what `draftline plan` prints. All of it was checked against each other by `make_plan`."""
     head = Text(f"{plan.spec.run.name}: {plan.spec.draft.title} draft for {plan.target.describe()}")
-    return Group(head, Text(), _processes(plan), Text(), _numbers(plan))
+    return Group(head, Text(), _processes(plan), Text(), _draft(plan), Text(), _numbers(plan))
 
 
 def _processes(plan: RunPlan) -> Table:
@@ -63,6 +67,46 @@ def _listed(devices: Sequence[int] | None) -> tuple[str, str]:
 def _producer_gpus(plan: RunPlan) -> str:
     target = plan.spec.target
     return "0" if target.backend == "sglang" or target.device == "cpu" else "1 (or device_map)"
+
+
+def _draft(plan: RunPlan) -> Table:
+    """Return what the draft costs. Activations, which depend on kernels, are not in it."""
+    table = Table(show_header=False, title="What the draft costs", title_justify="left")
+    table.add_column(style="dim")
+    table.add_column()
+    for label, value in _cost_lines(_cost(plan), plan.spec):
+        table.add_row(label, value)
+    return table
+
+
+def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
+    """Return what is said of one draft, with its labels."""
+    step = spec.global_batch_size * cost.logit_rows
+    return [
+        ("draft parameters", f"{cost.parameters:,}"),
+        ("bytes per token that it reads", str(cost.bytes_per_token)),
+        ("rows of logits per step", f"up to {step:,}, {cost.logit_rows:,} of each sample, {cost.logit_width:,} wide"),
+        ("logits of a sample, made in slices", f"up to {_size(cost.logits_bytes)} if they were held at once"),
+        ("weights, gradients, optimizer", f"{_size(cost.trained_bytes)} over {spec.world_size} ranks"),
+        ("embedding and LM head of the target", f"{_size(cost.frozen_bytes)} on each rank"),
+        (
+            "memory of a rank, without activations",
+            _size(cost.rank_bytes(spec.world_size, spec.training.batch_size)),
+        ),
+    ]
+
+
+def _cost(plan: RunPlan) -> DraftCost:
+    section = plan.spec.draft
+    return cost_of(
+        method_of(section.method),
+        section,
+        first_config(section, plan.target, plan.capture, plan.draft_vocab_size),
+        plan.target,
+        plan.capture,
+        max_tokens=plan.spec.data.max_tokens,
+        compute_dtype="float32" if plan.spec.training.device == "cpu" else plan.target.dtype,
+    )
 
 
 def _numbers(plan: RunPlan) -> Table:

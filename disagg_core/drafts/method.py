@@ -278,8 +278,7 @@ class DraftMethod(ABC):
 
     @abstractmethod
     def check(self, options: DraftSection, facts: TargetFacts, *, max_tokens: int, draft_tokens: int) -> None:
-        """Refuse, before a GPU is held, what cannot work for this target, samples up to `max_tokens` and evaluation
-        with `draft_tokens`.
+        """Refuse what cannot work for this target, samples up to `max_tokens` and evaluation with `draft_tokens`.
 
         Raises:
             BadInput: each option that does not fit is named, with what is allowed.
@@ -322,6 +321,10 @@ class DraftMethod(ABC):
     @abstractmethod
     def parameters(self, config: DraftConfig) -> int:
         """Return how many trainable parameters a draft of `config` has, without making one."""
+
+    @abstractmethod
+    def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
+        """Return of how many rows at most the loss makes draft logits for a sample of `tokens` tokens."""
 
     # --- training ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A published draft that a run continues from (`draft.init_from`): read, and compared with the run's target."""
+"""The draft that a run begins with: fresh, or a published one (`draft.init_from`) compared with the run's target."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ from pathlib import Path
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.export import ImportedDraft, import_draft
+from disagg_core.drafts.method import DraftConfig
+from disagg_core.drafts.registry import method_of
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
+
+
+def first_config(section: DraftSection, facts: TargetFacts, capture: Capture, draft_vocab_size: int) -> DraftConfig:
+    """Return the config of the draft that a run begins with.
+
+    Raises:
+        IncompatibleDraft: sizes do not fit the target, or the draft to continue from does not.
+        BadInput: there is no mask token for it.
+    """
+    if section.init_from is not None:
+        return read_warm_start(section, facts, capture).config
+    return method_of(section.method).config_for(section, facts, capture, draft_vocab_size)
 
 
 def read_warm_start(section: DraftSection, facts: TargetFacts, capture: Capture) -> ImportedDraft:

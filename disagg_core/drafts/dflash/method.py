@@ -164,6 +164,10 @@ class DFlash(DraftMethod):
         assert isinstance(config, DFlashConfig)
         return sum(prod(shape) for shape in serving_format.expected_shapes(self.draft_type, config).values())
 
+    def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
+        """Return those of every block's proposals; a block begins at no more than all tokens but the last."""
+        return min(_section(options).anchors, max(0, tokens - 1)) * self.most_draft_tokens(config)
+
     def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> BlockBatcher:
         """Return what makes the batches and draws their blocks."""
         assert isinstance(config, DFlashConfig)

@@ -161,6 +161,11 @@ class Eagle3(DraftMethod):
         shapes = serving_format.expected_shapes(config)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in ("d2t", "t2d"))
 
+    def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
+        """Return those of all test steps; each has one position fewer than the one before."""
+        assert isinstance(options, Eagle3Section)
+        return sum(max(0, tokens - _FIRST_PREDICTED - step) for step in range(options.ttt_length))
+
     def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> Eagle3Batcher:
         """Return the padding of samples; nothing is drawn."""
         assert isinstance(options, Eagle3Section)

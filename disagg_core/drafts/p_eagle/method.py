@@ -31,6 +31,7 @@ from disagg_core.drafts.p_eagle.drafter import ParallelDrafter
 from disagg_core.drafts.p_eagle.loss import PEagleLoss
 from disagg_core.drafts.p_eagle.model import PEagleDraft
 from disagg_core.drafts.p_eagle.options import PEagleSection
+from disagg_core.drafts.p_eagle.sampling import kept_at
 from disagg_core.drafts.sampling import Sampler
 from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.drafts.vocab import VocabMap
@@ -134,6 +135,14 @@ class PEagle(DraftMethod):
         assert isinstance(config, PEagleConfig)
         shapes = serving_format.expected_shapes(config)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in serving_format.MAPS)
+
+    def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
+        """Return those that the sampling keeps of all depths, of a sample that is trained on everywhere."""
+        assert isinstance(options, PEagleSection)
+        assert isinstance(config, PEagleConfig)
+        valid = max(0, tokens - AHEAD)
+        later = (kept_at(depth, valid, options.retention, options.least_retention) for depth in range(1, config.depths))
+        return valid + sum(later)
 
     def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> PEagleBatcher:
         """Return what pads samples and draws their rows."""

@@ -70,6 +70,17 @@ def test_a_sample_is_called_untrainable_exactly_when_it_has_no_position(name: st
     assert (case.method.untrainable(mask) is None) == (batcher.trainable_positions(batch) > 0)
 
 
+@pytest.mark.parametrize("tokens", [3, 12, 40])
+def test_no_sample_has_more_rows_of_logits_than_the_plan_says(case: Case, tokens: int) -> None:
+    batcher = case.method.batcher(case.options, case.config, seed=SEED)
+    batch = batcher.collate([case.sample(0, tokens, [1] * tokens)])
+
+    planned = case.method.logit_rows(case.options, case.config, tokens)
+
+    assert 0 < batcher.trainable_positions(batch) <= planned
+    assert case.method.logit_rows(case.options, case.config, 1) == 0
+
+
 # --- sums, not means -------------------------------------------------------------------------------------------------
 
 

@@ -203,6 +203,23 @@ def test_the_plan_names_pools_gpus_and_bytes() -> None:
     assert "up to 772.0 MiB in each SGLang server and in each of 7 ranks" in shown
 
 
+def test_the_plan_says_what_each_kind_of_draft_costs() -> None:
+    shown = {}
+    for method in ("eagle3", "dflash2", "dspark"):
+        spec = load_spec(RUNS / f"qwen3-8b-{method}.yaml")
+        facts = read_target_facts(spec.target)
+        plan = make_plan(spec, facts, run_id="x", root=Path("x"), total_prompts=2800)
+        shown[method] = dict(
+            cells[1:3] for line in text_of(render(plan)).splitlines() if len(cells := columns(line)) > 2
+        )
+    assert shown["eagle3"]["draft parameters"] == "399,523,840"
+    assert shown["eagle3"]["rows of logits per step"] == "up to 801,836, 28,637 of each sample, 32,000 wide"
+    assert shown["dflash2"]["rows of logits per step"] == "up to 100,352, 3,584 of each sample, 151,936 wide"
+    assert shown["dspark"]["bytes per token that it reads"] == "49157"
+    for lines in shown.values():
+        assert lines["embedding and LM head of the target"] == "2.3 GiB on each rank"
+
+
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     with JsonlMetrics(tmp_path / "train.jsonl") as metrics:
         for step in range(1, 40):
