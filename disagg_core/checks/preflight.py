@@ -47,7 +47,7 @@ def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     plan, _ = _resolved(findings, spec, settings, run_id, facts)
     findings.of(lambda: _archive(spec, settings))
     if plan is not None:
-        findings.of(lambda: _draft_config(plan))
+        findings.of(lambda: draft_configs(plan))
     findings.raise_all()
     assert plan is not None
     return plan
@@ -117,9 +117,9 @@ def _checked(
     findings.of(lambda: check_external_store(spec))
     if plan is not None:
         findings.of(lambda: check_servers(plan))
-        config = findings.of(lambda: _draft_config(plan))
-        if config is not None:
-            findings.of(lambda: check_disk(plan, config, archive))
+        configs = findings.of(lambda: draft_configs(plan))
+        if configs is not None:
+            findings.of(lambda: check_disk(plan, configs, archive))
     for check in also:
         findings.of(check)
     findings.raise_all()
@@ -168,13 +168,13 @@ def _archive(spec: RunSpec, settings: Settings) -> str:
     return base
 
 
-def _draft_config(plan: RunPlan) -> DraftConfig:
-    """Return the config of the run's draft, fresh or continued.
+def draft_configs(plan: RunPlan) -> list[DraftConfig]:
+    """Return the config of each of the run's drafts, fresh or continued.
 
     Raises:
-        IncompatibleDraft: the draft to continue from does not fit.
+        IncompatibleDraft: a draft to continue from does not fit.
     """
-    return first_config(plan.spec.draft, plan.target, plan.capture, plan.draft_vocab_size)
+    return [first_config(draft.section, draft.target, draft.capture, draft.vocabulary.size) for draft in plan.drafts]
 
 
 def _as_planned(spec: RunSpec, known: RunPlan) -> RunSpec:

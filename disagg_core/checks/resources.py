@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from disagg_core.drafts.method import DraftConfig
-from disagg_core.drafts.registry import method_of
 from disagg_core.errors import BadInput
 from disagg_core.report.archive import local_directory
 from disagg_core.run.plan import RunPlan
@@ -25,15 +25,15 @@ class DiskTooSmall(BadInput):
     """A run would not fit on its disk: what it needs, what for, and what is free are named."""
 
 
-def check_disk(plan: RunPlan, config: DraftConfig, archive: str | None) -> None:
-    """Check that checkpoints, export and archive of a draft of `config` fit; what the run has written already counts.
+def check_disk(plan: RunPlan, configs: Sequence[DraftConfig], archive: str | None) -> None:
+    """Check that checkpoints, exports and archive of drafts of `configs` fit; what the run has written already counts.
 
     `archive` is a directory or URL; None leaves it out.
 
     Raises:
         DiskTooSmall: they do not.
     """
-    parameters = method_of(plan.spec.draft.method).parameters(config)
+    parameters = sum(draft.method.parameters(own) for draft, own in zip(plan.drafts, configs, strict=True))
     keep = plan.spec.archive.keep
     checkpoint, export = parameters * _CHECKPOINT_BYTES, parameters * _EXPORT_BYTES
     needs: dict[Path, dict[str, int]] = defaultdict(dict)

@@ -52,12 +52,12 @@ def doctor(
 
 def _target(
     spec: Path | None, servers: list[str], model: str | None, start_server: bool
-) -> tuple[TargetSection, DraftSection] | None:
-    """Return the target to probe servers for, and the draft it is captured for; None if only the machine is checked."""
-    draft = default_draft()
+) -> tuple[TargetSection, tuple[DraftSection, ...]] | None:
+    """Return the target to probe servers for, and the drafts it is captured for; None to check the machine only."""
+    drafts: tuple[DraftSection, ...] = (default_draft(),)
     if spec is not None:
         document = load_spec(spec, ())
-        section, draft = document.target, document.draft
+        section, drafts = document.target, document.all_drafts
         if model is not None:
             raise BadInput("give either a run document or --model, not both")
     elif model is not None:
@@ -68,7 +68,7 @@ def _target(
         return None
     if servers:
         section = section.model_copy(update={"server_urls": tuple(servers)})
-    return (section, draft) if section.server_urls or start_server else None
+    return (section, drafts) if section.server_urls or start_server else None
 
 
 def _machine() -> Iterator[tuple[str, str, str]]:
@@ -78,14 +78,14 @@ def _machine() -> Iterator[tuple[str, str, str]]:
         yield finding.level, finding.what, finding.found
 
 
-def _probe(console: Console, section: TargetSection, draft: DraftSection, start_server: bool) -> int:
+def _probe(console: Console, section: TargetSection, drafts: tuple[DraftSection, ...], start_server: bool) -> int:
     from disagg_core.checks.doctor import server_findings, started_server
-    from disagg_core.drafts.registry import method_of
+    from disagg_core.drafts.together import capture_of
     from disagg_core.engines.sglang.client import SglangClient
     from disagg_core.target.facts import read_target_facts
 
     facts = read_target_facts(section)
-    capture = method_of(draft.method).capture(draft, facts.num_layers, section.aux_layers)
+    capture = capture_of(drafts, section, facts)
     failed = 0
     with contextlib.ExitStack() as stack:
         clients = []

@@ -14,8 +14,13 @@ from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 
 Run = Annotated[str, typer.Argument(help="Id of a run, or the beginning of it.", show_default=False)]
-DraftDir = Annotated[
-    Path | None, typer.Option("--draft", help="Checkpoint or exported draft; by default the run's newest checkpoint.")
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="Checkpoint or exported draft, or the name of one of the run's drafts for its newest checkpoint; by "
+        "default that of the only draft.",
+    ),
 ]
 
 
@@ -26,24 +31,24 @@ def export(
         str | None,
         typer.Option("--format", help="Serving format, one of the draft method's; by default its first."),
     ] = None,
-    draft: DraftDir = None,
+    draft: Draft = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the weights.")] = (
         "bfloat16"
     ),
 ) -> None:
     """Write a run's draft in a serving format, checked and read back."""
-    from disagg_core.drafts.export import VerifierInfo, export_draft
-    from disagg_core.drafts.registry import method_of
+    from disagg_core.drafts.export import VerifierInfo, export_draft, method_at
 
     plan = read_plan(find_run(get_settings().runs_dir, run))
-    method = method_of(plan.spec.draft.method)
+    source = _source(plan, draft)
+    method = method_at(source)
     if layout is None:
         layout = next(iter(method.formats))
     if layout not in method.formats:
         offered = "; ".join(f"{name} ({known.loaded_by})" for name, known in method.formats.items())
         raise BadInput(f"--format: expected one of {offered}, found {layout!r}")
     verifier = VerifierInfo.of(plan.spec.target) if method.formats[layout].names_target else None
-    source, draft_tokens = draft or newest_checkpoint(plan), plan.spec.evaluation.draft_tokens
+    draft_tokens = plan.spec.evaluation.draft_tokens
     try:
         written = export_draft(source, out, layout, dtype=dtype, verifier=verifier, draft_tokens=draft_tokens)
     except OSError as error:
@@ -55,7 +60,7 @@ def export(
 
 def evaluate(
     run: Run,
-    draft: DraftDir = None,
+    draft: Draft = None,
     server: Annotated[
         str | None, typer.Option(help="SGLang server that serves target and draft; measured by its own counters.")
     ] = None,
@@ -64,18 +69,36 @@ def evaluate(
     """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server."""
     from disagg_core.roles.evaluation import result_file, run_evaluation, run_server_evaluation
 
-    if draft is not None and server is not None:
-        raise BadInput("--draft and --server: a server serves the draft that it was started with; give one of the two")
     plan = read_plan(find_run(get_settings().runs_dir, run))
     if server is not None:
-        result = run_server_evaluation(plan, server, name)
+        if draft is not None and draft not in _names(plan):
+            raise BadInput(
+                "--draft and --server: a server serves the draft that it was started with; give one of the two, or the "
+                "name of the run's draft that it serves"
+            )
+        result = run_server_evaluation(plan, server, name, draft)
     else:
-        result = run_evaluation(plan, draft or newest_checkpoint(plan), name)
+        result = run_evaluation(plan, _source(plan, draft), name)
     Console().print(
         f"accept length {result['accept_length']:.3f} on {result['prompts']} prompts, "
         f"{result['target_passes']} target passes; written to {result_file(plan, name)}",
         soft_wrap=True,
     )
+
+
+def _names(plan: RunPlan) -> list[str]:
+    return [draft.name for draft in plan.drafts]
+
+
+def _source(plan: RunPlan, draft: str | None) -> Path:
+    """Return the directory that `--draft` means.
+
+    Raises:
+        BadInput: it is not said which of several drafts, or the run has no whole checkpoint.
+    """
+    if draft is not None and draft not in _names(plan):
+        return Path(draft)
+    return plan.draft(draft).checkpoint_in(newest_checkpoint(plan))
 
 
 def newest_checkpoint(plan: RunPlan) -> Path:

@@ -10,9 +10,8 @@ from rich.text import Text
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.cost import DraftCost, cost_of
-from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.warm_start import first_config
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import PlannedDraft, RunPlan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.store.capacity import most_regions
 
@@ -22,8 +21,9 @@ _MIB = 1024**2
 
 def render(plan: RunPlan) -> Group:
     """Return what `draftline plan` prints. All of it was checked against each other by `make_plan`."""
-    head = Text(f"{plan.spec.run.name}: {plan.spec.draft.title} draft for {plan.target.describe()}")
-    return Group(head, Text(), _processes(plan), Text(), _draft(plan), Text(), _numbers(plan))
+    head = Text(f"{plan.spec.run.name}: {plan.spec.drafts_title} for {plan.target.describe()}")
+    costs = [part for draft in plan.drafts for part in (Text(), _draft(plan, draft))]
+    return Group(head, Text(), _processes(plan), *costs, Text(), _numbers(plan))
 
 
 def _processes(plan: RunPlan) -> Table:
@@ -69,12 +69,13 @@ def _producer_gpus(plan: RunPlan) -> str:
     return "0" if target.backend == "sglang" or target.device == "cpu" else "1 (or device_map)"
 
 
-def _draft(plan: RunPlan) -> Table:
-    """Return what the draft costs. Activations, which depend on kernels, are not in it."""
-    table = Table(show_header=False, title="What the draft costs", title_justify="left")
+def _draft(plan: RunPlan, draft: PlannedDraft) -> Table:
+    """Return what a draft costs. Activations, which depend on kernels, are not in it."""
+    table = Table(show_header=False, title=f"What the draft {draft.name} costs", title_justify="left")
     table.add_column(style="dim")
     table.add_column()
-    for label, value in _cost_lines(_cost(plan), plan.spec):
+    table.add_row("draft vocabulary", f"{draft.vocabulary.size} of {draft.target.vocab_size}")
+    for label, value in _cost_lines(_cost(plan, draft), plan.spec):
         table.add_row(label, value)
     return table
 
@@ -96,16 +97,16 @@ def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
     ]
 
 
-def _cost(plan: RunPlan) -> DraftCost:
-    section = plan.spec.draft
+def _cost(plan: RunPlan, draft: PlannedDraft) -> DraftCost:
+    section, target = draft.section, draft.target
     return cost_of(
-        method_of(section.method),
+        draft.method,
         section,
-        first_config(section, plan.target, plan.capture, plan.draft_vocab_size),
-        plan.target,
-        plan.capture,
+        first_config(section, target, draft.capture, draft.vocabulary.size),
+        target,
+        draft.capture,
         max_tokens=plan.spec.data.max_tokens,
-        compute_dtype="float32" if plan.spec.training.device == "cpu" else plan.target.dtype,
+        compute_dtype="float32" if plan.spec.training.device == "cpu" else target.dtype,
     )
 
 
@@ -116,7 +117,6 @@ def _numbers(plan: RunPlan) -> Table:
     table.add_column(style="dim")
     table.add_column()
     table.add_row("captured layers (0-based outputs)", _captured(plan.capture))
-    table.add_row("draft vocabulary", f"{plan.draft_vocab_size} of {plan.target.vocab_size}")
     table.add_row("prompts", "not known before the run" if plan.total_prompts is None else str(plan.total_prompts))
     table.add_row(
         "optimizer steps", "as many as the prompts give" if plan.total_steps is None else str(plan.total_steps)

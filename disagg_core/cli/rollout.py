@@ -61,7 +61,7 @@ def _target(spec: RunSpec, facts: TargetFacts) -> Iterator[Target]:
     """Yield the target of a run document. SGLang's plugin wants a store to write to, so it gets a small one."""
     import torch
 
-    from disagg_core.drafts.registry import method_of
+    from disagg_core.drafts.together import capture_of
     from disagg_core.engines.registry import target_of
     from disagg_core.settings import get_settings
 
@@ -76,7 +76,7 @@ def _target(spec: RunSpec, facts: TargetFacts) -> Iterator[Target]:
             host = get_settings().host
             endpoints = stack.enter_context(managed_store(_STORE_BYTES, host=host, log_dir=log_dir))
             store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace="regenerate/1", host=host))
-        capture = method_of(spec.draft.method).capture(spec.draft, facts.num_layers, spec.target.aux_layers)
+        capture = capture_of(spec.all_drafts, spec.target, facts)
         target = target_of(spec, facts, capture, store=store, log_dir=log_dir)
         stack.callback(target.close)
         yield target

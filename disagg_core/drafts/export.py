@@ -115,16 +115,30 @@ def import_draft(path: Path) -> ImportedDraft:
             the config (each one named).
     """
     document = _read_config(path)
+    method = _known_method(document, path)
+    config, state = method.read(document, _read_tensors(path), str(path))
+    return ImportedDraft(method, config, state)
+
+
+def method_at(path: Path) -> DraftMethod:
+    """Return the method of the draft in `path`, by its config alone.
+
+    Raises:
+        IncompatibleDraft: no draft is there, or one of another method than this project's.
+    """
+    return _known_method(_read_config(path), path)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _known_method(document: Mapping[str, Any], path: Path) -> DraftMethod:
     method = _method_of(document)
     if method is None:
         known = ", ".join(method_of(name).title for name in method_names())
         said = {key: document[key] for key in ("architectures", "speculators_model_type") if key in document}
         raise IncompatibleDraft(f"{path / CONFIG}: expected the config of a draft ({known}), found {said or 'another'}")
-    config, state = method.read(document, _read_tensors(path), str(path))
-    return ImportedDraft(method, config, state)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
+    return method
 
 
 def _method_of(document: Mapping[str, Any]) -> DraftMethod | None:

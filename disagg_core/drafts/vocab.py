@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,25 +99,39 @@ class VocabMap:
         return cls(t2d, d2t, found, metadata.get("inputs_version", ""))
 
 
+def version_of(maps: Sequence[VocabMap]) -> str:
+    """Return the version of what the drafts of a run can propose: of one map its own, of several a hash of theirs."""
+    versions = [known.version for known in maps]
+    if len(versions) == 1:
+        return versions[0]
+    return hashlib.sha256(":".join(versions).encode()).hexdigest()[:16]
+
+
+def count_tokens(
+    samples: Iterable[tuple[Tensor, Tensor]], vocab_size: int, progress: Callable[[int], None] = lambda counted: None
+) -> Tensor:
+    """Return how often each token occurs where the loss mask is 1, int64 ``[vocab_size]``.
+
+    `samples` are token ids and loss masks, both ``[tokens]``; `progress` is told how many were counted so far.
+    """
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for number, (ids, mask) in enumerate(samples, start=1):
+        counts += torch.bincount(ids[mask != 0].long(), minlength=vocab_size)
+        progress(number)
+    return counts
+
+
 def derive_vocab_map(
-    path: Path,
-    samples: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    *,
-    vocab_size: int,
-    draft_vocab_size: int,
-    inputs_version: str,
-    progress: Callable[[int], None] | None = None,
+    path: Path, counts: Callable[[], Tensor], *, vocab_size: int, draft_vocab_size: int, inputs_version: str
 ) -> VocabMap:
-    """Return the map at `path` if it was derived from the same inputs, else count tokens, write it and return it.
+    """Return the map at `path` if it was derived from the same inputs, else derive it, write it and return it.
 
     Args:
         path: of the map's file.
-        samples: called only when something has to be counted; gives token ids and loss mask of each sample, both
-            ``[tokens]``. Counted is where the mask is 1.
+        counts: called only when they are needed; gives occurrences of each token, ``[V]``. With K == V they are not.
         vocab_size: V.
-        draft_vocab_size: K. With K == V nothing is counted.
-        inputs_version: hash of everything that `samples` depends on.
-        progress: is told the number of samples counted so far.
+        draft_vocab_size: K.
+        inputs_version: hash of everything that `counts` depends on.
 
     Raises:
         BadInput: the file at `path` is damaged, or K is not between 1 and V.
@@ -127,13 +141,9 @@ def derive_vocab_map(
         sizes = (known.t2d.numel(), known.d2t.numel())
         if known.inputs_version == inputs_version and sizes == (vocab_size, draft_vocab_size):
             return known
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    if draft_vocab_size != vocab_size:
-        for number, (ids, mask) in enumerate(samples(), start=1):
-            counts += torch.bincount(ids[mask != 0].long(), minlength=vocab_size)
-            if progress is not None:
-                progress(number)
-    vocab_map = VocabMap.from_counts(counts, draft_vocab_size, inputs_version)
+    whole = draft_vocab_size == vocab_size
+    found = torch.zeros(vocab_size, dtype=torch.int64) if whole else counts()
+    vocab_map = VocabMap.from_counts(found, draft_vocab_size, inputs_version)
     vocab_map.save(path)
     return vocab_map
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.together import untrainable
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.chat import ChatTemplate
 from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
@@ -35,7 +35,7 @@ class PromptEncoder:
 
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         self._data = data = spec.data
-        self._untrainable = method_of(spec.draft.method).untrainable
+        self._drafts = spec.all_drafts
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens_of(tokenizer)
         self._vocab_size = len(tokenizer)
@@ -62,7 +62,7 @@ class PromptEncoder:
         encoded = self._whole(record)
         if len(encoded.input_ids) > self._data.max_tokens:
             encoded = self._truncated(encoded)
-        if (reason := self._untrainable(encoded.loss_mask)) is not None:
+        if (reason := untrainable(self._drafts, encoded.loss_mask)) is not None:
             raise PromptRejected(reason)
         return encoded
 

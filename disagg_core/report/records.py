@@ -46,7 +46,7 @@ def _picture(plan: RunPlan, report: RunReport) -> Path | None:
         plot_run(
             plan.dir.metrics / "train.jsonl",
             picture,
-            title=f"{plan.run_id}: {plan.spec.draft.title} draft for {target}",
+            title=f"{plan.run_id}: {plan.spec.drafts_title} for {target}",
             accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
         )
     except Exception:  # whatever the drawing library makes of the figures, the report has to be written

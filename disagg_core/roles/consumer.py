@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,8 +20,7 @@ import torch
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.method import DraftModel, FrozenParts
-from disagg_core.drafts.registry import method_of
-from disagg_core.drafts.vocab import VocabMap
+from disagg_core.drafts.vocab import VocabMap, version_of
 from disagg_core.drafts.warm_start import read_warm_start
 from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, PeerFailed, RoleFailed, classify
 from disagg_core.processes.launch import die_with_parent
@@ -29,11 +28,12 @@ from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.outcomes import exit_with, read_outcome, write_failure, write_outcome
-from disagg_core.run.plan import RoleAssignment
+from disagg_core.run.plan import PlannedDraft, RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.parts import load_target_parts
-from disagg_core.training.consumer import build_disagg_online_consumer
+from disagg_core.training.consumer import DraftToTrain, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.inputs import Selection
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
 from disagg_core.training.progress import TrainOutcome
 from disagg_core.training.trainer import StepObserver
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) -> TrainOutcome:
-    """Train the draft of `assignment` from its attempt's stream; returns at its end or at max_steps.
+    """Train the drafts of `assignment` from its attempt's stream; returns at its end or at max_steps.
 
     Waits for the vocabulary map that the producer derives, continues the newest whole checkpoint, and leaves progress
     in ``state/consumer.json`` and the outcome in ``state/consumer-outcome.json`` (rank 0).
@@ -112,33 +112,35 @@ def _true_cause(error: BaseException, state: Path, ranks: Ranks) -> BaseExceptio
 def _train(
     assignment: RoleAssignment, ranks: Ranks, stop: StopSignal, watchdog: Watchdog
 ) -> tuple[TrainOutcome, dict[str, float]]:
-    """Open channel and store, build the draft, train; return the outcome with the store client's counters."""
+    """Open channel and store, build the drafts, train; return the outcome with the store client's counters."""
     plan, spec = assignment.plan, assignment.plan.spec
     progress = ProgressFile(assignment.dir.state / "consumer.json")
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
             shown = progress if ranks.is_first else None
-            vocab_map = _wait_for_vocab_map(assignment, channel, shown, stop, watchdog.note)
-            watchdog.note("building the draft")
-            draft, parts = _build_draft(assignment, vocab_map, ranks.device)
-            expected = plan.identity(assignment.attempt, vocab_map.version)
+            maps = [
+                _wait_for_vocab_map(assignment, draft.dir.vocab_map, channel, shown, stop, watchdog.note)
+                for draft in plan.drafts
+            ]
+            watchdog.note("building the drafts")
+            drafts, parts = _build_drafts(plan, maps, ranks.device)
+            expected = plan.identity(assignment.attempt, version_of(maps))
             if channel is not None:
                 channel.expect(expected)
             store = stack.enter_context(open_store(assignment, expected))
             trainer, loader = build_disagg_online_consumer(
                 channel=channel,
                 store=store,
-                draft=draft,
+                drafts=drafts,
                 parts=parts,
                 section=spec.training,
-                options=spec.draft,
                 total_steps=plan.total_steps,
                 ranks=ranks,
                 checkpoints=plan.dir.checkpoints,
                 keep=spec.archive.keep,
                 seed=spec.run.seed,
-                identity=checkpoint_identity(assignment, vocab_map.version),
+                identity=checkpoint_identity(assignment, expected.vocab_map_version),
                 observer=_observers(assignment, progress) if ranks.is_first else None,
                 on_progress=watchdog.note,
             )
@@ -155,12 +157,13 @@ def _train(
 
 def _wait_for_vocab_map(
     assignment: RoleAssignment,
+    path: Path,
     channel: StreamingRefChannel | None,
     progress: ProgressFile | None,
     stop: StopSignal,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> VocabMap:
-    """Return the run's vocabulary map as soon as the producer has written it.
+    """Return a draft's vocabulary map as soon as the producer has written it to `path`.
 
     A target that continues prompts to count their tokens may take long: only a producer that makes no progress is
     given up. Rank 0 judges that; the others are stopped with it.
@@ -169,7 +172,6 @@ def _wait_for_vocab_map(
         ProducerFailed: the producer failed before it wrote one.
         ChannelStalled: the producer made no progress for the stall timeout.
     """
-    path = assignment.plan.dir.vocab_map
     limit_s = assignment.plan.spec.orchestration.stall_timeout_s
     seen, since = 0, time.monotonic()
     while not path.is_file():
@@ -204,24 +206,31 @@ def _producer_progress(channel: StreamingRefChannel, awaited: Path, limit_s: flo
     return status.claim.progress if status.claim is not None else 0
 
 
-def _build_draft(
-    assignment: RoleAssignment, vocab_map: VocabMap, device: torch.device
-) -> tuple[DraftModel, FrozenParts]:
-    """Return the draft, seeded or continued from `draft.init_from`, attached to the target's parts, and these."""
-    plan, section = assignment.plan, assignment.plan.spec.draft
-    method = method_of(section.method)
-    torch.manual_seed(plan.spec.run.seed)
-    if section.init_from is None:
-        config = method.config_for(section, plan.target, plan.capture, plan.draft_vocab_size)
-        draft = method.model(config)
-    else:
-        _, config, state = read_warm_start(section, plan.target, plan.capture)
-        draft = method.continued(config, state, plan.target, plan.capture, vocab_map)
+def _build_drafts(
+    plan: RunPlan, maps: Sequence[VocabMap], device: torch.device
+) -> tuple[list[DraftToTrain], FrozenParts]:
+    """Return the drafts, seeded or continued from their `init_from`, attached to the target's parts, and these."""
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     loaded = load_target_parts(plan.spec.target, dtype=dtype)
-    parts = FrozenParts(loaded.embedding, loaded.lm_head)
-    draft.attach(parts, vocab_map)
-    return draft, parts
+    parts = FrozenParts(loaded.embedding.to(device), loaded.lm_head.to(device))
+    drafts = []
+    for draft, vocab_map in zip(plan.drafts, maps, strict=True):
+        model = _build_draft(draft, vocab_map, plan.spec.run.seed)
+        model.attach(parts, vocab_map)
+        selection = Selection(plan.capture, draft.capture)
+        drafts.append(DraftToTrain(model, draft.section, draft.folder, selection))
+    return drafts, parts
+
+
+def _build_draft(draft: PlannedDraft, vocab_map: VocabMap, seed: int) -> DraftModel:
+    """Return a draft whose fresh weights depend on the run's `seed` and on no other draft."""
+    torch.manual_seed(seed)
+    if draft.section.init_from is None:
+        return draft.method.model(
+            draft.method.config_for(draft.section, draft.target, draft.capture, draft.vocabulary.size)
+        )
+    _, config, state = read_warm_start(draft.section, draft.target, draft.capture)
+    return draft.method.continued(config, state, draft.target, draft.capture, vocab_map)
 
 
 def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> dict[str, str]:
@@ -233,18 +242,17 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
         "target": identity.target_model_version,
         "tokenizer": identity.tokenizer_version,
         "vocab_map": identity.vocab_map_version,
-        "aux_layers": ",".join(map(str, identity.capture.layers)),
+        "aux_layers": "; ".join(",".join(map(str, draft.capture.layers)) for draft in assignment.plan.drafts),
     }
 
 
 def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     plan = assignment.plan
-    observers: list[StepObserver] = [
-        MetricsObserver(plan.dir.metrics / "train.jsonl"),
-        ProgressObserver(progress, plan.total_steps),
-    ]
-    if "tensorboard" in plan.spec.run.trackers:
-        observers.append(TensorBoardObserver(plan.dir.metrics / "tensorboard"))
+    observers: list[StepObserver] = [ProgressObserver(progress, plan.total_steps)]
+    for draft in plan.drafts:
+        observers.append(MetricsObserver(draft.dir.train_metrics, draft.folder))
+        if "tensorboard" in plan.spec.run.trackers:
+            observers.append(TensorBoardObserver(draft.dir.metrics / "tensorboard", draft.folder))
     return Observers(*observers)
 
 

@@ -23,7 +23,6 @@ from torch import nn
 
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftModel, FrozenParts
-from disagg_core.drafts.registry import method_of
 from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError
 from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
@@ -75,8 +74,10 @@ def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]
     return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),)))[0]
 
 
-def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
+def run_server_evaluation(plan: RunPlan, url: str, name: str, draft: str | None = None) -> dict[str, Any]:
     """Measure the draft that the SGLang server at `url` serves, on the same prompts; the result file is `name`'s.
+
+    `draft` names the one that is served, of a run with several.
 
     Raises:
         PromptError, BadInput, TargetUnavailable, EvaluationFailed: see `read_prompts` and `measure_on_server`.
@@ -89,7 +90,7 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str) -> dict[str, Any]:
         max_new_tokens=section.max_new_tokens,
         concurrency=target.server_concurrency,
         timeout_s=target.request_timeout_s,
-        flags=method_of(plan.spec.draft.method).server_flags(section.draft_tokens),
+        flags=plan.draft(draft).method.server_flags(section.draft_tokens),
     )
     return _write_result(output, result, {"server": url})
 
@@ -176,7 +177,7 @@ def read_prompts(path: Path, limit: int, pinned: PinnedFile | None = None) -> li
 def read_draft(path: Path, plan: RunPlan) -> DraftModel:
     """Return the draft in `path`, in fp32 on the CPU, without the target's parts.
 
-    A draft of the run's own method reads the layers that the run captures, also where its files name none.
+    A draft of one of the run's methods reads the layers that the run captures for it, also where its files name none.
 
     Raises:
         IncompatibleDraft: no draft is there, or it was made for other sizes or layers than the run's target has.
@@ -187,10 +188,10 @@ def read_draft(path: Path, plan: RunPlan) -> DraftModel:
         "target_hidden_size": (facts.hidden_size, config.target_hidden_size),
         "vocab_size": (facts.vocab_size, config.vocab_size),
     }
-    if method.name == plan.spec.draft.method:
-        layers = plan.capture.layers
-        config = config if config.layers else config.with_layers(layers)
-        pairs["layers"] = (layers, config.layers)
+    known = [draft.capture.layers for draft in plan.drafts if draft.section.method == method.name]
+    if known:
+        config = config if config.layers else config.with_layers(known[0])
+        pairs["layers"] = (config.layers if config.layers in known else known[0], config.layers)
     faults = [f"{field}: expected {want}, found {found}" for field, (want, found) in pairs.items() if want != found]
     if faults:
         raise IncompatibleDraft(f"{path}: made for another target than {facts.model}: " + "; ".join(faults))

@@ -20,6 +20,7 @@ import torch
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import PromptTask, StreamTotals
+from disagg_core.drafts.vocab import version_of
 from disagg_core.engines.contract import Target
 from disagg_core.engines.registry import target_of
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
@@ -32,7 +33,7 @@ from disagg_core.roles.producer_files import RejectedFile, Reporter
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
-from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.rollout.work import WorkNotes, noted
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
@@ -168,14 +169,14 @@ def _vocab_version(
     stop: StopSignal,
     channel: StreamingRefChannel,
 ) -> str:
-    """Derive the run's vocabulary map if it has none yet; return its version."""
+    """Derive the vocabulary maps that the run does not have yet; return their version."""
     cache = get_settings().home / "vocab_maps"
 
     def progress(done: int, total: int | None) -> None:
         enter("vocabulary map", counted=done, of=total)
 
     with interruptible(stop.check), noted(WorkNotes(target, channel.note_progress)):
-        return vocab_map_of(plan, pool, target, cache=cache, progress=progress).version
+        return version_of(vocab_maps_of(plan, pool, target, cache=cache, progress=progress))
 
 
 def _open_source(

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from disagg_core.contracts import RunIdentity
-from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.together import capture_of, strategy_of
 from disagg_core.engines.contract import Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.files import write_atomically
@@ -135,12 +135,12 @@ def _identity(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> RunIdentity:
     return RunIdentity(
         run_id="regenerate",
         attempt=1,
-        strategy=spec.draft.method,
+        strategy=strategy_of(spec.all_drafts),
         target_model_version=facts.version,
         tokenizer_version=tokenizer,
         vocab_map_version="",
         draft_weight_version=0,
-        capture=method_of(spec.draft.method).capture(spec.draft, facts.num_layers, spec.target.aux_layers),
+        capture=capture_of(spec.all_drafts, spec.target, facts),
         dtype=facts.dtype,
     )
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
-from disagg_core.drafts.registry import method_of
-from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
+from disagg_core.drafts.vocab import VocabMap, count_tokens, derive_vocab_map
 from disagg_core.engines.contract import Failed, Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.processes.retry import Retry
 from disagg_core.prompts.pool import PromptPool
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import PlannedDraft, RunPlan
 
 log = logging.getLogger(__name__)
 
@@ -29,62 +28,84 @@ _REPORT_EVERY = 64
 _AWAY_PAUSE_S = 0.5
 
 
-def vocab_map_of(
+def vocab_maps_of(
     plan: RunPlan, pool: PromptPool, target: Target, *, cache: Path, progress: Callable[[int, int | None], None]
-) -> VocabMap:
-    """Return the run's vocabulary map: the one on disk, or a new one, which is saved.
+) -> tuple[VocabMap, ...]:
+    """Return the vocabulary map of each of the run's drafts: the one on disk, or a new one, which is saved.
 
-    A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted where the loss mask is 1:
-    over the prompts of the first epoch, or, when the target generates, over its continuations of as many prompts as
-    the draft's method asks for. A map of another run in the folder `cache` is taken if it was derived from the same
-    target, tokenizer, prompts and settings. `progress` is told prompts counted so far and in all.
+    A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted, once for all drafts,
+    where the loss mask is 1: over the prompts of the first epoch, or, when the target generates, over its continuations
+    of as many prompts as the drafts' methods ask for. A map of another run in the folder `cache` is taken if it was
+    derived from the same target, tokenizer, prompts and settings. `progress` is told prompts counted so far and in all.
 
     Raises:
-        BadInput: the file on disk is damaged, or nothing was left to count.
+        BadInput: a file on disk is damaged, or nothing was left to count.
         TargetUnavailable: no server could continue the prompts for ``target.unavailable_timeout_s``.
     """
-    if plan.dir.vocab_map.is_file():
-        return VocabMap.load(plan.dir.vocab_map)
-    generating = plan.spec.data.generate is not None
-    limit = _sampled_prompts(plan) if generating else _MOST_COUNTED
-    total = limit if pool.end is None else min(limit, pool.end)
-    so_far = 0
+    counting = _Counting(plan, pool, target, progress)
+    return tuple(_vocab_map_of(draft, plan, counting, cache) for draft in plan.drafts)
 
-    def waiting() -> None:
-        progress(so_far, total)
 
-    def samples() -> Iterator[tuple[Tensor, Tensor]]:
-        rows = _continuations(plan, pool, target, waiting) if generating else _trained_tokens(pool)
-        rows = itertools.islice(rows, total)
+def _vocab_map_of(draft: PlannedDraft, plan: RunPlan, counting: _Counting, cache: Path) -> VocabMap:
+    if draft.dir.vocab_map.is_file():
+        return VocabMap.load(draft.dir.vocab_map)
+    size = draft.vocabulary.size
+    inputs = _inputs_version(plan, size)
+    vocab_map = derive_vocab_map(
+        cache / f"{inputs}.safetensors",
+        counting.counts,
+        vocab_size=plan.target.vocab_size,
+        draft_vocab_size=size,
+        inputs_version=inputs,
+    )
+    vocab_map.save(draft.dir.vocab_map)
+    log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
+    return vocab_map
+
+
+class _Counting:
+    """The occurrences of each token, counted when they are first asked for."""
+
+    def __init__(
+        self, plan: RunPlan, pool: PromptPool, target: Target, progress: Callable[[int, int | None], None]
+    ) -> None:
+        self._plan, self._pool, self._target, self._progress = plan, pool, target, progress
+        self._generating = plan.spec.data.generate is not None
+        limit = _sampled_prompts(plan) if self._generating else _MOST_COUNTED
+        self._total = limit if pool.end is None else min(limit, pool.end)
+        self._so_far = 0
+        self._counts: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """Return the occurrences of each token, ``[V]``."""
+        if self._counts is None:
+            self._counts = count_tokens(self._samples(), self._plan.target.vocab_size, self._report)
+        return self._counts
+
+    def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._generating:
+            rows = _continuations(self._plan, self._pool, self._target, self._waiting)
+        else:
+            rows = _trained_tokens(self._pool)
+        rows = itertools.islice(rows, self._total)
         first = next(rows, None)
         if first is None:
             raise BadInput("vocabulary map: expected at least one usable prompt to count tokens of, found none")
         for tokens in itertools.chain([first], rows):
             yield torch.tensor(tokens, dtype=torch.int64), torch.ones(len(tokens), dtype=torch.uint8)
 
-    def report(counted: int) -> None:
-        nonlocal so_far
-        so_far = counted
-        if counted % _REPORT_EVERY == 0 or counted == total:
-            progress(counted, total)
+    def _waiting(self) -> None:
+        self._progress(self._so_far, self._total)
 
-    inputs = _inputs_version(plan)
-    vocab_map = derive_vocab_map(
-        cache / f"{inputs}.safetensors",
-        samples,
-        vocab_size=plan.target.vocab_size,
-        draft_vocab_size=plan.draft_vocab_size,
-        inputs_version=inputs,
-        progress=report,
-    )
-    vocab_map.save(plan.dir.vocab_map)
-    log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
-    return vocab_map
+    def _report(self, counted: int) -> None:
+        self._so_far = counted
+        if counted % _REPORT_EVERY == 0 or counted == self._total:
+            self._progress(counted, self._total)
 
 
 def _sampled_prompts(plan: RunPlan) -> int:
-    """Return over how many prompts' continuations the draft's vocabulary is counted."""
-    return method_of(plan.spec.draft.method).vocabulary(plan.spec.draft, plan.target).sampled_prompts
+    """Return over how many prompts' continuations the drafts' vocabularies are counted."""
+    return max(draft.vocabulary.sampled_prompts for draft in plan.drafts)
 
 
 def _tasks(pool: PromptPool) -> Iterator[PromptTask]:
@@ -146,7 +167,7 @@ def _generated(
         ) from error
 
 
-def _inputs_version(plan: RunPlan) -> str:
+def _inputs_version(plan: RunPlan, draft_vocab_size: int) -> str:
     """Return a hash of what the counts depend on."""
     parts = (
         plan.target.version,
@@ -154,7 +175,7 @@ def _inputs_version(plan: RunPlan) -> str:
         plan.spec.data.model_dump_json(),
         str(plan.spec.run.seed),
         str(_sampled_prompts(plan)),
-        str(plan.draft_vocab_size),
+        str(draft_vocab_size),
     )
     content = plan.run_id if plan.data is None else plan.data.model_dump_json()  # not pinned: nobody else's counts
     return hashlib.sha256("\n".join((*parts, content)).encode()).hexdigest()[:16]

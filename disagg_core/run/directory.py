@@ -14,6 +14,9 @@
       completion.json           the checked end of the training, once it is complete
       export/                   what a serving engine loads
       report.json  report.md  report.png
+
+Of several drafts each has vocabulary map, ``metrics/train.jsonl`` and export in ``drafts/<name>/``, and its part of a
+checkpoint in ``checkpoints/step-<k>/<name>/``; its results are ``evaluation/<name>-before.json`` and ``-after.json``.
 """
 
 from __future__ import annotations
@@ -49,10 +52,35 @@ class AttemptDir:
 
 
 @dataclass(frozen=True)
-class RunDir:
-    """Directory of one run."""
+class DraftDir:
+    """Directory with the files of one draft."""
 
     root: Path
+
+    @property
+    def vocab_map(self) -> Path:
+        """The draft vocabulary map."""
+        return self.root / "vocab_map.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """Metric files."""
+        return self.root / "metrics"
+
+    @property
+    def train_metrics(self) -> Path:
+        """The draft's figures of each optimizer step."""
+        return self.metrics / "train.jsonl"
+
+    @property
+    def export(self) -> Path:
+        """The draft in serving format."""
+        return self.root / "export"
+
+
+@dataclass(frozen=True)
+class RunDir(DraftDir):
+    """Directory of one run; also that of its draft, if it has but one."""
 
     @classmethod
     def of(cls, runs: Path, run_id: str) -> RunDir:
@@ -84,19 +112,14 @@ class RunDir:
         return self.root / "run.json"
 
     @property
-    def vocab_map(self) -> Path:
-        """The draft vocabulary map."""
-        return self.root / "vocab_map.safetensors"
+    def drafts(self) -> Path:
+        """The directories of several drafts."""
+        return self.root / "drafts"
 
     @property
     def checkpoints(self) -> Path:
         """Checkpoints, one directory each."""
         return self.root / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """Metric files of both roles."""
-        return self.root / "metrics"
 
     @property
     def evaluation(self) -> Path:
@@ -107,11 +130,6 @@ class RunDir:
     def completion(self) -> Path:
         """The checked end of the training; there is none before it is complete."""
         return self.root / "completion.json"
-
-    @property
-    def export(self) -> Path:
-        """The draft in serving format."""
-        return self.root / "export"
 
     @property
     def report(self) -> Path:

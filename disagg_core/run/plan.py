@@ -7,20 +7,27 @@ a `RoleAssignment`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.contracts import Capture, RunIdentity
 from disagg_core.drafts.registry import method_of
-from disagg_core.errors import SpecError
+from disagg_core.drafts.together import capture_for, capture_of, strategy_of
+from disagg_core.errors import BadInput, SpecError
 from disagg_core.prompts.pinned import PinnedData
-from disagg_core.run.directory import AttemptDir, RunDir
+from disagg_core.run.directory import AttemptDir, DraftDir, RunDir
 from disagg_core.run.watermarks import Watermarks
-from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.document import RunSpec, TargetSection
+from disagg_core.run_spec.draft import DraftSection
 from disagg_core.store.capacity import staging_bytes_for
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
+
+if TYPE_CHECKING:
+    from disagg_core.drafts.method import DraftMethod, DraftVocabulary
 
 _ALIGNMENT_SLACK = 4 * 64
 
@@ -28,6 +35,48 @@ _ALIGNMENT_SLACK = 4 * 64
 def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
     """Return the id of the run that the parent flow run `flow_run_id` is."""
     return f"{spec.run.name}-{str(flow_run_id).rsplit('-', 1)[-1]}"
+
+
+@dataclass(frozen=True)
+class PlannedDraft:
+    """One of a run's drafts: its section, the run's target, and where its files lie.
+
+    `folder` is its folder in a checkpoint and the first part of its results' names; empty for a run's only draft.
+    """
+
+    section: DraftSection
+    dir: DraftDir
+    folder: str
+    target_section: TargetSection
+    target: TargetFacts
+
+    @property
+    def name(self) -> str:
+        """What the draft is called."""
+        return self.section.label
+
+    @property
+    def method(self) -> DraftMethod:
+        """Its draft method."""
+        return method_of(self.section.method)
+
+    @property
+    def capture(self) -> Capture:
+        """What it reads of what is captured."""
+        return capture_for(self.section, self.target_section, self.target)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """Which tokens it can propose."""
+        return self.method.vocabulary(self.section, self.target)
+
+    def checkpoint_in(self, step: Path) -> Path:
+        """Return where its part of the checkpoint `step` lies."""
+        return step / self.folder
+
+    def result_name(self, when: str) -> str:
+        """Return the name of its evaluation `when`: before or after training."""
+        return f"{self.folder}-{when}" if self.folder else when
 
 
 class RunPlan(BaseModel):
@@ -41,7 +90,6 @@ class RunPlan(BaseModel):
     target: TargetFacts
     capture: Capture
     tokenizer_version: str
-    draft_vocab_size: int
     total_prompts: int | None
     total_steps: int | None
     store_capacity: int
@@ -53,6 +101,30 @@ class RunPlan(BaseModel):
     def dir(self) -> RunDir:
         """The run's directory."""
         return RunDir(self.root)
+
+    @property
+    def drafts(self) -> tuple[PlannedDraft, ...]:
+        """The drafts that are trained, in the document's order."""
+        sections = self.spec.all_drafts
+        if len(sections) == 1:
+            return (PlannedDraft(sections[0], self.dir, "", self.spec.target, self.target),)
+        places = (DraftDir(self.dir.drafts / section.label) for section in sections)
+        return tuple(
+            PlannedDraft(section, place, section.label, self.spec.target, self.target)
+            for section, place in zip(sections, places, strict=True)
+        )
+
+    def draft(self, name: str | None) -> PlannedDraft:
+        """Return the draft called `name`; None names a run's only one.
+
+        Raises:
+            BadInput: there is no such draft, or there are several.
+        """
+        found = [draft for draft in self.drafts if name in (None, draft.name)]
+        if len(found) != 1:
+            known = ", ".join(draft.name for draft in self.drafts)
+            raise BadInput(f"run {self.run_id}: expected the name of one of its drafts ({known}), found {name}")
+        return found[0]
 
     @property
     def bytes_per_token(self) -> int:
@@ -78,7 +150,7 @@ class RunPlan(BaseModel):
         return RunIdentity(
             run_id=self.run_id,
             attempt=attempt,
-            strategy=self.spec.draft.method,
+            strategy=strategy_of(self.spec.all_drafts),
             target_model_version=self.target.version,
             tokenizer_version=self.tokenizer_version,
             vocab_map_version=vocab_map_version,
@@ -132,15 +204,13 @@ def make_plan(
         BadInput: the draft's options do not fit the target.
         SpecError: context, watermarks or store capacity cannot work together; each number is named.
     """
-    method = method_of(spec.draft.method)
-    capture = method.capture(spec.draft, target.num_layers, spec.target.aux_layers)
-    draft_vocab = method.vocabulary(spec.draft, target).size
+    capture = capture_of(spec.all_drafts, spec.target, target)
     if spec.data.max_tokens > target.max_position_embeddings:
         raise SpecError(
             f"data.max_tokens: expected at most the target's context of {target.max_position_embeddings}, "
             f"found {spec.data.max_tokens}"
         )
-    method.check(spec.draft, target, max_tokens=spec.data.max_tokens, draft_tokens=spec.evaluation.draft_tokens)
+    _check_drafts(spec, target)
     bytes_per_token = capture.bytes_per_token(target.hidden_size, target.dtype)
     sample_bytes = spec.data.max_tokens * bytes_per_token + _ALIGNMENT_SLACK
     watermarks = Watermarks.resolve(
@@ -156,10 +226,29 @@ def make_plan(
         target=target,
         capture=capture,
         tokenizer_version=tokenizer_version,
-        draft_vocab_size=draft_vocab,
         total_prompts=total_prompts,
         total_steps=steps,
         store_capacity=spec.store.capacity,
         watermarks=watermarks,
         data=data,
     )
+
+
+def _check_drafts(spec: RunSpec, target: TargetFacts) -> None:
+    """Have each draft's method check it against the target.
+
+    Raises:
+        BadInput: one does not fit; of several, every one that does not is named.
+    """
+    sections, faults = spec.all_drafts, []
+    for section in sections:
+        method = method_of(section.method)
+        try:
+            method.vocabulary(section, target)
+            method.check(section, target, max_tokens=spec.data.max_tokens, draft_tokens=spec.evaluation.draft_tokens)
+        except BadInput as error:
+            if len(sections) == 1:
+                raise
+            faults.append(f"{section.label}: {error}")
+    if faults:
+        raise BadInput("; ".join(faults))

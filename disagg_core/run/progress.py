@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 ProgressValue = str | int | float | bool | None
 
 
+def figure_of(draft: str, name: str) -> str:
+    """Return what the figure `name` of a draft is called in a progress file; `draft` is empty for an only one."""
+    return f"{name} {draft}".strip()
+
+
 class ProgressFile:
     """The latest state of one role. Writes at most once in `interval_s`; `flush` writes at once."""
 

@@ -6,12 +6,12 @@ rather than to the run (directories, endpoints, secrets) is in `disagg_core.sett
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from disagg_core.run_spec.draft import DraftSection, default_draft, draft_field
-from disagg_core.run_spec.section import Bytes, ChannelUrl, RunName, SecretFreeUrl, Section
+from disagg_core.run_spec.draft import DraftSection, draft_field
+from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RunName, SecretFreeUrl, Section
 
 Devices = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -47,8 +47,8 @@ class TargetSection(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where a transformers target runs.")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of a transformers target on the CPU.")
-    aux_layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="Decoder layers (0-based) whose outputs are captured; default: as draft.method."
+    aux_layers: Layers | None = Field(
+        None, description="Decoder layers (0-based) whose outputs a draft reads; default: as draft.method."
     )
     server_urls: tuple[SecretFreeUrl, ...] = Field(
         (), description="SGLang servers that run already; empty: start our own."
@@ -61,13 +61,6 @@ class TargetSection(Section):
     unavailable_timeout_s: float = Field(
         600.0, gt=0, description="With no usable server for this long the run fails (target_unavailable)."
     )
-
-    @field_validator("aux_layers")
-    @classmethod
-    def _layers_ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers and (layers[0] < 0 or list(layers) != sorted(set(layers))):
-            raise ValueError(f"expected ascending layer ids from 0, found {list(layers)}")
-        return layers
 
     @model_validator(mode="after")
     def _servers_need_sglang(self) -> TargetSection:
@@ -274,11 +267,14 @@ else:
 
 
 class RunSpec(Section):
-    """One training run of a draft model."""
+    """One training run of a draft model, or of several from one rollout."""
 
     run: RunSection = Field(default_factory=RunSection, description="Which run this is.")
     target: TargetSection = Field(description="The frozen target model.")
-    draft: DraftField = Field(default_factory=default_draft, description="The draft model.")
+    draft: DraftField | None = Field(None, description="The draft model; by default EAGLE-3.")
+    drafts: tuple[DraftField, ...] = Field(
+        (), description="Instead of draft: several, each trained on every sample of the one rollout."
+    )
     data: DataSection = Field(description="The prompts.")
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="The producer.")
     store: StoreSection = Field(default_factory=StoreSection, description="The feature store.")
@@ -288,10 +284,33 @@ class RunSpec(Section):
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_draft_or_several(cls, document: Any) -> Any:
+        return _with_drafts(document) if isinstance(document, dict) else document
+
+    @model_validator(mode="after")
+    def _drafts_have_names_of_their_own(self) -> RunSpec:
+        names = [draft.label for draft in self.all_drafts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"drafts: expected a name for each draft, found {', '.join(twice)} more than once")
+        return self
+
     @model_validator(mode="after")
     def _devices_are_used(self) -> RunSpec:
         _check_devices(self)
         return self
+
+    @property
+    def all_drafts(self) -> tuple[DraftSection, ...]:
+        """The drafts that are trained, at least one, in the document's order; each has another `label`."""
+        return self.drafts if self.draft is None else (self.draft,)
+
+    @property
+    def drafts_title(self) -> str:
+        """What is trained, for people."""
+        titles = ", ".join(f"{draft.title} ({draft.name})" if draft.name else draft.title for draft in self.all_drafts)
+        return f"{titles} draft" if len(self.all_drafts) == 1 else f"{titles} drafts"
 
     @property
     def world_size(self) -> int:
@@ -302,6 +321,21 @@ class RunSpec(Section):
     def global_batch_size(self) -> int:
         """Samples of one optimizer step: world_size x batch_size x accumulation_steps."""
         return self.world_size * self.training.batch_size * self.training.accumulation_steps
+
+
+def _with_drafts(document: dict[str, Any]) -> dict[str, Any]:
+    """Return `document` with one draft as `draft`, also where it stands in a list or nothing is said of it.
+
+    Raises:
+        ValueError: it has both `draft` and `drafts`.
+    """
+    draft, drafts = document.get("draft"), document.get("drafts")
+    if draft is not None and drafts:
+        raise ValueError("expected draft, or drafts for several, found both")
+    alone = isinstance(drafts, (list, tuple)) and len(drafts) == 1
+    if draft is not None or (drafts and not alone):
+        return document
+    return {**document, "draft": drafts[0] if drafts else {}, "drafts": ()}
 
 
 def _check_devices(spec: RunSpec) -> None:

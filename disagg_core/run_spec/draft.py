@@ -1,4 +1,4 @@
-"""The draft section of the run document: what all methods have in common, and the union of what each adds.
+"""The drafts of the run document: what all methods have in common, and the union of what each adds.
 
 A run document stands below the draft methods, which read it. The methods' own sections are therefore not imported here
 but asked of `disagg_core.drafts.registry` by name, when the document's class is made.
@@ -7,17 +7,22 @@ but asked of `disagg_core.drafts.registry` by name, when the document's class is
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Iterable
 from functools import cache, reduce
 from operator import or_
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from disagg_core.run_spec.section import Section
+from disagg_core.run_spec.section import Layers, Section
 
 DEFAULT_METHOD = "eagle3"
 """The method of a document that names none."""
 _SECTIONS = "disagg_core.drafts.registry:SECTIONS"
+
+
+DraftName: TypeAlias = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+"""Names a draft among others of its run, and its folders."""
 
 
 class DraftSection(Section):
@@ -26,7 +31,25 @@ class DraftSection(Section):
     title: ClassVar[str]
     """The method's name for people."""
     method: str
+    name: DraftName | None = Field(None, description="Name of the draft among several of a run; by default its method.")
     init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
+    aux_layers: Layers | None = Field(
+        None, description="Decoder layers (0-based) whose outputs this draft reads; by default target.aux_layers."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of this draft; by default training.learning_rate."
+    )
+
+    @property
+    def label(self) -> str:
+        """What the draft is called."""
+        return self.name or self.method
+
+    def given_beside_init_from(self, sizes: Iterable[str]) -> list[str]:
+        """Return which of the options `sizes` have another value than by default although `init_from` is given."""
+        fields = type(self).model_fields
+        given = [name for name in sizes if getattr(self, name) != fields[name].default]
+        return sorted(given) if self.init_from is not None else []
 
 
 class ReducedVocabulary(Section):

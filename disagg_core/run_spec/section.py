@@ -50,6 +50,13 @@ def is_local(model: str) -> bool:
     return model.startswith(("./", "../", "/", "~"))
 
 
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if layers[0] < 0 or list(layers) != sorted(set(layers)):
+        raise ValueError(f"expected ascending layer ids from 0, found {list(layers)}")
+    return layers
+
+
+Layers = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascending)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 SecretFreeUrl = Annotated[str, AfterValidator(_without_password)]
 ChannelUrl = Annotated[SecretFreeUrl, AfterValidator(_channel_of_every_attempt)]

@@ -16,13 +16,12 @@ from pydantic_core import ErrorDetails
 
 from disagg_core.errors import SpecError
 from disagg_core.run_spec.document import RunSpec
-from disagg_core.run_spec.draft import draft_sections
+from disagg_core.run_spec.draft import DEFAULT_METHOD, draft_sections
 from disagg_core.run_spec.section import is_local
 
 _PATHS = (
     ("target", "model"),
     ("target", "config"),
-    ("draft", "init_from"),
     ("data", "prompts"),
     ("data", "holdout"),
     ("data", "chat_template"),
@@ -77,15 +76,30 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set: expected section.key=value, found {override!r}")
     node: Any = document
     for name in names[:-1]:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
+        node = _named(node, name, override) if isinstance(node, list) else _entered(node, name)
+        if not isinstance(node, (dict, list)):
             raise SpecError(f"--set {override}: {name} is a value, not a section")
+    if isinstance(node, list):
+        raise SpecError(f"--set {override}: expected {'.'.join(names[:-1])}.<name>.key=value, found a list there")
     try:
         node[names[-1]] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SpecError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _entered(node: dict[str, Any], name: str) -> Any:
+    """Return the section `name` of `node`, a new one if there is none."""
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _named(nodes: list[Any], name: str, override: str) -> Any:
+    """Return the draft called `name` among those of a list."""
+    names = {node.get("name") or node.get("method", DEFAULT_METHOD): node for node in nodes if isinstance(node, dict)}
+    if name not in names:
+        raise SpecError(f"--set {override}: expected one of {', '.join(names)}, found {name}")
+    return names[name]
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -113,14 +127,21 @@ def _message(problem: ErrorDetails) -> str:
 def _keys(location: tuple[int | str, ...]) -> list[str]:
     """Return `location` as keys of the document: pydantic adds the method that told the kinds of draft apart."""
     keys = [str(part) for part in location]
-    return keys[:1] + keys[2:] if keys[:1] == ["draft"] and set(keys[1:2]) & draft_sections().keys() else keys
+    place = _draft_at(keys)
+    return keys[:place] + keys[place + 1 :] if set(keys[place : place + 1]) & draft_sections().keys() else keys
+
+
+def _draft_at(keys: list[str]) -> int:
+    """Return the place in `keys` after those that name a draft; beyond the end if they name none."""
+    return {"draft": 1, "drafts": 2}.get(keys[0], len(keys)) if keys else 0
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = RunSpec
     keys = [str(part) for part in location]
-    if keys[:1] == ["draft"] and len(keys) > 1 and keys[1] in draft_sections():
-        model, location = draft_sections()[keys[1]], location[2:]
+    place = _draft_at(keys)
+    if place < len(keys) and keys[place] in draft_sections():
+        model, location = draft_sections()[keys[place]], location[place + 1 :]
     for name in location:
         annotation = model.model_fields[str(name)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
@@ -134,6 +155,8 @@ def _with_absolute_paths(spec: RunSpec, base: Path) -> RunSpec:
         document[section][key] = _absolute(
             document[section][key], base, may_be_hub_id=(section, key) in _MAY_BE_HUB_IDS
         )
+    for draft in [document["draft"]] if document["draft"] is not None else document["drafts"]:
+        draft["init_from"] = _absolute(draft["init_from"], base, may_be_hub_id=False)
     return RunSpec.model_validate(document)
 
 

@@ -10,6 +10,8 @@
       trainer.json            `TrainerState`: step, schedule, counts, identity and the data cursor
       manifest.json           size and SHA-256 of each file above; written last
 
+Of several drafts each has the first four files in a folder of its name: they are of one step boundary and one cursor.
+
 A checkpoint is written beside its place, synced, and renamed into it, so a directory called ``step-<k>`` is whole
 unless the disk damaged it; readers check the manifest all the same. Weights and cursor are never apart: that is what
 makes "nothing is trained twice with respect to the restored weights" true. ``step-0`` holds the untrained draft and is
@@ -39,7 +41,7 @@ from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS, save_tensors
 from disagg_core.errors import CheckpointError, CheckpointNotSaved
 from disagg_core.ordinals import OrdinalSet
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
@@ -59,12 +61,28 @@ class DataCursor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     quarantined: list[tuple[int, int]] = []
 
 
+class DraftProgress(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What is one draft's own: its optimizer steps since the run began, and windows that were left out in its training.
+
+    A window is `skipped` where its loss or gradient is not finite, so many of the last ones `skipped_in_row`.
+    `seconds` are those that its steps took.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    skipped_because: str = ""
+    loss_first: float | None = None
+    loss_last: float | None = None
+    seconds: float = 0.0
+
+
 class TrainerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a checkpoint that is not a tensor.
 
     `samples` and `tokens` count what was trained since the run began; `identity` names what must be equal for the
     weights to be continued (run, target, tokenizer, vocabulary map); `total_steps` is the schedule's length, None
-    where it is not known.
+    where it is not known. `drafts` has each draft's own progress by its folder, which is empty for an only draft.
     """
 
     step: int
@@ -74,8 +92,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     total_steps: int | None
     identity: dict[str, str]
     cursor: DataCursor
-    loss_first: float | None = None
-    loss_last: float | None = None
+    drafts: dict[str, DraftProgress]
 
 
 class _FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,13 +107,20 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class CheckpointContent:
-    """A checkpoint in memory. Tensors are whole (not sharded) and on the CPU."""
+class DraftContent:
+    """One draft's part of a checkpoint in memory. Tensors are whole (not sharded) and on the CPU."""
 
-    draft: dict[str, Tensor]
+    weights: dict[str, Tensor]
     config: dict[str, Any]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """A checkpoint in memory: `drafts` by folder, the same ones as in `state`."""
+
+    drafts: dict[str, DraftContent]
     state: TrainerState
 
 
@@ -141,14 +165,18 @@ def save_checkpoint(root: Path, content: CheckpointContent, *, keep: int) -> Pat
 def _write(draft: Path, content: CheckpointContent) -> None:
     """Write all files of `content` into the new directory `draft`, the manifest last, down to the disk."""
     draft.mkdir()
-    save_tensors(content.draft, draft / CHECKPOINT_WEIGHTS, {"format": "pt"})
-    save_tensors(content.optimizer, draft / OPTIMIZER_FILE, {})
-    save_tensors(content.rng, draft / RNG_FILE, {})
-    (draft / CONFIG_FILE).write_text(json.dumps(content.config, indent=2) + "\n")
+    for folder, own in content.drafts.items():
+        place = draft / folder
+        place.mkdir(exist_ok=True)
+        save_tensors(own.weights, place / CHECKPOINT_WEIGHTS, {"format": "pt"})
+        save_tensors(own.optimizer, place / OPTIMIZER_FILE, {})
+        save_tensors(own.rng, place / RNG_FILE, {})
+        (place / CONFIG_FILE).write_text(json.dumps(own.config, indent=2) + "\n")
     (draft / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(content.state), indent=1))
-    files = {path.name: _entry_of(path) for path in sorted(draft.iterdir())}
-    for name in files:
-        _sync(draft / name)
+    paths = sorted(draft.rglob("*"))
+    files = {str(path.relative_to(draft)): _entry_of(path) for path in paths if path.is_file()}
+    for path in paths:
+        _sync(path)
     manifest = _Manifest(FORMAT, content.state.step, files)
     (draft / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     _sync(draft / MANIFEST_FILE)
@@ -170,7 +198,7 @@ def _put_in_place(draft: Path, final: Path) -> None:
 
 
 def _why_not_saved(final: Path, content: CheckpointContent, error: Exception) -> str:
-    groups = (content.draft, content.optimizer, content.rng)
+    groups = [group for own in content.drafts.values() for group in (own.weights, own.optimizer, own.rng)]
     needed = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
     try:
         free = f"{shutil.disk_usage(final.parent).free} bytes are free there"
@@ -320,12 +348,15 @@ def load_checkpoint(path: Path, *, identity: Mapping[str, str] | None = None, ve
         raise CheckpointError(
             f"{path} belongs to another run ({details}); use a new run id, or draft.init_from with an export"
         )
-    return CheckpointContent(
-        draft=load_file(path / CHECKPOINT_WEIGHTS),
+    return CheckpointContent({folder: _load_draft(path / folder) for folder in state.drafts}, state)
+
+
+def _load_draft(path: Path) -> DraftContent:
+    return DraftContent(
+        weights=load_file(path / CHECKPOINT_WEIGHTS),
         config=json.loads((path / CONFIG_FILE).read_text()),
         optimizer=load_file(path / OPTIMIZER_FILE),
         rng=load_file(path / RNG_FILE),
-        state=state,
     )
 
 

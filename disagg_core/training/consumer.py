@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.drafts.method import Batcher, DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.run_spec.document import TrainingSection
-from disagg_core.run_spec.draft import DraftSection, draft_sections
+from disagg_core.run_spec.draft import DraftSection
 from disagg_core.store import MooncakeFeatureStore
+from disagg_core.training.checkpoint import DraftProgress
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
+from disagg_core.training.inputs import DraftInput, Selection
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.optimizer import Schedule
 from disagg_core.training.progress import CheckpointPolicy
+from disagg_core.training.randomness import RandomState
 from disagg_core.training.step import OptimizerStep
+from disagg_core.training.trainee import Trainee
 from disagg_core.training.trainer import StepObserver, Trainer
 
 COMPILED_MULTIPLE = 128
 """Compiled steps see lengths padded to a multiple of this, so that few shapes are compiled."""
 
 
+@dataclass(frozen=True)
+class DraftToTrain:
+    """A draft in fp32, attached to the target's parts; it is sharded in place and moved to the rank's device.
+
+    `options` are its section of the run document. `folder` is where its part of a checkpoint lies, empty for an only
+    draft; `selection` what it reads of the captured samples, None if it reads all of them.
+    """
+
+    model: DraftModel
+    options: DraftSection
+    folder: str = ""
+    selection: Selection | None = None
+
+
 def build_disagg_online_consumer(
     *,
     channel: StreamingRefChannel | None,
     store: MooncakeFeatureStore,
-    draft: DraftModel,
+    drafts: Sequence[DraftToTrain],
     parts: FrozenParts,
     section: TrainingSection,
-    options: DraftSection | None = None,
     total_steps: int | None = None,
     ranks: Ranks | None = None,
     checkpoints: Path | None = None,
@@ -39,7 +57,7 @@ def build_disagg_online_consumer(
     observer: StepObserver | None = None,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Trainer, FeatureDataLoader]:
-    """Return ``(trainer, loader)``; ``trainer.fit(loader)`` trains `draft` on the stream until it ends.
+    """Return ``(trainer, loader)``; ``trainer.fit(loader)`` trains the `drafts` on the stream until it ends.
 
     Call it on every rank, with the same arguments but `channel`, which rank 0 reads and the others leave None.
     Without torchrun and without a process group the process becomes the only rank of its own.
@@ -47,10 +65,9 @@ def build_disagg_online_consumer(
     Args:
         channel: the attempt's reference channel.
         store: this process's client of the feature store.
-        draft: in fp32, attached to the target's parts; sharded in place and moved to the rank's device.
+        drafts: at least one; each in another folder.
         parts: the target's frozen embedding and LM head [V, H_t].
         section: batch sizes, steps, rates and precision.
-        options: the draft's section of the run document; by default its method's with all defaults.
         total_steps: length of the schedule; `section.max_steps` if that is less; None: constant after warm-up.
         ranks: this process among the trainer's; by default joined as the environment says.
         checkpoints: directory of checkpoints. If it holds one, training continues there. None: nothing is saved.
@@ -61,19 +78,25 @@ def build_disagg_online_consumer(
         on_progress: is told of all that counts as getting on, on every rank.
 
     Raises:
-        CheckpointError: the newest checkpoint belongs to another run or draft.
+        CheckpointError: the newest checkpoint belongs to another run or other drafts.
     """
     ranks = ranks or Ranks.join(section.device)
-    options = options or draft_sections()[draft.method].model_validate({})
-    batcher = method_of(draft.method).batcher(options, draft.config, seed=seed)
+    batchers = [method_of(d.model.method).batcher(d.options, d.model.config, seed=seed) for d in drafts]
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
     saving = None
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
-    step = _step(draft, parts, ranks, section, options, batcher, steps)
     trainer = Trainer(
-        step,
-        draft,
+        [
+            Trainee(
+                draft.folder,
+                draft.model,
+                _step(draft, parts, ranks, section, batcher, steps),
+                RandomState(seed, ranks.device),
+                DraftProgress(),
+            )
+            for draft, batcher in zip(drafts, batchers, strict=True)
+        ],
         ranks=ranks,
         checkpoints=saving,
         max_steps=section.max_steps,
@@ -82,37 +105,36 @@ def build_disagg_online_consumer(
         on_progress=on_progress,
     )
     trainer.restore_newest()
+    multiple_of = COMPILED_MULTIPLE if section.compile else 1
     loader = FeatureDataLoader(
         StreamingRefQueue(channel) if channel is not None else None,
         store,
-        batcher=batcher,
+        inputs=[DraftInput(b, draft.selection, multiple_of) for draft, b in zip(drafts, batchers, strict=True)],
         channel=channel,
         batch_size=section.batch_size,
         accumulation_steps=section.accumulation_steps,
         ranks=ranks,
         prefetch_samples=section.prefetch_samples,
-        pad_to_multiple_of=COMPILED_MULTIPLE if section.compile else 1,
         trained=trainer.progress.trained,
     )
     return trainer, loader
 
 
 def _step(
-    draft: DraftModel,
+    draft: DraftToTrain,
     parts: FrozenParts,
     ranks: Ranks,
     section: TrainingSection,
-    options: DraftSection,
     batcher: Batcher,
     steps: int | None,
 ) -> OptimizerStep:
     """Return the optimizer step over the loss module, moved to the rank's device and sharded."""
-    method = method_of(draft.method)
-    module = method.loss(draft, parts, options, activation_checkpointing=section.activation_checkpointing)
+    method, options = method_of(draft.model.method), draft.options
+    module = method.loss(draft.model, parts, options, activation_checkpointing=section.activation_checkpointing)
     sharded = shard(module.to(ranks.device), ranks, compute_dtype(section.precision, ranks.device))
     if section.compile:
         module.compile(dynamic=True)
-    schedule = Schedule(section.learning_rate, section.warmup_ratio, steps)
+    schedule = Schedule(options.learning_rate or section.learning_rate, section.warmup_ratio, steps)
     return OptimizerStep(
-        module, sharded, draft, method=method, batcher=batcher, ranks=ranks, section=section, schedule=schedule
+        module, sharded, draft.model, method=method, batcher=batcher, ranks=ranks, section=section, schedule=schedule
     )

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +25,7 @@ from torch import Tensor
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.channel.patience import CHANNEL_AWAY_S, CHANNEL_PAUSE_S, patience
 from disagg_core.contracts import SampleRef, ordinal_of
-from disagg_core.drafts.method import Batcher, Sample
+from disagg_core.drafts.method import Sample
 from disagg_core.errors import (
     ChannelError,
     ChannelUnavailable,
@@ -39,6 +39,7 @@ from disagg_core.processes.interrupt import interruptible
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.inputs import DraftInput
 from disagg_core.training.window import GivenUp, TrainingWindow, checked, share_of
 
 PREFETCH_BYTES = 4 * 1024**3
@@ -95,17 +96,17 @@ class FeatureDataLoader:
         queue: StreamingRefQueue | None,
         store: MooncakeFeatureStore,
         *,
-        batcher: Batcher,
+        inputs: Sequence[DraftInput],
         batch_size: int,
         accumulation_steps: int = 1,
         channel: StreamingRefChannel | None = None,
         ranks: Ranks | None = None,
         prefetch_samples: int = 64,
         prefetch_bytes: int = PREFETCH_BYTES,
-        pad_to_multiple_of: int = 1,
         trained: OrdinalSet | None = None,
     ) -> None:
-        """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`; `batcher` collates them.
+        """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`, for the draft of each of
+        the `inputs`. A draft whose loss depends on which samples share a micro-batch has all in the published order.
 
         `prefetch_samples` and `prefetch_bytes` bound what this rank fetches beyond the window that is trained.
         References to ordinals in `trained`, which the restored weights have seen, are quarantined.
@@ -117,10 +118,10 @@ class FeatureDataLoader:
         assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
         self._batch_size = batch_size
         self._global_batch_size = self._ranks.size * batch_size * accumulation_steps
-        self._batcher = batcher
+        self._inputs = inputs
+        self._by_length = all(reads.batcher.by_length for reads in inputs)
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
-        self._multiple_of = pad_to_multiple_of
         self._trained = trained if trained is not None else OrdinalSet()
         self._pending: deque[_Pending] = deque()
         self._partial: list[SampleRef] = []
@@ -275,7 +276,7 @@ class FeatureDataLoader:
 
     def _dispatched(self, refs: list[SampleRef]) -> _Pending:
         """Start fetching this rank's share of a window."""
-        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._batcher.by_length)
+        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._by_length)
         own = [[refs[index] for index in share] for share in shares]
         return _Pending(
             refs,
@@ -308,8 +309,7 @@ class FeatureDataLoader:
     def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
         """Collate a window's samples, which have arrived."""
         own = [ref for share in pending.shares for ref, _future in share]
-        nothing = dict.fromkeys(self._batcher.normalisers(None), 0.0)
-        window = TrainingWindow(pending.refs, own, [], 0, nothing, 0, 0.0)
+        window = TrainingWindow(pending.refs, own, [reads.begin() for reads in self._inputs])
         for share in pending.shares:
             samples = []
             for ref, future in share:
@@ -318,7 +318,9 @@ class FeatureDataLoader:
                 except (SampleLost, SampleUnusable) as error:
                     _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
                     window.given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
-            window.add(samples, self._batcher, multiple_of=self._multiple_of)
+            window.tokens += sum(len(sample) for sample in samples)
+            for reads, batches in zip(self._inputs, window.drafts, strict=True):
+                reads.add(batches, samples)
         window.wait_s = time.monotonic() - started
         return window
 

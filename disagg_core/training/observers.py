@@ -9,20 +9,24 @@ from typing import Any
 
 from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import JsonlMetrics
-from disagg_core.run.progress import ProgressFile
+from disagg_core.run.progress import ProgressFile, figure_of
 from disagg_core.training.progress import TrainingProgress
 from disagg_core.training.trainer import StepObserver
 
+DRAFT = "draft"
+"""The field of a step's record that says which draft took it; empty for the only one."""
+
 
 class MetricsObserver:
-    """Writes each step as one line of a metrics file."""
+    """Writes each step of one draft as one line of a metrics file."""
 
-    def __init__(self, path: Path) -> None:
-        self._metrics = JsonlMetrics(path)
+    def __init__(self, path: Path, draft: str = "") -> None:
+        self._metrics, self._draft = JsonlMetrics(path), draft
 
     def on_step(self, record: Mapping[str, Any]) -> None:
-        """Append the step."""
-        self._metrics.write(**record)
+        """Append the step, if it is the draft's."""
+        if record[DRAFT] == self._draft:
+            self._metrics.write(**{name: value for name, value in record.items() if name != DRAFT})
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Phases are no metrics."""
@@ -32,20 +36,23 @@ class MetricsObserver:
 
 
 class TensorBoardObserver:
-    """Writes each step's scalars for TensorBoard; per-step lists become <name>/<k>.
+    """Writes the scalars of each step of one draft for TensorBoard; per-step lists become <name>/<k>.
 
     Raises:
         MissingLibrary: the tensorboard package is not installed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, draft: str = "") -> None:
         require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(directory))
+        self._draft = draft
 
     def on_step(self, record: Mapping[str, Any]) -> None:
-        """Write the step's scalars."""
+        """Write the step's scalars, if it is the draft's."""
+        if record[DRAFT] != self._draft:
+            return
         step = record["step"]
         for name, value in record.items():
             if isinstance(value, list):
@@ -71,8 +78,10 @@ class ProgressObserver:
 
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Take the step's figures into the file."""
-        names = ("step", "trained", "quarantined", "loss", "learning_rate", "samples_per_s", "tokens_per_s")
-        fields = {name: record[name] for name in (*names, "data_wait_s", "in_flight", "simulated_accept_length")}
+        names = ("step", "trained", "quarantined", "samples_per_s", "tokens_per_s", "data_wait_s", "in_flight")
+        own = ("loss", "learning_rate", "simulated_accept_length")
+        fields = {name: record[name] for name in names}
+        fields |= {figure_of(record[DRAFT], name): record[name] for name in own}
         self._file.update(phase="training", total_steps=self._total_steps, **fields)
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
@@ -82,7 +91,7 @@ class ProgressObserver:
             step=progress.step,
             total_steps=self._total_steps,
             trained=progress.samples,
-            loss=progress.loss_last,
+            **{figure_of(draft, "loss"): own.loss_last for draft, own in progress.drafts.items()},
         )
         self._file.flush()
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import msgspec
 
 from disagg_core.ordinals import OrdinalSet
-from disagg_core.training.checkpoint import DataCursor
+from disagg_core.training.checkpoint import DataCursor, DraftProgress
 
 
 class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a fit ended. Counts with `_here` are of this fit, the others of the run since its first attempt.
 
     `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good; `given_up` lists
-    both, (sample id, reason) each. `skipped` windows had a loss or gradient that was not finite. `unused` counts
-    references that were published but not trained when the last step was reached. Rates are per second from the first
-    window on, over all ranks.
+    both, (sample id, reason) each. `skipped` windows had a loss or gradient that was not finite, for every draft.
+    `unused` counts references that were published but not trained when the last step was reached. Rates are per second
+    from the first window on, over all ranks. `drafts` has what is each draft's own, by its folder in a checkpoint.
     """
 
     reason: str
@@ -33,8 +33,7 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     steps_here: int
     samples_here: int
     tokens_here: int
-    loss_first: float | None
-    loss_last: float | None
+    drafts: dict[str, DraftProgress]
     seconds: float
     data_wait_s: float
     samples_per_second: float
@@ -45,15 +44,14 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class TrainingProgress:
-    """What was done since the run began: what a checkpoint remembers."""
+    """What was done since the run began: what a checkpoint remembers. A step is one that any of the drafts took."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     trained: OrdinalSet = field(default_factory=OrdinalSet)
     quarantined: OrdinalSet = field(default_factory=OrdinalSet)
-    loss_first: float | None = None
-    loss_last: float | None = None
+    drafts: dict[str, DraftProgress] = field(default_factory=dict)
 
     def cursor(self) -> DataCursor:
         """Return the data cursor."""
@@ -83,7 +81,6 @@ class FitTally:
     wait_s: float = 0.0
     lost: int = 0
     skipped: int = 0
-    skipped_in_row: int = 0
     given_up: list[tuple[str, str]] = field(default_factory=list)
 
     @property

@@ -17,8 +17,8 @@ from torch import Tensor
 from disagg_core.drafts.method import Batch, Batcher, DraftMethod, DraftModel, Figures, LossOutput, Ratio
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
+from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.optimizer import NamedParameters, Schedule, build_optimizer, clip_gradients
-from disagg_core.training.window import TrainingWindow
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class StepResult:
     def finite(self) -> bool:
         """Whether loss and gradient are; where not, the weights are those from before the window."""
         return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
+
+    def fault(self) -> str:
+        """Say what is not finite."""
+        return f"not trained on: the window's loss is {self.loss}, its gradient norm {self.grad_norm}"
 
     @property
     def loss(self) -> float:
@@ -77,32 +81,34 @@ class OptimizerStep:
         self.applied = 0
         """How often the weights were changed, or began to be."""
 
-    def run(self, window: TrainingWindow, step: int) -> StepResult | None:
-        """Do optimizer step `step` (0-based) on `window`; return None, doing nothing, if it has no unmasked position.
+    def run(self, window: DraftBatches, step: int, *, samples: int, tokens: int) -> StepResult | None:
+        """Do optimizer step `step` (0-based) on `window`, this rank's part of which has `samples` and `tokens`.
+
+        Returns None, doing nothing, if no rank has a position to train on.
 
         Where loss or gradient is not finite, on any rank, the weights stay as they are on all of them.
         """
         names = sorted(window.normalisers)
-        counts = [window.live_positions, window.samples, window.tokens]
-        live, samples, tokens, *sums = self._ranks.sum([*counts, *(window.normalisers[name] for name in names)])
+        counts = [window.live_positions, samples, tokens]
+        live, *summed = self._ranks.sum([*counts, *(window.normalisers[name] for name in names)])
         if live == 0:
             return None
         device = self._ranks.device
-        normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, sums, strict=True)}
+        normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed[2:], strict=True)}
         tally = self._backward(window, normalisers)
         learning_rate = self._schedule.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(self.parameters.values(), self._max_grad_norm)
         figures = self._method.figures(tally.summed(self._ranks))
-        result = StepResult(figures, learning_rate, float(norm), int(samples), int(tokens))
+        result = StepResult(figures, learning_rate, float(norm), int(summed[0]), int(summed[1]))
         if result.finite:
             self.applied += 1
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _backward(self, window: TrainingWindow, normalisers: Mapping[str, Tensor]) -> _Tally:
+    def _backward(self, window: DraftBatches, normalisers: Mapping[str, Tensor]) -> _Tally:
         """Accumulate and reduce the window's gradients; return this rank's figures."""
         tally = _Tally()
         last = len(window.batches) - 1

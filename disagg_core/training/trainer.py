@@ -1,23 +1,28 @@
 """The training loop: one optimizer step per window, then acknowledge, free, record, and now and then checkpoint.
 
-The order after a step is fixed: the weights hold the window, then it is acknowledged, then its samples are removed.
-A checkpoint holds weights and data cursor of one step boundary, so whatever ends the process, the next attempt
-continues from weights that know exactly what they have seen.
+The order after a step is fixed: the weights of every draft hold the window, then it is acknowledged, then its samples
+are removed. A checkpoint holds all weights and the data cursor of one step boundary, so whatever ends the process, the
+next attempt continues from weights that know exactly what they have seen.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from disagg_core.contracts import ordinal_of
-from disagg_core.drafts.method import DraftModel
-from disagg_core.errors import ChannelError, DraftlineError, PeerFailed, Preempted, TrainingDiverged, classify
+from disagg_core.errors import (
+    ChannelError,
+    CheckpointError,
+    DraftlineError,
+    PeerFailed,
+    Preempted,
+    TrainingDiverged,
+    classify,
+)
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.training.checkpoint import (
     CheckpointContent,
@@ -31,8 +36,8 @@ from disagg_core.training.checkpoint import (
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.progress import CheckpointPolicy, FitTally, TrainingProgress, TrainOutcome
-from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
-from disagg_core.training.step import OptimizerStep, StepResult
+from disagg_core.training.step import StepResult
+from disagg_core.training.trainee import Trainee
 from disagg_core.training.window import GivenUp, TrainingWindow
 
 _log = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ class StepObserver(Protocol):
     """Is told, on rank 0, what the trainer does: metric files, trackers, progress."""
 
     def on_step(self, record: Mapping[str, Any]) -> None:
-        """Take one step's figures, as they stand in ``metrics/train.jsonl``."""
+        """Take one draft's figures of a step, as they stand in ``metrics/train.jsonl``; `draft` is its folder."""
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Record that the trainer entered `phase`."""
@@ -55,12 +60,11 @@ class StepObserver(Protocol):
 
 
 class Trainer:
-    """Trains a draft from a stream. The same calls are made on every rank."""
+    """Trains drafts from a stream: every window is a step of each of them. The same calls are made on every rank."""
 
     def __init__(
         self,
-        step: OptimizerStep,
-        draft: DraftModel,
+        trainees: Sequence[Trainee],
         *,
         ranks: Ranks,
         checkpoints: CheckpointPolicy | None = None,
@@ -70,19 +74,25 @@ class Trainer:
         on_progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits."""
-        self._step = step
-        self._draft = draft
+        self.trainees = trainees
         self._ranks = ranks
         self._policy = checkpoints
         self._max_steps = max_steps
         self._max_diverged_windows = max_diverged_windows
         self._on_progress = on_progress
-        self._counted = 0
+        self._counted: list[int] = self._applied()
         self._saving = False
         self._observer = observer if ranks.is_first else None
         self._saved: Path | None = None
         self._saved_cursor: DataCursor | None = None
         self.progress = TrainingProgress()
+        self._note_drafts()
+
+    def _applied(self) -> list[int]:
+        return [trainee.step.applied for trainee in self.trainees]
+
+    def _note_drafts(self) -> None:
+        self.progress.drafts = {trainee.folder: trainee.progress for trainee in self.trainees}
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -107,16 +117,15 @@ class Trainer:
         """Take weights, optimizer, random state, counts and cursor from `content`.
 
         Raises:
-            CheckpointError: its tensors are not this draft's.
+            CheckpointError: its drafts or their tensors are not these.
         """
-        restore_weights(self._draft, self._draft.serving_state_dict(), content.draft)
-        restore_optimizer(self._draft, self._step.optimizer, content.optimizer)
-        torch.set_rng_state(content.rng["cpu"])
-        if self._ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(content.rng["cuda"], self._ranks.device)
-        state = content.state
+        state, folders = content.state, [trainee.folder for trainee in self.trainees]
+        if sorted(folders) != sorted(content.drafts):
+            raise CheckpointError(f"expected a checkpoint of the drafts {folders}, found {sorted(content.drafts)}")
+        for trainee in self.trainees:
+            trainee.restore(content.drafts[trainee.folder], state.drafts[trainee.folder])
+        self._note_drafts()
         self.progress.step, self.progress.samples, self.progress.tokens = state.step, state.samples, state.tokens
-        self.progress.loss_first, self.progress.loss_last = state.loss_first, state.loss_last
         for ordinals, ranges in (
             (self.progress.trained, state.cursor.trained),
             (self.progress.quarantined, state.cursor.quarantined),
@@ -139,9 +148,8 @@ class Trainer:
             return path
         self._phase("saving")
         self._saving = True
-        draft = self.weights()
-        optimizer = gather_optimizer(self._draft, self._step.optimizer)
-        content = CheckpointContent(draft, self._draft.config.to_dict(), optimizer, self._rng(), self._state(policy))
+        drafts = {trainee.folder: trainee.content() for trainee in self.trainees}
+        content = CheckpointContent(drafts, self._state(policy))
         self._ranks.first_does(lambda: save_checkpoint(policy.root, content, keep=policy.keep))
         self._saving = False
         self._saved, self._saved_cursor = path, cursor
@@ -155,23 +163,13 @@ class Trainer:
         Weights that only give numbers that are not finite are not sound; the newest checkpoint is from before them.
         """
         diverged = isinstance(error, TrainingDiverged)
-        sound = self._step.applied == self._counted and not self._saving and not diverged
+        sound = self._applied() == self._counted and not self._saving and not diverged
         if not sound or self._ranks.size > 1 or self.progress.step == 0:
             return
         try:
             self.save()
         except (DraftlineError, RuntimeError, OSError) as further:
             error.add_note(f"what was trained until then could not be saved: {further}")
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return the draft in serving names, whole, fp32 and on the CPU, on rank 0; every rank must call it."""
-        return gather_weights(self._draft, self._draft.serving_state_dict())
-
-    def _rng(self) -> dict[str, torch.Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self._ranks.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._ranks.device)
-        return states
 
     def _state(self, policy: CheckpointPolicy) -> TrainerState:
         return TrainerState(
@@ -182,8 +180,7 @@ class Trainer:
             total_steps=policy.total_steps,
             identity=dict(policy.identity),
             cursor=self.progress.cursor(),
-            loss_first=self.progress.loss_first,
-            loss_last=self.progress.loss_last,
+            drafts=dict(self.progress.drafts),
         )
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -239,64 +236,45 @@ class Trainer:
                 self.save()
             if self._reached_max_steps():
                 return "max_steps"
-            self._check_skipped(tally, self._max_diverged_windows)
+            self._check_skipped(self._max_diverged_windows)
         assert loader.end_reason is not None
         if loader.end_reason == "end of stream":
-            self._check_skipped(tally, min(_LAST_WINDOWS, self._max_diverged_windows))
+            self._check_skipped(min(_LAST_WINDOWS, self._max_diverged_windows))
         return loader.end_reason
 
-    def _check_skipped(self, tally: FitTally, allowed: int) -> None:
-        """Raise `TrainingDiverged` if as many windows as `allowed` in a row gave numbers that are not finite."""
-        if tally.skipped_in_row >= allowed:
-            raise TrainingDiverged(
-                f"step {self.progress.step}: expected a finite loss and gradient, found {tally.skipped_in_row} windows "
-                f"in a row without (training.max_diverged_windows); of the last: {tally.given_up[-1][1]}; lower "
-                "training.learning_rate, or look for samples with huge hidden states"
-            )
+    def _check_skipped(self, allowed: int) -> None:
+        """Raise `TrainingDiverged` if as many windows as `allowed` in a row were not finite for one of the drafts."""
+        for trainee in self.trainees:
+            trainee.check_skipped(allowed)
 
     def _reached_max_steps(self) -> bool:
         return self._max_steps is not None and self.progress.step >= self._max_steps
 
     def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: FitTally) -> bool:
-        """Train on `window` and complete it; return whether there was anything in it to take a step on."""
+        """Train every draft on `window` and complete it; return whether one of them took a step."""
         started = time.monotonic()
-        result = self._step.run(window, self.progress.step)
+        results = [
+            trainee.train(batches, samples=window.samples, tokens=window.tokens)
+            for trainee, batches in zip(self.trainees, window.drafts, strict=True)
+        ]
+        stepped = [result for result in results if result is not None and result.finite]
         given_up = loader.given_up_in(window)
-        if result is not None and not result.finite:
-            given_up = self._skipped(window, given_up, tally, result)
-            result = None
-        elif result is not None:
+        if stepped:
             self.progress.step += 1
             tally.steps += 1
-            tally.skipped_in_row = 0
-            self.progress.loss_last = result.loss
-            if self.progress.loss_first is None:
-                self.progress.loss_first = result.loss
-        self._count(window, given_up, tally, result)
-        self._counted = self._step.applied
+        elif skipped := [result for result in results if result is not None]:
+            tally.skipped += 1
+            given_up = _skipped(window, given_up, skipped[0].fault())
+        self._count(window, given_up, tally, tokens=stepped[0].tokens if stepped else 0)
+        self._counted = self._applied()
         loader.complete(window, step=self.progress.step, given_up=given_up)
         loader.note(f"trained step {self.progress.step}")
         self._on_progress("trained a window")
         tally.wait_s += window.wait_s
-        if result is not None and self._observer is not None:
-            self._observer.on_step(self._record(loader, window, result, tally, time.monotonic() - started))
-        return result is not None
+        self._tell(loader, window, results, time.monotonic() - started)
+        return bool(stepped)
 
-    def _skipped(
-        self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, result: StepResult
-    ) -> list[GivenUp]:
-        """Count a window whose numbers are not finite; return its samples as given up: they are quarantined."""
-        reason = f"not trained on: the window's loss is {result.loss}, its gradient norm {result.grad_norm}"
-        tally.skipped += 1
-        tally.skipped_in_row += 1
-        _log.error("step %d: a window of %d samples is %s", self.progress.step, len(window.refs), reason)
-        named = {item.sample_id for item in given_up}
-        others = [ref.sample_id for ref in window.refs if ref.sample_id not in named]
-        return given_up + [GivenUp(name, reason, lost=False) for name in others]
-
-    def _count(
-        self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, result: StepResult | None
-    ) -> None:
+    def _count(self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, *, tokens: int) -> None:
         unusable = {item.sample_id: item for item in given_up}
         for ref in window.refs:
             item = unusable.get(ref.sample_id)
@@ -304,7 +282,7 @@ class Trainer:
                 self.progress.trained.add(ordinal_of(ref.sample_id))
             elif not item.lost:
                 self.progress.quarantined.add(ordinal_of(ref.sample_id))
-        samples, tokens = len(window.refs) - len(unusable), result.tokens if result else 0
+        samples = len(window.refs) - len(unusable)
         self.progress.samples += samples
         self.progress.tokens += tokens
         tally.samples += samples
@@ -314,20 +292,14 @@ class Trainer:
 
     # --- reporting ----------------------------------------------------------------------------------------------
 
-    def _record(
-        self,
-        loader: FeatureDataLoader,
-        window: TrainingWindow,
-        result: StepResult,
-        tally: FitTally,
-        step_s: float,
-    ) -> dict[str, Any]:
+    def _tell(
+        self, loader: FeatureDataLoader, window: TrainingWindow, results: Sequence[StepResult | None], step_s: float
+    ) -> None:
+        """Tell the observer of each draft's step; `step_s` are the seconds that all of them took."""
+        if self._observer is None:
+            return
         seconds = max(step_s + window.wait_s, 1e-9)
-        return {
-            "step": self.progress.step,
-            **result.record(),
-            "samples_per_s": result.samples / seconds,
-            "tokens_per_s": result.tokens / seconds,
+        shared = {
             "data_wait_s": window.wait_s,
             "step_s": step_s,
             "in_flight": loader.in_flight,
@@ -336,6 +308,11 @@ class Trainer:
             "trained": self.progress.samples,
             "quarantined": len(self.progress.quarantined),
         }
+        for trainee, result in zip(self.trainees, results, strict=True):
+            if result is not None and result.finite:
+                rates = {"samples_per_s": result.samples / seconds, "tokens_per_s": result.tokens / seconds}
+                own = {"draft": trainee.folder, "step": trainee.progress.step, **result.record(), **rates}
+                self._observer.on_step({**own, **shared})
 
     def _phase(self, phase: str) -> None:
         self._on_progress(phase)
@@ -361,8 +338,7 @@ class Trainer:
             steps_here=tally.steps,
             samples_here=tally.samples,
             tokens_here=tally.tokens,
-            loss_first=self.progress.loss_first,
-            loss_last=self.progress.loss_last,
+            drafts=dict(self.progress.drafts),
             seconds=seconds,
             data_wait_s=tally.wait_s,
             samples_per_second=tally.samples / seconds if seconds else 0.0,
@@ -370,6 +346,13 @@ class Trainer:
             checkpoint=self._saved.name if self._saved else None,
             given_up=tally.given_up,
         )
+
+
+def _skipped(window: TrainingWindow, given_up: list[GivenUp], reason: str) -> list[GivenUp]:
+    """Return `given_up` with the other samples of a window that no draft could be trained on: they are quarantined."""
+    named = {item.sample_id for item in given_up}
+    others = [ref.sample_id for ref in window.refs if ref.sample_id not in named]
+    return given_up + [GivenUp(name, reason, lost=False) for name in others]
 
 
 def _describe(error: BaseException) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from disagg_core.contracts import SampleRef
-from disagg_core.drafts.method import Batch, Batcher, Sample
+from disagg_core.drafts.method import Sample
 from disagg_core.errors import SampleUnusable
+from disagg_core.training.inputs import DraftBatches
 
 
 class GivenUp(msgspec.Struct, frozen=True):
@@ -25,18 +26,14 @@ class TrainingWindow:
     """One optimizer window on one rank.
 
     `refs` are all of the window, in published order; `own` those that this rank fetched, `given_up` what of
-    these could not be used. `batches` are this rank's micro-batches; None weighs zero. Every rank has the
-    same number of them. Of this rank, `live_positions` counts the positions that are trained on, `normalisers` what its
-    batches add to the numbers that the window's loss is divided by, `tokens` its tokens.
+    these could not be used; `tokens` are those of the others. `drafts` are this rank's micro-batches for each draft.
     """
 
     refs: list[SampleRef]
     own: list[SampleRef]
-    batches: list[Batch | None]
-    live_positions: int
-    normalisers: dict[str, float]
-    tokens: int
-    wait_s: float
+    drafts: list[DraftBatches]
+    tokens: int = 0
+    wait_s: float = 0.0
     given_up: list[GivenUp] = field(default_factory=list)
 
     def oldest_age_s(self, now: float) -> float | None:
@@ -48,17 +45,6 @@ class TrainingWindow:
     def samples(self) -> int:
         """Samples of this rank that are trained on."""
         return len(self.own) - len(self.given_up)
-
-    def add(self, samples: Sequence[Sample], batcher: Batcher, *, multiple_of: int) -> None:
-        """Add a micro-batch of `samples`; None where there is nothing in them to train on."""
-        batch = batcher.collate(samples, multiple_of=multiple_of) if samples else None
-        positions = batcher.trainable_positions(batch) if batch is not None else 0
-        batch = batch if positions else None
-        self.batches.append(batch)
-        self.live_positions += positions
-        self.tokens += sum(len(sample) for sample in samples)
-        for name, value in batcher.normalisers(batch).items():
-            self.normalisers[name] += value
 
 
 def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:

@@ -16,7 +16,7 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from disagg_core.target.parts import load_target_parts
-from disagg_core.training import build_disagg_online_consumer
+from disagg_core.training import DraftToTrain, build_disagg_online_consumer
 
 
 def main() -> None:
@@ -36,10 +36,9 @@ def main() -> None:
         trainer, loader = build_disagg_online_consumer(
             channel=channel,
             store=store,
-            draft=draft,
+            drafts=[DraftToTrain(draft, Eagle3Section(ttt_length=3))],
             parts=frozen,
             section=TrainingSection(batch_size=1, accumulation_steps=4, device="cpu"),
-            options=Eagle3Section(ttt_length=3),
         )
         outcome = trainer.fit(loader)
     Path(told["outcome"]).write_text(
@@ -51,7 +50,7 @@ def main() -> None:
                 "backend": torch.distributed.get_backend(),
                 "ranks": torch.distributed.get_world_size(),
                 "sharded": type(draft.fc.weight).__name__,
-                "losses": [outcome.loss_first, outcome.loss_last],
+                "losses": [outcome.drafts[""].loss_first, outcome.drafts[""].loss_last],
             }
         )
     )

@@ -88,19 +88,18 @@ class BlockShapeSection(DraftSection):
                 f"sliding_window: expected at least block_size ({self.block_size}) beside sliding layers, "
                 f"found {self.sliding_window}"
             )
-        if not slides and "sliding_window" in self.model_fields_set and self.sliding_window is not None:
+        if not slides and self.sliding_window not in (None, type(self).model_fields["sliding_window"].default):
             raise ValueError("sliding_window takes effect beside sliding layer_types only, all layers are full")
         return self
 
     @model_validator(mode="after")
     def _sizes_come_with_init_from(self) -> BlockShapeSection:
-        found = sorted(self.model_fields_set & SIZES)
-        if self.init_from is not None and found:
+        if found := self.given_beside_init_from(SIZES):
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self
 
 
-SIZES = frozenset(BlockShapeSection.model_fields) - {"method", "init_from", "anchors", "noise"}
+SIZES = frozenset(BlockShapeSection.model_fields) - frozenset(DraftSection.model_fields) - {"anchors", "noise"}
 """Options that say how a fresh draft is built."""
 
 

@@ -60,8 +60,7 @@ class DSparkSection(BlockShapeSection):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DSparkSection:
-        found = sorted(self.model_fields_set.intersection(HEAD_OPTIONS))
-        if self.init_from is not None and found:
+        if found := self.given_beside_init_from(HEAD_OPTIONS):
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         if self.enable_confidence_head and self.loss.confidence == 0:
             raise ValueError(

@@ -39,7 +39,6 @@ class Eagle3Section(ReducedVocabulary, DraftSection):
     @model_validator(mode="after")
     def _sizes_come_with_init_from(self) -> Eagle3Section:
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm")
-        found = [name for name, value in self if name in sizes and value]
-        if self.init_from is not None and found:
+        if found := self.given_beside_init_from(sizes):
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self

@@ -36,7 +36,6 @@ class PEagleSection(ReducedVocabulary, DraftSection):
     def _options_fit(self) -> PEagleSection:
         if self.sliding_window is not None and self.sliding_window <= self.depths:
             raise ValueError(f"sliding_window: expected more than depths ({self.depths}), found {self.sliding_window}")
-        found = [name for name in _SIZES if name in self.model_fields_set]
-        if self.init_from is not None and found:
+        if found := self.given_beside_init_from(_SIZES):
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self

@@ -93,7 +93,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
         target=facts,
         capture=Capture(default_layers(facts.num_layers), last_hidden_state=True),
         tokenizer_version="none",
-        draft_vocab_size=VOCAB,
         total_prompts=None,
         total_steps=None,
         store_capacity=1,
@@ -173,9 +172,8 @@ def test_a_draft_whose_files_name_no_layers_reads_those_of_the_run(plan: RunPlan
     document = json.loads((source / "config.json").read_text())
     del document["eagle_config"]
     (source / "config.json").write_text(json.dumps(document))
-    other = {"capture": Capture((0, 1, 3), last_hidden_state=True)}
 
-    draft = read_draft(source, plan.model_copy(update=other))
+    draft = read_draft(source, plan.model_copy(update={"spec": reading(plan, 0, 1, 3)}))
 
     assert draft.config.layers == (0, 1, 3)
 
@@ -207,9 +205,14 @@ def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
         run_evaluation(plan, plan.dir.checkpoints / "step-0", "")
 
 
+def reading(plan: RunPlan, *layers: int) -> RunSpec:
+    """The plan's document for a draft that reads other layers."""
+    return plan.spec.model_copy(update={"target": plan.spec.target.model_copy(update={"aux_layers": layers})})
+
+
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
     facts = plan.target.model_copy(update={"vocab_size": 70})
-    other = {"target": facts, "capture": Capture((0, 1, 3), last_hidden_state=True)}
+    other = {"target": facts, "spec": reading(plan, 0, 1, 3)}
 
     with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; layers: expected \(0, 1, 3\)"):
         read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update=other))

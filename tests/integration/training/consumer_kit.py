@@ -20,7 +20,7 @@ from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.training import FeatureDataLoader, Trainer, build_disagg_online_consumer
+from disagg_core.training import DraftToTrain, FeatureDataLoader, Trainer, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
 
 TARGET_HIDDEN, VOCAB, DRAFT_VOCAB, TTT = 16, 64, 32, 3
@@ -149,10 +149,9 @@ def consumer(
     return build_disagg_online_consumer(
         channel=channel,
         store=store,
-        draft=draft,
+        drafts=[DraftToTrain(draft, Eagle3Section(ttt_length=TTT, loss=options.pop("loss", LossSection())))],
         parts=FrozenParts(draft.embed_tokens.weight, head),
         section=training or section(),
-        options=Eagle3Section(ttt_length=TTT, loss=options.pop("loss", LossSection())),
         total_steps=total_steps,
         ranks=ranks,
         checkpoints=checkpoints,

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, shard
-from disagg_core.training.loader import TrainingWindow
+from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.optimizer import Schedule
 from disagg_core.training.state import gather_weights
 from disagg_core.training.step import OptimizerStep
@@ -42,7 +42,8 @@ def main(name: str, folder: Path) -> None:
             batch = batcher.collate(mine) if mine else None
             live = 0 if batch is None else batcher.trainable_positions(batch)
             sums = batcher.normalisers(batch)
-            assert step.run(TrainingWindow([], [], [batch], live, sums, sum(map(len, mine)), 0.0), number) is not None
+            counts = {"samples": len(mine), "tokens": sum(map(len, mine))}
+            assert step.run(DraftBatches([batch], live, sums), number, **counts) is not None
         weights = gather_weights(draft, draft.serving_state_dict())
         if ranks.is_first:
             save_file(weights, folder / f"{ranks.size}.safetensors")

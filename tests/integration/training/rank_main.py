@@ -34,7 +34,7 @@ def main() -> None:
             checkpoints=Path(told["checkpoints"]),
         )
         outcome = trainer.fit(loader)
-        weights = trainer.weights()
+        weights = trainer.trainees[0].weights()
         if ranks.is_first:
             save_file(weights, told["weights"])
             Path(told["outcome"]).write_text(

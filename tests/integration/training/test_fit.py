@@ -50,8 +50,8 @@ def test_every_sample_is_trained_acknowledged_and_freed(attempt, ranks, tmp_path
     records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [record["samples"] for record in records] == [4, 4, 2]
     assert [record["in_flight"] for record in records] == [6, 2, 0]
-    assert records[0]["loss"] == outcome.loss_first
-    assert records[-1]["loss"] == outcome.loss_last
+    assert records[0]["loss"] == outcome.drafts[""].loss_first
+    assert records[-1]["loss"] == outcome.drafts[""].loss_last
     assert len(records[0]["step_losses"]) == len(records[0]["accuracies"]) == len(records[0]["acceptance_rates"]) == 3
 
 
@@ -68,8 +68,11 @@ def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
 
         def on_wait(self): ...
 
-    run = trainer._step.run
-    trainer._step.run = lambda window, step: (left.append(attempt.store.key_count()), run(window, step))[1]
+    run = trainer.trainees[0].step.run
+    trainer.trainees[0].step.run = lambda window, step, **counts: (
+        left.append(attempt.store.key_count()),
+        run(window, step, **counts),
+    )[1]
     trainer._observer = Watcher()
     trainer.fit(loader)
 
@@ -81,7 +84,7 @@ def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoin
     attempt.publish(range(12))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, training=section())
     trainer.fit(loader)
-    expected = trainer.weights()
+    expected = trainer.trainees[0].weights()
     for number, cut in (
         (2, {"batch_size": 4, "accumulation_steps": 1}),
         (3, {"batch_size": 1, "accumulation_steps": 4}),
@@ -90,7 +93,7 @@ def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoin
             other.publish(range(12))
             again, loader = consumer(other.reader, other.store, ranks, training=section(**cut))
             again.fit(loader)
-        for name, weight in again.weights().items():
+        for name, weight in again.trainees[0].weights().items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
@@ -127,7 +130,7 @@ def test_bf16_computes_on_fp32_masters(attempt, ranks):
     outcome = trainer.fit(loader)
 
     assert outcome.steps == 2
-    weights = trainer.weights()
+    weights = trainer.trainees[0].weights()
     assert weights["fc.weight"].dtype == torch.float32
     assert not torch.equal(weights["fc.weight"], weights["fc.weight"].bfloat16().float())
 
@@ -142,8 +145,8 @@ def test_activations_computed_again_give_the_same_weights(attempt, endpoints, ra
         again, loader = consumer(other.reader, other.store, ranks, training=training)
         again.fit(loader)
 
-    expected = trainer.weights()
-    assert all(torch.equal(weight, expected[name]) for name, weight in again.weights().items())
+    expected = trainer.trainees[0].weights()
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.trainees[0].weights().items())
 
 
 def test_a_lost_sample_weighs_zero_and_is_quarantined_with_its_reason(attempt, ranks, tmp_path):
@@ -193,15 +196,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, 
         whole_run.publish(range(22))
         trainer, loader = consumer(whole_run.reader, whole_run.store, ranks, checkpoints=tmp_path / "a")
         trainer.fit(loader)
-        expected = trainer.weights()
+        expected = trainer.trainees[0].weights()
 
     with Attempt(endpoints, tmp_path, run_id, 2) as first:
         first.publish(range(22))
         trainer, loader = consumer(
             first.reader, first.store, ranks, checkpoints=tmp_path / "b", training=section(save_every_steps=2)
         )
-        run = trainer._step.run
-        trainer._step.run = lambda window, step: run(window, step) if step < 3 else pytest.fail("killed")
+        run = trainer.trainees[0].step.run
+        trainer.trainees[0].step.run = lambda window, step, **counts: (
+            run(window, step, **counts) if step < 3 else pytest.fail("killed")
+        )
         with pytest.raises(pytest.fail.Exception):
             trainer.fit(loader)
         assert first.writer.reader_status().state == "failed"
@@ -215,7 +220,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, 
         outcome = trainer.fit(loader)
 
     assert (outcome.steps, outcome.steps_here, outcome.samples, outcome.samples_here) == (6, 4, 22, 14)
-    assert all(torch.equal(weight, expected[name]) for name, weight in trainer.weights().items())
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainer.trainees[0].weights().items())
     files = [(tmp_path / run / "step-6" / "optimizer.safetensors").read_bytes() for run in "ab"]
     assert files[0] == files[1]
 
@@ -326,7 +331,7 @@ def test_the_untrained_draft_is_kept_as_step_0(attempt, ranks, tmp_path):
     trainer, loader = consumer(
         attempt.reader, attempt.store, ranks, checkpoints=tmp_path, training=section(save_every_steps=1), keep=2
     )
-    before = trainer.weights()
+    before = trainer.trainees[0].weights()
 
     trainer.fit(loader)
 
@@ -361,7 +366,7 @@ def test_an_empty_stream_is_no_training(attempt, ranks):
 
     outcome = trainer.fit(loader)
 
-    assert (outcome.steps, outcome.samples, outcome.loss_first) == (0, 0, None)
+    assert (outcome.steps, outcome.samples, outcome.drafts[""].loss_first) == (0, 0, None)
 
 
 def test_a_sample_that_is_not_finite_is_quarantined_for_good(attempt, ranks, tmp_path):
@@ -403,7 +408,7 @@ def test_the_acceptance_losses_train_too(attempt, ranks, kind):
     outcome = trainer.fit(loader)
 
     assert outcome.steps == 2
-    assert outcome.loss_last is not None
+    assert outcome.drafts[""].loss_last is not None
 
 
 def test_compat_normalisation_divides_by_padding_too(attempt, ranks):
@@ -477,14 +482,14 @@ def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_wa
 def test_any_ending_of_a_fit_saves_what_was_trained(attempt, ranks, tmp_path, error):
     attempt.publish(range(12))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
-    run = trainer._step.run
+    run = trainer.trainees[0].step.run
 
-    def breaks(window, step):
+    def breaks(window, step, **counts):
         if step == 2:
             raise error
-        return run(window, step)
+        return run(window, step, **counts)
 
-    trainer._step.run = breaks
+    trainer.trainees[0].step.run = breaks
     with pytest.raises(type(error)):
         trainer.fit(loader)
 
@@ -495,7 +500,9 @@ def test_any_ending_of_a_fit_saves_what_was_trained(attempt, ranks, tmp_path, er
 def test_weights_that_an_error_left_half_changed_are_not_saved(attempt, ranks, tmp_path):
     attempt.publish(range(12))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
-    trainer._step.optimizer.step = once(RuntimeError("in the middle"), trainer._step.optimizer.step)
+    trainer.trainees[0].step.optimizer.step = once(
+        RuntimeError("in the middle"), trainer.trainees[0].step.optimizer.step
+    )
 
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.fit(loader)
@@ -519,7 +526,7 @@ def test_a_window_that_is_not_finite_is_skipped_counted_and_the_run_goes_on(atte
     outcome = trainer.fit(loader)
 
     assert (outcome.steps, outcome.samples, outcome.quarantined, outcome.skipped) == (3, 12, 4, 1)
-    assert all(torch.isfinite(weight).all() for weight in trainer.weights().values())
+    assert all(torch.isfinite(weight).all() for weight in trainer.trainees[0].weights().values())
     assert {name for name, _ in outcome.given_up} == {sample_id_of(n) for n in range(4, 8)}
     assert attempt.writer.in_flight_remote() == 0
     assert attempt.store.key_count() == 0

@@ -54,7 +54,7 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
         alone.store.abort(refs[lost])
         trainer, loader = consumer(alone.reader, alone.store, ranks, training=section(accumulation_steps=2))
         one = trainer.fit(loader)
-        expected = trainer.weights()
+        expected = trainer.trainees[0].weights()
 
     with Attempt(endpoints, tmp_path / "two", f"{run_id}-two") as pair:
         told = tmp_path / "two.json"

@@ -242,7 +242,7 @@ def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, monkeypatch
 def test_a_draft_to_continue_that_does_not_fit_is_named(settings: Settings, tmp_path: Path) -> None:
     plan = check_run(a_spec(), settings)
     draft = Eagle3Draft(Eagle3Config.for_target(plan.target, plan.spec.draft))
-    draft.set_vocab_map(VocabMap.from_counts(torch.ones(plan.target.vocab_size), plan.draft_vocab_size))
+    draft.set_vocab_map(VocabMap.from_counts(torch.ones(plan.target.vocab_size), plan.drafts[0].vocabulary.size))
     for name, changes in {"fits": {}, "other": {"aux_layer_ids": (0, 1, 3)}}.items():
         folder = tmp_path / "drafts" / name
         folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from disagg_core.drafts.vocab import VocabMap, derive_vocab_map
+from disagg_core.drafts.vocab import VocabMap, count_tokens, derive_vocab_map
 from disagg_core.errors import BadInput
 
 pytestmark = pytest.mark.unit
@@ -92,7 +92,11 @@ def test_a_map_is_derived_once_for_the_same_inputs(tmp_path: Path) -> None:
 
     def derive(inputs_version: str, k: int = 2) -> VocabMap:
         return derive_vocab_map(
-            path, samples, vocab_size=6, draft_vocab_size=k, inputs_version=inputs_version, progress=seen.append
+            path,
+            lambda: count_tokens(samples(), 6, seen.append),
+            vocab_size=6,
+            draft_vocab_size=k,
+            inputs_version=inputs_version,
         )
 
     assert derive("a").target_ids.tolist() == [2, 4]

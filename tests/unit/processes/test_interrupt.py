@@ -112,7 +112,7 @@ def test_a_stop_of_another_rank_ends_the_wait_for_samples_that_only_this_rank_la
             return [mine + other for mine, other in zip(values, [0.0, 1.0], strict=True)]
 
     ranks = TwoRanks(1, 2, torch.device("cpu"), owns_group=False, control=None)
-    loader = FeatureDataLoader(None, None, batcher=None, batch_size=1, ranks=ranks)
+    loader = FeatureDataLoader(None, None, inputs=[], batch_size=1, ranks=ranks)
     never: Future = Future()
 
     with ThreadPoolExecutor(1) as waiter:

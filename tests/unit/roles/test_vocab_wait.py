@@ -33,9 +33,13 @@ class SlowToShow(type(Path())):
 def assignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(consumer, "POLL_S", 0.01)
     VocabMap.identity(8).save(tmp_path / "vocab_map.safetensors")
-    run = SimpleNamespace(vocab_map=SlowToShow(tmp_path / "vocab_map.safetensors"))
     spec = SimpleNamespace(orchestration=SimpleNamespace(stall_timeout_s=0.5))
-    return SimpleNamespace(plan=SimpleNamespace(dir=run, spec=spec))
+    return SimpleNamespace(plan=SimpleNamespace(spec=spec))
+
+
+def wait_for_map(assignment: SimpleNamespace, folder: Path, reader: StreamingRefChannel) -> None:
+    path = SlowToShow(folder / "vocab_map.safetensors")
+    consumer._wait_for_vocab_map(assignment, path, reader, None, StopSignal("consumer"))
 
 
 @pytest.mark.parametrize("looks_missed", [0, 1, 2, 5])
@@ -47,7 +51,7 @@ def test_a_short_stream_that_ended_before_the_map_shows_is_delivered_whole(
         writer.close(totals_of(make_refs(3)))
     SlowToShow.looks_missed = looks_missed
     with StreamingRefChannel(tmp_path / "channel") as reader:
-        consumer._wait_for_vocab_map(assignment, reader, None, StopSignal("consumer"))
+        wait_for_map(assignment, tmp_path, reader)
         refs = StreamingRefQueue(reader).get(10, timeout=5)
         assert ids(refs) == names(3)
         reader.ack(refs, step=1)
@@ -63,6 +67,6 @@ def test_a_producer_that_ended_without_a_map_or_failed_is_not_waited_for_for_eve
         writer.fail("no such model", "bad_input")
     SlowToShow.looks_missed = 10**6
     with StreamingRefChannel(tmp_path / "ended") as reader, pytest.raises(RoleFailed, match="is not there"):
-        consumer._wait_for_vocab_map(assignment, reader, None, StopSignal("consumer"))
+        wait_for_map(assignment, tmp_path, reader)
     with StreamingRefChannel(tmp_path / "failed") as reader, pytest.raises(ProducerFailed, match="no such model"):
-        consumer._wait_for_vocab_map(assignment, reader, None, StopSignal("consumer"))
+        wait_for_map(assignment, tmp_path, reader)

@@ -14,7 +14,7 @@ from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.prompts.pinned import PinnedData, PinnedFile
 from disagg_core.prompts.pool import GivenTasks
 from disagg_core.rollout import vocab_counts as module
-from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
@@ -59,7 +59,7 @@ def prompts(tmp_path: Path) -> Path:
 def test_the_tokens_that_are_trained_on_most_make_the_draft_vocabulary(tmp_path: Path, prompts: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     plan = a_plan(tmp_path, prompts, "first")
-    made = vocab_map_of(
+    (made,) = vocab_maps_of(
         plan,
         tasks([5, 5, 7, 7, 7], [300, 300, 2]),
         Untouched(),
@@ -74,11 +74,11 @@ def test_the_tokens_that_are_trained_on_most_make_the_draft_vocabulary(tmp_path:
 
 def test_a_later_run_over_the_same_inputs_counts_nothing(tmp_path: Path, prompts: Path) -> None:
     arguments = {"cache": tmp_path / "cache", "progress": lambda done, total: None}
-    first = vocab_map_of(a_plan(tmp_path, prompts, "first"), tasks([5, 7]), Untouched(), **arguments)
-    again = vocab_map_of(a_plan(tmp_path, prompts, "again"), tasks([1, 1, 1, 1]), Untouched(), **arguments)
+    (first,) = vocab_maps_of(a_plan(tmp_path, prompts, "first"), tasks([5, 7]), Untouched(), **arguments)
+    (again,) = vocab_maps_of(a_plan(tmp_path, prompts, "again"), tasks([1, 1, 1, 1]), Untouched(), **arguments)
     assert again.version == first.version
     prompts.write_text("other\n")
-    other = vocab_map_of(a_plan(tmp_path, prompts, "other"), tasks([1, 2, 3, 4]), Untouched(), **arguments)
+    (other,) = vocab_maps_of(a_plan(tmp_path, prompts, "other"), tasks([1, 2, 3, 4]), Untouched(), **arguments)
     assert other.target_ids.tolist() == [1, 2, 3, 4]
 
 
@@ -112,7 +112,7 @@ def test_a_target_that_is_away_for_a_moment_is_waited_for(
 ) -> None:
     monkeypatch.setattr(module, "_AWAY_PAUSE_S", 0.0)
     target, seen = Away(calls=2), []
-    made = vocab_map_of(
+    (made,) = vocab_maps_of(
         a_generating_plan(tmp_path, prompts),
         tasks([1], [2]),
         target,
@@ -130,14 +130,14 @@ def test_a_target_that_stays_away_ends_the_counting(
     monkeypatch.setattr(module, "_AWAY_PAUSE_S", 0.0)
     plan = a_generating_plan(tmp_path, prompts, "target.unavailable_timeout_s=0.01")
     with pytest.raises(TargetUnavailable, match="while counting for the vocabulary map of run: no server"):
-        vocab_map_of(
+        vocab_maps_of(
             plan, tasks([1], [2]), Away(calls=10**6), cache=tmp_path / "cache", progress=lambda done, total: None
         )
 
 
 def test_nothing_to_count_is_named(tmp_path: Path, prompts: Path) -> None:
     with pytest.raises(BadInput, match="at least one usable prompt"):
-        vocab_map_of(
+        vocab_maps_of(
             a_plan(tmp_path, prompts, "none"),
             tasks(),
             Untouched(),

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from disagg_core.training import checkpoint
 from disagg_core.training.checkpoint import (
     CheckpointContent,
     DataCursor,
+    DraftContent,
+    DraftProgress,
     TrainerState,
     covered_ordinals,
     load_checkpoint,
@@ -32,14 +35,17 @@ pytestmark = pytest.mark.unit
 IDENTITY = {"run_id": "r", "target": "t", "vocab_map": "v"}
 
 
-def content(step: int) -> CheckpointContent:
+def content(step: int, folders: Sequence[str] = ("",)) -> CheckpointContent:
     generator = torch.Generator().manual_seed(step)
     weight = torch.randn(6, 4, generator=generator)
-    return CheckpointContent(
-        draft={"fc.weight": weight, "t2d": torch.tensor([True, False]), "d2t": torch.arange(3)},
+    draft = DraftContent(
+        weights={"fc.weight": weight, "t2d": torch.tensor([True, False]), "d2t": torch.arange(3)},
         config={"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 4},
         optimizer={"fc.weight.exp_avg": weight * 2, "fc.weight.step": torch.tensor(float(step))},
         rng={"cpu": torch.get_rng_state()},
+    )
+    return CheckpointContent(
+        drafts=dict.fromkeys(folders, draft),
         state=TrainerState(
             step=step,
             samples=8 * step,
@@ -48,17 +54,30 @@ def content(step: int) -> CheckpointContent:
             total_steps=10,
             identity=IDENTITY,
             cursor=DataCursor(trained=[(0, 8 * step)], quarantined=[(99, 99)]),
-            loss_first=5.0,
+            drafts=dict.fromkeys(folders, DraftProgress(step=step, loss_first=5.0)),
         ),
     )
 
 
+def other_config(saved: CheckpointContent) -> CheckpointContent:
+    draft = dataclasses.replace(saved.drafts[""], config={"hidden_size": 5})
+    return dataclasses.replace(saved, drafts={"": draft})
+
+
 def same(left: CheckpointContent, right: CheckpointContent) -> bool:
-    for field in ("draft", "optimizer", "rng"):
+    return (
+        left.state == right.state
+        and left.drafts.keys() == right.drafts.keys()
+        and all(same_draft(left.drafts[folder], right.drafts[folder]) for folder in left.drafts)
+    )
+
+
+def same_draft(left: DraftContent, right: DraftContent) -> bool:
+    for field in ("weights", "optimizer", "rng"):
         mine, theirs = getattr(left, field), getattr(right, field)
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
             return False
-    return left.config == right.config and left.state == right.state
+    return left.config == right.config
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
@@ -69,6 +88,19 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     assert read_state(path).cursor.trained == [(0, 32)]
     assert verify_checkpoint(path) == 4
     assert not list(tmp_path.glob(".*"))
+
+
+def test_several_drafts_are_one_checkpoint_with_a_folder_for_each(tmp_path):
+    saved = content(4, ["eagle3", "flash"])
+    path = save_checkpoint(tmp_path, saved, keep=2)
+
+    assert same(load_checkpoint(path), saved)
+    assert verify_checkpoint(path) == 4
+    assert sorted(entry.name for entry in path.iterdir()) == ["eagle3", "flash", "manifest.json", "trainer.json"]
+    damaged = path / "flash" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"flash/optimizer\.safetensors"):
+        verify_checkpoint(path)
 
 
 def test_its_files_are_as_readable_as_any_new_file(tmp_path):
@@ -118,7 +150,7 @@ def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
         verify_checkpoint(path)
     (path / "manifest.json").write_bytes(msgspec.json.encode({"format": 7, "step": 1, "files": {}}))
-    with pytest.raises(CheckpointError, match="expected checkpoint format 1, found 7"):
+    with pytest.raises(CheckpointError, match="expected checkpoint format 2, found 7"):
         verify_checkpoint(path)
 
 
@@ -220,7 +252,7 @@ def test_a_checkpoint_that_cannot_take_its_place_leaves_the_one_that_has_it(tmp_
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(CheckpointNotSaved, match="No space left"):
-        save_checkpoint(tmp_path, dataclasses.replace(content(2), config={"hidden_size": 5}), keep=2)
+        save_checkpoint(tmp_path, other_config(content(2)), keep=2)
     assert same(load_checkpoint(older), content(2))
     assert list(tmp_path.iterdir()) == [older]
 
@@ -249,7 +281,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_loaded(tmp_path):
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save_checkpoint(tmp_path, content(2), keep=2)
-    newer = dataclasses.replace(content(2), config={"hidden_size": 5})
+    newer = other_config(content(2))
 
     save_checkpoint(tmp_path, newer, keep=2)
 

@@ -12,6 +12,7 @@ from disagg_core.training.progress import TrainingProgress
 pytestmark = pytest.mark.unit
 
 RECORD = {
+    "draft": "",
     "step": 3,
     "trained": 24,
     "quarantined": 0,

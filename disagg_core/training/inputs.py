@@ -1,0 +1,75 @@
+"""What each draft reads of a window: its part of every captured sample, and its own micro-batches.
+
+A sample is fetched once for all drafts of a run and holds what any of them needs. A draft that is trained beside others
+is given the same bits as one trained alone, whose samples hold nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagg_core.contracts import Capture
+from disagg_core.drafts.method import Batch, Batcher, Sample
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part `own` of samples that hold what `captured` says."""
+
+    captured: Capture
+    own: Capture
+
+    def of(self, sample: Sample) -> Sample:
+        """Return `sample` with the states that the draft reads, and no others."""
+        if self.own == self.captured:
+            return sample
+        tensors = dict(sample.tensors)
+        if self.own.layers != self.captured.layers:
+            places = [self.captured.layers.index(layer) for layer in self.own.layers]
+            states = tensors["aux_hidden_states"]
+            by_layer = states.view(len(states), len(self.captured.layers), -1)  # [T, captured layers, H]
+            tensors["aux_hidden_states"] = by_layer[:, places].flatten(1)  # [T, own layers * H]
+        if not self.own.last_hidden_state:
+            tensors.pop("last_hidden_state", None)
+        return Sample(sample.sample_id, tensors)
+
+
+@dataclass
+class DraftBatches:
+    """One draft's micro-batches of a window on one rank; None weighs zero, and every rank has the same number of them.
+
+    `live_positions` counts the positions that are trained on, `normalisers` what the batches add to the numbers that
+    the window's loss is divided by.
+    """
+
+    batches: list[Batch | None]
+    live_positions: int
+    normalisers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DraftInput:
+    """How one draft reads samples: `batcher` makes batches, padded to a multiple of `multiple_of`, of its `selection`.
+
+    Without a selection it reads all that is captured.
+    """
+
+    batcher: Batcher
+    selection: Selection | None = None
+    multiple_of: int = 1
+
+    def begin(self) -> DraftBatches:
+        """Return a window without micro-batches."""
+        return DraftBatches([], 0, dict.fromkeys(self.batcher.normalisers(None), 0.0))
+
+    def add(self, window: DraftBatches, samples: Sequence[Sample]) -> None:
+        """Add a micro-batch of `samples` to `window`; None where there is nothing in them to train on."""
+        own = [self.selection.of(sample) for sample in samples] if self.selection is not None else samples
+        batch = self.batcher.collate(own, multiple_of=self.multiple_of) if own else None
+        positions = self.batcher.trainable_positions(batch) if batch is not None else 0
+        batch = batch if positions else None
+        window.batches.append(batch)
+        window.live_positions += positions
+        for name, value in self.batcher.normalisers(batch).items():
+            window.normalisers[name] += value

@@ -1,0 +1,104 @@
+"""One draft in training: its model, its optimizer step, its randomness and its counts.
+
+A run trains one or more of them on the same windows. Each does what it would do alone: a window whose numbers are not
+finite for one draft is left out of that draft's training, and of no other's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+from torch import Tensor
+
+from disagg_core.drafts.method import DraftModel
+from disagg_core.errors import TrainingDiverged
+from disagg_core.training.checkpoint import DraftContent, DraftProgress
+from disagg_core.training.inputs import DraftBatches
+from disagg_core.training.randomness import RandomState
+from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
+from disagg_core.training.step import OptimizerStep, StepResult
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainee:
+    """A draft and all that its training needs; the same calls are made on every rank.
+
+    `folder` is where its part of a checkpoint lies, and what tells it from others in figures and messages; empty for
+    the only draft of a run.
+    """
+
+    folder: str
+    draft: DraftModel
+    step: OptimizerStep
+    random: RandomState
+    progress: DraftProgress
+
+    def train(self, batches: DraftBatches, *, samples: int, tokens: int) -> StepResult | None:
+        """Take an optimizer step on a window, of which this rank has `samples` and `tokens`.
+
+        Returns the figures, also where they are not finite and the weights stayed as they were; None without anything
+        to train on.
+        """
+        started = time.monotonic()
+        with self.random.in_force():
+            result = self.step.run(batches, self.progress.step, samples=samples, tokens=tokens)
+        self.progress.seconds += time.monotonic() - started
+        if result is not None:
+            self._count(result)
+        return result
+
+    def _count(self, result: StepResult) -> None:
+        progress = self.progress
+        if not result.finite:
+            progress.skipped += 1
+            progress.skipped_in_row += 1
+            progress.skipped_because = result.fault()
+            _log.error("%sstep %d: a window is %s", self.speaking, progress.step, progress.skipped_because)
+            return
+        progress.step += 1
+        progress.skipped_in_row = 0
+        progress.loss_last = result.loss
+        if progress.loss_first is None:
+            progress.loss_first = result.loss
+
+    @property
+    def speaking(self) -> str:
+        """Beginning of what is said of it, where there are others."""
+        return f"draft {self.folder}: " if self.folder else ""
+
+    def check_skipped(self, allowed: int) -> None:
+        """Raise `TrainingDiverged` if as many windows as `allowed` in a row gave numbers that are not finite."""
+        if self.progress.skipped_in_row >= allowed:
+            raise TrainingDiverged(
+                f"{self.speaking}step {self.progress.step}: expected a finite loss and gradient, found "
+                f"{self.progress.skipped_in_row} windows in a row without (training.max_diverged_windows); of the "
+                f"last: {self.progress.skipped_because}; lower its learning rate, or look for samples with huge hidden "
+                "states"
+            )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the draft in serving names, whole, fp32 and on the CPU, on rank 0; every rank must call it."""
+        return gather_weights(self.draft, self.draft.serving_state_dict())
+
+    def content(self) -> DraftContent:
+        """Return its part of a checkpoint, whole on rank 0; every rank must call it."""
+        optimizer = gather_optimizer(self.draft, self.step.optimizer)
+        return DraftContent(self.weights(), self.draft.config.to_dict(), optimizer, self.random.tensors())
+
+    def restore(self, content: DraftContent, progress: DraftProgress) -> None:
+        """Take weights, optimizer and random state from `content`, and the counts that go with them.
+
+        Raises:
+            CheckpointError: its tensors are not this draft's.
+        """
+        restore_weights(self.draft, self.draft.serving_state_dict(), content.weights)
+        restore_optimizer(self.draft, self.step.optimizer, content.optimizer)
+        self.random.load(content.rng)
+        self.progress = msgspec.structs.replace(progress, skipped_in_row=0)
