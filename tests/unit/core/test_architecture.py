@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[3]
 FLOORS = [
     {"errors", "failures", "contracts", "ordinals", "files"},
     {"run_spec", "processes", "settings"},
-    {"target", "store"},
+    {"target", "store", "storage"},
     {"drafts", "prompts", "run"},
     {"evaluation", "channel", "engines", "report"},
-    {"training", "rollout", "checks"},
+    {"training", "rollout", "checks", "registry"},
     {"roles"},
     {"cli"},
 ]
