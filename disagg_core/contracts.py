@@ -99,13 +99,14 @@ class PromptTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `ordinal` is its place in the run's seeded order over all epochs and the root of its sample id. `input_ids` and
     `loss_mask` have the same length; the mask holds 1 where a token may be trained on. With generation switched on
-    `input_ids` end where the target continues.
+    `input_ids` end where the target continues, and `continuation` holds how it did if that is known already.
     """
 
     ordinal: int
     source: str
     input_ids: list[int]
     loss_mask: list[int]
+    continuation: list[int] | None = None
 
     @property
     def sample_id(self) -> str:

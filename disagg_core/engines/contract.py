@@ -149,9 +149,9 @@ class Target(Protocol):
         """Yield exactly one outcome for each task, in any order, each as soon as it is there.
 
         With generation switched on, the continuation is generated first (seeded by the run's seed and the task's
-        ordinal, so that it is the same in every attempt), its tokens get loss mask 1, and prompt plus continuation
-        are captured. `avoid` maps an ordinal to the servers on which that task has failed already: they are used for
-        it only when no other is left.
+        ordinal, so that it is the same in every attempt) unless the task has it already; its tokens get loss mask 1,
+        and prompt plus continuation are captured. `avoid` maps an ordinal to the servers on which that task has failed
+        already: they are used for it only when no other is left.
 
         A failure that concerns tasks is an outcome, never an exception. The caller may stop iterating early; what was
         stored but not yielded is then removed by the target.

@@ -178,7 +178,9 @@ class TransformersTarget:
         return None
 
     def _generated(self, tasks: list[PromptTask], sampling: Sampling) -> Iterator[Generated | Failed]:
-        """Yield continuations, decoded in batches whose longest possible cache fits the token budget."""
+        """Yield continuations: those that are known, then the rest, decoded within the token budget."""
+        yield from (Generated(task, task.continuation) for task in tasks if task.continuation is not None)
+        tasks = [task for task in tasks if task.continuation is None]
         rooms = {task.ordinal: sampling.room(task) for task in tasks}
         room = max(rooms.values(), default=0)
         for batch in token_batches(tasks, _DECODE_FACTOR * self._batch_tokens, room=room):

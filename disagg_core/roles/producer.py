@@ -30,6 +30,8 @@ from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.roles.producer_files import RejectedFile, Reporter
+from disagg_core.rollout.continuations import ContinuationLog, ContinuedTarget, Origin
+from disagg_core.rollout.pace import Pace
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
@@ -38,7 +40,7 @@ from disagg_core.rollout.work import WorkNotes, noted
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
-from disagg_core.run.progress import ProgressFile
+from disagg_core.run.progress import ProgressFile, ProgressValue
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
@@ -119,7 +121,7 @@ def _assemble(
     if spec.target.cpu_threads is not None:
         torch.set_num_threads(spec.target.cpu_threads)
 
-    def enter(phase: str, **fields: int | None) -> None:
+    def enter(phase: str, **fields: ProgressValue) -> None:
         stop.check()
         progress.update(phase=phase, **fields)
         channel.note_progress(f"{phase} {fields}" if fields else phase)
@@ -131,9 +133,14 @@ def _assemble(
         spec, plan.target, plan.capture, store=store, log_dir=assignment.dir.logs, while_waiting=stop.check
     )
     stack.callback(target.close)
+    known = 0
+    if spec.data.generate is not None:
+        continuations = ContinuationLog(plan.dir.continuations, Origin.of(plan))
+        stack.callback(continuations.close)
+        target, known = ContinuedTarget(target, continuations), len(continuations)
     target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
-    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, enter, stop, channel))
+    identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, known, enter, stop, channel))
     target.prepare(identity)
     source = _open_source(assignment, pool, target, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
@@ -165,15 +172,22 @@ def _vocab_version(
     plan: RunPlan,
     pool: EncodedPrompts,
     target: Target,
+    known: int,
     enter: Callable[..., None],
     stop: StopSignal,
     channel: StreamingRefChannel,
 ) -> str:
-    """Derive the vocabulary maps that the run does not have yet; return their version."""
+    """Derive the vocabulary maps that the run has not yet; return their version. `known` continuations are at hand."""
     cache = get_settings().home / "vocab_maps"
+    pace = Pace()
+    doing = "continuing" if plan.spec.data.generate is not None else "counting the tokens of"
 
     def progress(done: int, total: int | None) -> None:
-        enter("vocabulary map", counted=done, of=total)
+        nonlocal pace
+        if done <= known:
+            pace = Pace(begun=done)
+        of = "" if total is None else f" of {total}"
+        enter(f"{doing} {done}{of} prompts for the vocabulary map", counted=done, of=total, **pace.fields(done, total))
 
     with interruptible(stop.check), noted(WorkNotes(target, channel.note_progress)):
         return version_of(vocab_maps_of(plan, pool, target, cache=cache, progress=progress))

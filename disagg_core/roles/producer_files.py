@@ -11,6 +11,7 @@ import msgspec
 from disagg_core.engines.contract import Target
 from disagg_core.files import LineFile
 from disagg_core.rollout.meter import RolloutMeter
+from disagg_core.rollout.pace import Pace
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompt_source import Rejection
 from disagg_core.run.metrics import JsonlMetrics
@@ -75,6 +76,7 @@ class Reporter:
         self._target = target
         self._store = store
         self._written_at = time.monotonic()
+        self._pace: Pace | None = None
 
     def __call__(self, state: DriveState, meter: RolloutMeter) -> None:
         """Report; `meter` is read out at most every few seconds."""
@@ -95,9 +97,13 @@ class Reporter:
                 **fields,
             )
         rates = {name: fields[name] for name in ("samples_per_s", "tokens_per_s") if name in fields}
+        prompts = self._covered + state.published + state.rejected
+        if self._pace is None:
+            self._pace = Pace(begun=prompts)
         self._progress.update(
             phase="waiting for the consumer" if state.blocked else "capturing",
-            prompts=self._covered + state.published + state.rejected,
+            left_s=self._pace.fields(prompts, self._total)["left_s"],
+            prompts=prompts,
             total_prompts=self._total,
             published=state.published,
             published_bytes=state.published_bytes,

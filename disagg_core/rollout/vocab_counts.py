@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from disagg_core.engines.contract import Failed, Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.processes.retry import Retry
 from disagg_core.prompts.pool import PromptPool
+from disagg_core.rollout.pipeline import largest_group
 from disagg_core.run.plan import PlannedDraft, RunPlan
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ _MOST_COUNTED = 50_000
 """Prompts that are counted at most: more change no frequency that matters, and a run must not wait for them."""
 
 _REPORT_EVERY = 64
+_REPORT_S = 1.0
 _AWAY_PAUSE_S = 0.5
 
 
@@ -73,7 +76,7 @@ class _Counting:
         self._generating = plan.spec.data.generate is not None
         limit = _sampled_prompts(plan) if self._generating else _MOST_COUNTED
         self._total = limit if pool.end is None else min(limit, pool.end)
-        self._so_far = 0
+        self._so_far, self._reported = 0, time.monotonic()
         self._counts: Tensor | None = None
 
     def counts(self) -> Tensor:
@@ -98,8 +101,9 @@ class _Counting:
         self._progress(self._so_far, self._total)
 
     def _report(self, counted: int) -> None:
-        self._so_far = counted
-        if counted % _REPORT_EVERY == 0 or counted == self._total:
+        self._so_far, now = counted, time.monotonic()
+        if counted % _REPORT_EVERY == 0 or counted == self._total or now - self._reported >= _REPORT_S:
+            self._reported = now
             self._progress(counted, self._total)
 
 
@@ -122,16 +126,14 @@ def _trained_tokens(pool: PromptPool) -> Iterator[list[int]]:
 
 
 def _continuations(plan: RunPlan, pool: PromptPool, target: Target, waiting: Callable[[], None]) -> Iterator[list[int]]:
-    """Yield continuations by the target, in prompt order but for the order within a batch."""
-    together = max(target.batch_size, target.concurrency)
-    batch: list[PromptTask] = []
-    for task in _tasks(pool):
-        batch.append(task)
-        if len(batch) == together:
-            yield from _generated(plan, target, batch, waiting)
-            batch = []
-    if batch:
-        yield from _generated(plan, target, batch, waiting)
+    """Yield continuations by the target, in prompt order but for the order within a batch.
+
+    The batches are the groups in which the same prompts will be leased, so that each is continued in the same company.
+    """
+    group = largest_group(plan.watermarks, target.batch_size)
+    together = group if target.batch_size > 1 else target.concurrency
+    for _, batch in itertools.groupby(_tasks(pool), key=lambda task: task.ordinal // together):
+        yield from _generated(plan, target, list(batch), waiting)
 
 
 def _generated(

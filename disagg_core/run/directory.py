@@ -5,6 +5,7 @@
     <runs>/<run_id>/
       run.json                  resolved spec and identity, no secrets
       vocab_map.safetensors     draft vocabulary, derived once per run
+      continuations.jsonl       what the target said to the prompts, with data.generate
       attempts/<n>/channel/     the reference channel (file backend)
       attempts/<n>/logs/        one file for each process
       attempts/<n>/state/       progress of the roles, plain JSON
@@ -115,6 +116,11 @@ class RunDir(DraftDir):
     def drafts(self) -> Path:
         """The directories of several drafts."""
         return self.root / "drafts"
+
+    @property
+    def continuations(self) -> Path:
+        """The target's continuations of the prompts, as tokens."""
+        return self.root / "continuations.jsonl"
 
     @property
     def checkpoints(self) -> Path:

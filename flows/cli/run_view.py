@@ -104,7 +104,7 @@ def _rollout_detail(flow_state: str, state: RoleState) -> str:
     if state.get("phase") == "ended":
         return "ended"
     in_flight = f", in flight {_number(state, 'in_flight'):.0f}" if "in_flight" in state else ""
-    return f"{state.get('phase', '')}{_rate(state)}{in_flight}"
+    return f"{state.get('phase', '')}{_rate(state)}{_left(state)}{in_flight}"
 
 
 def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> str:
@@ -119,7 +119,16 @@ def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> 
 
 
 def _rate(state: RoleState) -> str:
-    return f", {_number(state, 'samples_per_s'):.1f}/s" if "samples_per_s" in state else ""
+    rate = state.get("samples_per_s")
+    return f", {rate:.1f}/s" if isinstance(rate, (int, float)) else ""
+
+
+def _left(state: RoleState) -> str:
+    """Say how long what is under way will take, where that is known."""
+    left = state.get("left_s")
+    if not isinstance(left, (int, float)) or left <= 0:
+        return ""
+    return f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
 
 
 def summary(report: RunReport, ui: str) -> Table:

@@ -313,7 +313,9 @@ class ServedTarget(ABC):
             raise PromptRefused(full, retryable=False, own_form=True)
 
     def _continuation(self, client: ServerClient, task: PromptTask, sampling: Sampling) -> list[int]:
-        tokens = client.generate(task.input_ids, self._sampling_parameters(task, sampling))
+        tokens = task.continuation
+        if tokens is None:
+            tokens = client.generate(task.input_ids, self._sampling_parameters(task, sampling))
         if len(tokens) > sampling.room(task) or not all(0 <= token < self._facts.vocab_size for token in tokens):
             raise ServerFailure(
                 f"expected at most {sampling.room(task)} token ids of {self._facts.vocab_size} from {client.name}, "
