@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from disagg_core.checks.findings import NotReady
-from disagg_core.checks.preflight import _as_planned, _draft_config, _pinned, check_run, prepare_run, sketch_plan
+from disagg_core.checks.preflight import _as_planned, _pinned, check_run, draft_configs, prepare_run, sketch_plan
 from disagg_core.checks.resources import DiskTooSmall
 from disagg_core.checks.services import check_channel
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
@@ -218,7 +218,7 @@ def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mo
 
 def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = check_run(a_spec(), settings)
-    config = _draft_config(plan)
+    (config,) = draft_configs(plan)
     parameters = method_of("eagle3").parameters(config)
     needed = (plan.spec.archive.keep + 2) * 12 * parameters + 2 * parameters  # of checkpoints and export
     needed += plan.spec.archive.keep * 12 * parameters + 2 * parameters  # of an archive on the same disk
