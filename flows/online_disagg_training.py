@@ -24,7 +24,7 @@ from tasks.evaluation import evaluate_draft, judge_draft
 from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
 from tasks.reporting import RunRecord, emit, publish_report
-from tasks.run_slot import run_slot
+from tasks.run_slot import release_slot, run_slot
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
@@ -35,6 +35,12 @@ async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[
     async with get_client() as client:
         children = FlowRunFilterParentFlowRunId(any_=[flow_run.id])
         await cancel_unfinished(client, f"the parent ended as {state.name}", parent_flow_run_id=children)
+
+
+async def release_slots(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
+    """Let the next run begin: this one's process is gone. Called as `cancel_children` is."""
+    async with get_client() as client:
+        await release_slot(client, flow_run.id)
 
 
 def report_interruption(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
@@ -61,8 +67,8 @@ async def train(plan: RunPlan, record: RunRecord) -> Completion:
     name="online-disagg-training",
     flow_run_name="{spec.run.name}",
     on_failure=[cancel_children],
-    on_crashed=[cancel_children, report_interruption],
-    on_cancellation=[cancel_children, report_interruption],
+    on_crashed=[cancel_children, release_slots, report_interruption],
+    on_cancellation=[cancel_children, release_slots, report_interruption],
 )
 async def online_disagg_training(spec: RunSpec) -> RunReport:
     """Train a draft model from a live target. One flow run is one training run."""

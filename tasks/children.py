@@ -10,10 +10,8 @@ import contextlib
 import pkgutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 from uuid import UUID, uuid4
 
-import httpx
 from prefect import State, get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
@@ -23,17 +21,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from disagg_core.errors import FailureClass
-from disagg_core.processes.retry import Retry
 from disagg_core.processes.shutdown import CANCELLATION_S, CHILDREN_S
 from disagg_core.run_spec.document import PoolsSection
 from tasks.cancellation import request_cancellation
-
-T = TypeVar("T")
+from tasks.server_away import patiently as _patiently
 
 _REGISTER = "flows.platform.deployments:register_all"  # flows are above tasks: asked for by name, as they start us
 _POLL_S = 1.0
-_SERVER_AWAY_S = 180.0
-"""A restart with an upgrade takes two minutes; an answer that never comes is given up by Prefect's client after one."""
 
 
 class Supervision:
@@ -148,15 +142,3 @@ async def _require_deployment(client: PrefectClient, name: str, pool: str) -> No
     get_run_logger().warning("deployment %s, or pool %s, was deleted: they are registered again", name, pool)
     register: Callable[[PoolsSection], Awaitable[None]] = pkgutil.resolve_name(_REGISTER)
     await register(PoolsSection())
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Await `call()`, which may be sent twice; ride out a server that is away for up to `_SERVER_AWAY_S`."""
-    clock = asyncio.get_running_loop().time
-    return await Retry(_is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock).of(call)
-
-
-def _is_away(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)

@@ -3,27 +3,45 @@
 Its two roles are flow runs of their own. Two runs on pools with one place each would otherwise take one place each, and
 both wait for the other one until they are given up as stalled. The slots are Prefect's global concurrency limits, one
 for each pool, taken together; where a pool has room for more runs, raise its limit in the UI or with ``prefect gcl``.
+
+The slots are held on a lease, which is renewed for as long as the run's process lives, also over a server that is away
+for minutes. Its id is a label of the flow run: whoever finds the process dead, the worker's hook, the next platform or
+the next process of the same run, gives the slots back by it, and nobody waits for the lease to run out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
+from functools import partial
+from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.concurrency.asyncio import concurrency
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run as runtime
 
 from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.document import PoolsSection
 from tasks.pools import check_pools
+from tasks.server_away import is_away, patiently
 
 _LEASE_S = 300.0
-"""How long the slots of a run whose process is gone stay taken, and how long a Prefect server may be away."""
+"""How long the slots of a run whose process is gone stay taken where nobody gives them back, and how long a Prefect
+server may be away."""
+_RENEWAL_S = 30.0
+_ASK_S = 3.0
+_LABEL = "draftline.slot-lease"
+
+_log = logging.getLogger(__name__)
 
 
 def slot_names(pools: PoolsSection) -> list[str]:
@@ -51,8 +69,65 @@ async def run_slot(plan: RunPlan) -> AsyncIterator[None]:
     pools = plan.spec.orchestration.pools
     async with get_client() as client:
         await ensure_slots(client, pools)
-    names = slot_names(pools)
-    get_run_logger().info("waiting until no other run has %s", " and ".join(names))
-    async with concurrency(names, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False):
-        await asyncio.to_thread(check_pools, plan.spec, trained=plan.dir.completion.is_file())
-        yield
+        await release_slot(client, _this_flow_run())
+        names = slot_names(pools)
+        get_run_logger().info("waiting until no other run has %s", " and ".join(names))
+        lease = await _acquired(client, names)
+        ended = threading.Event()
+        # In a thread: an upload of the archive keeps the event loop for longer than a lease.
+        renew = partial(copy_context().run, _renew, lease, ended)
+        threading.Thread(target=renew, name="draftline-slot", daemon=True).start()
+        try:
+            await asyncio.to_thread(check_pools, plan.spec, trained=plan.dir.completion.is_file())
+            yield
+        finally:
+            ended.set()
+            await patiently(lambda: client.release_concurrency_slots_with_lease(lease))
+
+
+async def release_slot(client: PrefectClient, flow_run_id: UUID | None) -> None:
+    """Give back what a process of this flow run, which is dead, has held; nothing if it held nothing."""
+    if flow_run_id is None:
+        return
+    labels = (await patiently(lambda: client.read_flow_run(flow_run_id))).labels
+    if lease := labels.get(_LABEL):
+        await patiently(lambda: client.release_concurrency_slots_with_lease(UUID(str(lease))))
+
+
+async def _acquired(client: PrefectClient, names: list[str]) -> UUID:
+    """Wait until every limit of `names` has a slot free, take them, and return the lease."""
+    flow_run_id = _this_flow_run()
+    holder = ConcurrencyLeaseHolder(type="flow_run", id=flow_run_id) if flow_run_id else None
+    while True:
+        try:
+            answer = await patiently(
+                lambda: client.increment_concurrency_slots_with_lease(
+                    names, 1, "concurrency", lease_duration=_LEASE_S, holder=holder
+                )
+            )
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.LOCKED:
+                raise
+            await asyncio.sleep(_ASK_S)
+            continue
+        lease = UUID(answer.json()["lease_id"])
+        if flow_run_id is not None:
+            await patiently(lambda: client.update_flow_run_labels(flow_run_id, {_LABEL: str(lease)}))
+        return lease
+
+
+def _renew(lease: UUID, ended: threading.Event) -> None:
+    """Renew `lease` until `ended`; a server that is away is asked again until it is back, or has given it up."""
+    with get_client(sync_client=True) as client:
+        while not ended.wait(_RENEWAL_S):
+            try:
+                client.renew_concurrency_lease(lease, _LEASE_S)
+            except httpx.HTTPError as error:
+                if not is_away(error):
+                    _log.warning("the slots of this run are given up, another run may begin beside it: %s", error)
+                    return
+                _log.warning("the slots of this run cannot be renewed at present: %s", error)
+
+
+def _this_flow_run() -> UUID | None:
+    return UUID(str(runtime.id)) if runtime.id else None

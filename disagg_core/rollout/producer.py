@@ -185,8 +185,10 @@ class Drive:
         if reader.state == "done":
             log.info("the consumer is done (%s): no more samples are needed", reader.reason)
             self._pipeline.stop()
-        elif reader.state in ("failed", "lost"):
+        elif reader.state == "failed":
             raise RoleFailed(f"stopped because {reader.describe()}", "stalled")
+        elif reader.state == "lost":  # its watcher, who could say more, may come to it only after our end
+            raise RoleFailed(f"stopped because {reader.describe()}", "preempted")
         self._meter.blocked(self._pipeline.blocked_s)
         self._on_tick(self.state(), self._meter)
 

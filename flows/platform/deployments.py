@@ -44,7 +44,7 @@ from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
 from tasks.cancellation import cancel_unfinished
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_WINDOW_S
-from tasks.run_slot import ensure_slots
+from tasks.run_slot import ensure_slots, release_slot
 
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
 TRAINING = "local"
@@ -204,6 +204,7 @@ async def _crash_leftovers(pools: PoolsSection) -> int:
             state: State[Any] = Crashed(message="its process ended together with the platform")
             await client.set_flow_run_state(run.id, state, force=True)
             if "spec" in run.parameters:
+                await release_slot(client, run.id)
                 with contextlib.suppress(ValidationError, OtherVersion):
                     report_interruption(online_disagg_training, run, state)
     return len(leftovers)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prefect import get_client
+from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.states import Pending
 
 from disagg_core.run_spec.document import PoolsSection
 from tasks import run_slot as module
-from tasks.run_slot import ensure_slots, run_slot, slot_names
+from tasks.run_slot import ensure_slots, release_slot, run_slot, slot_names
 from tests.integration.flows.conftest import PrefectServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -74,3 +75,36 @@ def test_a_limit_that_somebody_has_raised_stays(api: PrefectServer) -> None:
             return [(await client.read_global_concurrency_limit_by_name(name)).limit for name in (raised, other)]
 
     assert asyncio.run(story()) == [3, 1]
+
+
+@flow
+def idle() -> None:
+    """Never run: only its runs are looked at."""
+
+
+def test_whoever_finds_a_run_dead_gives_its_slots_back(api: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_on("slot-g", "slot-h")
+
+    async def story() -> list[int]:
+        async with get_client() as client:
+            dead = (await client.create_flow_run(idle, state=Pending())).id
+            monkeypatch.setattr(module, "_this_flow_run", lambda: dead)
+            await ensure_slots(client, plan.spec.orchestration.pools)
+            names = slot_names(plan.spec.orchestration.pools)
+
+            async def taken() -> int:
+                limits = [await client.read_global_concurrency_limit_by_name(name) for name in names]
+                return sum(limit.active_slots for limit in limits)
+
+            counts = []
+            await module._acquired(client, names)  # and then its process is killed
+            counts.append(await taken())
+            for _ in range(2):  # the worker's hook, and the next process of the run
+                await release_slot(client, dead)
+                counts.append(await taken())
+            async with asyncio.timeout(60), run_slot(plan):
+                counts.append(await taken())
+            counts.append(await taken())
+            return counts
+
+    assert asyncio.run(story()) == [2, 0, 0, 2, 0]

@@ -25,6 +25,7 @@ from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RolloutSection
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.rollout.rollout_kit import Consumer, ScriptedTarget, tasks_of
+from tests.unit.channel.kit import dead_process
 
 pytestmark = pytest.mark.integration
 
@@ -278,6 +279,13 @@ class Mount:
 @pytest.fixture
 def mount(bench):
     return Mount(FileBackend(bench.path / "channel", run_id=bench.identity.run_id, attempt=1))
+
+
+def test_a_consumer_that_was_killed_counts_as_preempted(bench):
+    bench.open_channel(process=dead_process()).claim_reader()
+    with pytest.raises(RoleFailed, match=r"stopped because the consumer .* is lost") as failed:
+        producer(bench, tasks_of(60), ScriptedTarget(), high_watermark_refs=8)()
+    assert failed.value.failure_class == "preempted"
 
 
 def test_a_mount_that_is_away_for_a_moment_costs_nothing(bench, mount):

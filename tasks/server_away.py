@@ -1,0 +1,30 @@
+"""A Prefect server that is away for a while: what is asked of it is asked again until it is back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import httpx
+
+from disagg_core.processes.retry import Retry
+
+T = TypeVar("T")
+
+_POLL_S = 1.0
+_SERVER_AWAY_S = 180.0
+"""A restart with an upgrade takes two minutes; an answer that never comes is given up by Prefect's client after one."""
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Await `call()`, which may be sent twice; ride out a server that is away for up to `_SERVER_AWAY_S`."""
+    clock = asyncio.get_running_loop().time
+    return await Retry(is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock).of(call)
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether `error` is that of a server that does not answer at present, and not its answer."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
