@@ -99,6 +99,7 @@ class FileBackend:
     def _recovered(self) -> Tally:
         try:
             if self._writing is None:
+                self._check_there()  # a log that is away must not be begun anew
                 self._writing = self._files.open_append(self._log)
                 self._files.sync_directory(self._directory)
             self._scanner.close()
@@ -171,6 +172,9 @@ class FileBackend:
             log.close()
             log.position = before  # what was taken before the error is read again
             raise
+        except ChannelDamaged:
+            self._check_there()
+            raise
 
     def sample_ids(self, skip: int = 0) -> Iterator[str]:
         """Read the log from its beginning. See `ChannelBackend`."""
@@ -217,6 +221,7 @@ class FileBackend:
         try:
             return self._cursor.read_bytes()
         except FileNotFoundError:
+            self._check_there()
             return None
 
     def store_cursor(self, cursor: Cursor) -> None:
@@ -257,7 +262,12 @@ class FileBackend:
         try:
             return self._log.stat().st_size
         except FileNotFoundError:
+            self._check_there()
             return 0
+
+    def _check_there(self) -> None:
+        """Raise `FileNotFoundError` if the whole channel is away: an unmounted directory reads as an empty one."""
+        self._claims.newest("writer")
 
     def _cursor_stamp(self) -> tuple[int, int, int] | None:
         """Return what differs after the cursor's file was replaced; None while there is none."""

@@ -6,6 +6,7 @@ NFS. Heartbeats replace the file of their own epoch, so a process that was fence
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -25,20 +26,29 @@ class FileClaims:
     def __init__(self, directory: Path, files: FileSystem) -> None:
         self._directory = directory
         self._files = files
+        self._seen = False
 
     def newest(self, side: Side) -> int:
-        """Return the epoch of the newest claim of a side; 0 if there is none."""
-        if not self._directory.is_dir():
-            return 0
-        matches = (_NAME.match(name) for name in self._files.names(self._directory))
-        return max((int(match[2]) for match in matches if match and match[1] == side), default=0)
+        """Return the epoch of the newest claim of a side; 0 if there is none.
+
+        Raises:
+            FileNotFoundError: there are none at all, as there were before: the directory is away, and not empty.
+        """
+        names = self._files.names(self._directory) if self._directory.is_dir() else []
+        claims = [match for match in map(_NAME.match, names) if match]
+        if self._seen and not claims:
+            raise FileNotFoundError(errno.ENOENT, "the channel is not there any more", str(self._directory))
+        self._seen = bool(claims)
+        return max((int(match[2]) for match in claims if match[1] == side), default=0)
 
     def is_newest(self, side: Side, epoch: int) -> bool:
         """Return whether no claim came after `epoch`, looking at two names only: it is asked for each batch.
 
         A later claim is either the next one, or came after the next one had removed ours.
         """
-        return self._path(side, epoch).exists() and not self._path(side, epoch + 1).exists()
+        if self._path(side, epoch + 1).exists():
+            return False
+        return self._path(side, epoch).exists() or self.newest(side) == epoch
 
     def read_claim(self, side: Side) -> ClaimStatus | None:
         """Return the newest claim of a side; an unreadable one reads as held by an unknown process."""

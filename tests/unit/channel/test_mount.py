@@ -112,3 +112,36 @@ def test_a_mount_that_stays_away_is_said_so(tmp_path: Path, monkeypatch: pytest.
                 reader.ack(refs, step=1)
         reader.ack(refs, step=1)
         assert writer.in_flight_remote() == 0
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty directory"])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "network"])
+def test_a_directory_that_is_away_is_waited_for(tmp_path: Path, instead: str, local: bool) -> None:
+    """As when its mount is lost: that is no claim that was taken over, and no log that was removed."""
+    place, aside = tmp_path / "channel", tmp_path / "aside"
+    backend = FileBackend(place, run_id="local", attempt=1, local=local)
+    refs = make_refs(8)
+    with StreamingRefChannel(place) as writer, StreamingRefChannel(place, backend=backend) as reader:
+        writer.publish_many(refs[:4])
+        got = reader.poll(3)
+        place.rename(aside)
+        if instead == "an empty directory":
+            place.mkdir()
+        for call in (
+            lambda: writer.publish_many(refs[4:6]),
+            lambda: reader.ack(got, step=1),
+            writer.in_flight_remote,
+            reader.writer_status,
+            lambda: writer._writer._heartbeat.beat(),
+        ):
+            with pytest.raises(ChannelUnavailable, match="not there any more"):
+                call()
+        if instead == "an empty directory":
+            assert list(place.iterdir()) == []
+            place.rmdir()
+        aside.rename(place)
+        writer._writer._heartbeat.beat()
+        writer.publish_many(refs[4:])
+        reader.ack(got, step=1)
+        assert ids(reader.poll(9)) == names(3, 8)
+        assert writer.in_flight_remote() == 5
