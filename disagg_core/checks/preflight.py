@@ -17,7 +17,6 @@ from disagg_core.checks.services import check_channel, check_external_store, che
 from disagg_core.drafts.method import DraftConfig
 from disagg_core.drafts.warm_start import first_config
 from disagg_core.errors import BadInput, TargetError
-from disagg_core.evaluation.target_runner import check_rolls_back
 from disagg_core.files import write_atomically
 from disagg_core.prompts.checks import PromptFacts, validate_prompts
 from disagg_core.prompts.pinned import PinnedData
@@ -31,7 +30,7 @@ from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
-from disagg_core.target.facts import TargetFacts, load_target_config, read_target_facts
+from disagg_core.target.facts import TargetFacts, read_target_facts
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
 
@@ -141,8 +140,6 @@ def _resolved(
     prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, pinned))
     if facts is None:
         return None, prompts
-    if spec.evaluation.measured:
-        findings.of(lambda: check_rolls_back(load_target_config(spec.target)))
 
     def plan() -> RunPlan:
         version = ""

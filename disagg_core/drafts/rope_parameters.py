@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from disagg_core.errors import IncompatibleDraft
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 """What `disagg_core.drafts.rope` computes."""
+
+
+_PLAIN_BASE = 10000.0
+"""Base of a draft's RoPE where the target has none."""
+
+
+def draft_rope(
+    target: Mapping[str, Any], own_base: float | None, kinds: Collection[str] = ROPE_TYPES
+) -> dict[str, Any]:
+    """Return the RoPE of a fresh draft: a plain one of `own_base`, the target's, or a plain one of the target's base.
+
+    A draft has positions of its own, so it need not rotate as its target does. It takes the target's RoPE where that is
+    one of `kinds` over the whole head. Where the target rotates a part of a head only, or in a way that engines do not
+    compute for drafts (longrope), its base is kept and the rest is plain; where it has no RoPE the base is 10000.
+
+    Args:
+        target: `TargetFacts.rope_parameters`.
+        own_base: ``draft.rope_theta``.
+        kinds: what the draft's method can have.
+    """
+    kind = target.get("rope_type", "default")
+    whole = target.get("partial_rotary_factor", 1.0) == 1.0
+    if own_base is None and whole and kind in kinds and kind != "default":
+        return dict(target)
+    return {"rope_type": "default", "rope_theta": own_base or target.get("rope_theta", _PLAIN_BASE)}
 
 
 def complete_rope_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def measure_accept_length(
         BadInput: no prompts, an empty one, fewer than 2 new tokens (the first needs no pass of its own), or more draft
             tokens than the draft can propose at once.
         EvaluationFailed: every prompt ended with its first token, so there was nothing to measure.
-        TargetError: the target cannot be rolled back; see `TargetRunner`.
+        TargetError: see `TargetRunner`.
     """
     if not prompts or max_new_tokens < 2:
         raise BadInput(

@@ -111,7 +111,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
 
     Raises:
         PromptError: the prompts are missing or cannot be read.
-        TargetError: the target cannot be loaded, or cannot be rolled back.
+        TargetError: the target cannot be loaded.
         IncompatibleDraft: a draft does not fit its config or the run's target.
         BadInput: a draft cannot propose as many tokens as ``evaluation.draft_tokens`` says.
         EvaluationFailed: nothing could be measured.

@@ -61,6 +61,17 @@ class ReducedVocabulary(Section):
     )
 
 
+class OwnRope(Section):
+    """For methods whose draft has rotary position embeddings of its own."""
+
+    rope_theta: float | None = Field(
+        None,
+        gt=0,
+        description="Base of a plain RoPE of the draft's own; by default the target's RoPE, or a plain one of its base "
+        "where the target rotates a part of a head or by longrope.",
+    )
+
+
 @cache
 def draft_sections() -> dict[str, type[DraftSection]]:
     """Return the section of every registered method, by name."""

@@ -16,12 +16,17 @@ from disagg_core.contracts import DTYPE_BYTES
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
+from disagg_core.target.text_model import logit_cap, sizes_of, text_config, token_ids, value_of
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
 
 class TargetFacts(BaseModel):
-    """The sizes of a target's text model; `commit` is the hub's, None for a directory."""
+    """The sizes of a target's text model; `commit` is the hub's, None for a directory.
+
+    `rope_parameters` are one flat set, empty for a target without RoPE; `eos_token_ids` are those of the config and of
+    the generation config together; logits z are capped as ``logit_cap * tanh(z / logit_cap)``.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,6 +43,7 @@ class TargetFacts(BaseModel):
     rms_norm_eps: float
     rope_parameters: dict[str, Any]
     tie_word_embeddings: bool
+    logit_cap: float | None = None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
@@ -60,34 +66,25 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         TargetError: there is no such model or config, or it is no causal language model.
     """
     config = load_target_config(target)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    eos = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
+    text = text_config(config)
+    eos = token_ids(*(getattr(part, "eos_token_id", None) for part in (config, text, _generation_config(target))))
     dtype: str = target.dtype
     if dtype == "auto":
-        dtype = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = str(value_of(text, "dtype") or value_of(config, "dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise TargetError(f"target.dtype: expected one of {sorted(DTYPE_BYTES)}, found {dtype} in the model's config")
     commit = getattr(config, "_commit_hash", None)
     return TargetFacts(
         model=target.model,
         model_type=text.model_type,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings,
-        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
-        rope_parameters=dict(getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}),
-        tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        bos_token_id=text.bos_token_id,
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-        pad_token_id=text.pad_token_id,
+        **sizes_of(text),
+        tie_word_embeddings=is_tied(config),
+        logit_cap=logit_cap(text),
+        bos_token_id=value_of(text, "bos_token_id"),
+        eos_token_ids=eos,
+        pad_token_id=value_of(text, "pad_token_id"),
         dtype=dtype,
-        version=target_version(target, config.to_dict(), commit=commit),
+        version=target_version(target, {**config.to_dict(), "end_of_text": eos}, commit=commit),
         commit=commit,
     )
 
@@ -100,12 +97,7 @@ def load_target_config(target: TargetSection) -> Any:
     """
     from transformers import AutoConfig
 
-    source = target.config or target.model
-    if is_local(source):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise TargetError(f"target.model: no such directory: {path}; give a directory with config.json or a hub id")
-        source = str(path)
+    source = _config_source(target)
     try:
         return AutoConfig.from_pretrained(source, revision=target.revision, trust_remote_code=target.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -113,6 +105,31 @@ def load_target_config(target: TargetSection) -> Any:
             f"target.model: cannot read the config of {source!r}: {str(error).splitlines()[0]}; check the name, "
             "or point target.config at a directory with its config.json"
         ) from error
+
+
+def _config_source(target: TargetSection) -> str:
+    source = target.config or target.model
+    if not is_local(source):
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise TargetError(f"target.model: no such directory: {path}; give a directory with config.json or a hub id")
+    return str(path)
+
+
+def _generation_config(target: TargetSection) -> Any:
+    """Return the target's generation config, or None where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(_config_source(target), revision=target.revision)
+    except OSError:
+        return None  # transformers' word for "no such file"
+
+
+def is_tied(config: Any) -> bool:
+    """Tell whether embedding and LM head of a model of this `config`, wrapper and all, are one tensor."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
 
 
 def target_version(target: TargetSection, config: dict[str, Any], *, commit: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def load_target(
         TargetError: the weights cannot be read, or there is no such device.
         MissingLibrary: the target has to be spread over several GPUs, and accelerate is not installed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
     dtype = dtype or getattr(torch, facts.dtype)
@@ -42,11 +43,34 @@ def load_target(
         if num_layers is not None:
             config.get_text_config().num_hidden_layers = num_layers
         device_map = {"device_map": "auto"} if placement == "spread" else {}
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options, **device_map)
+        model = model_class(config).from_pretrained(source, config=config, dtype=dtype, **options, **device_map)
     except (OSError, ValueError) as error:
         raise TargetError(f"target.model: cannot load {section.model!r}: {str(error).splitlines()[0]}") from error
     placed: nn.Module = model if placement == "spread" else model.to(placement)
     return placed.eval().requires_grad_(False)
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that loads a model of this `config` with its LM head.
+
+    Of a multimodal model that has no class for its text alone it is the whole, of which only the text part is run.
+
+    Raises:
+        TargetError: transformers has none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
+    if known:
+        return known[0]
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    raise TargetError(
+        f"target.model: expected a language model of transformers, found {config.model_type}, for which the installed "
+        "release has no class with an LM head"
+    )
 
 
 def _placement(section: TargetSection, facts: TargetFacts, dtype: torch.dtype) -> str:

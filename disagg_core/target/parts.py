@@ -23,14 +23,22 @@ from torch import Tensor
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
-from disagg_core.target.facts import load_target_config
-from disagg_core.target.layers import NORM_NAMES
+from disagg_core.target.facts import is_tied, load_target_config
+from disagg_core.target.text_model import logit_cap, logit_scale
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
-_FINAL_NORM = tuple(f"{name}.weight" for name in NORM_NAMES)
+_FINAL_NORM = (
+    "norm.weight",
+    "final_layernorm.weight",
+    "final_layer_norm.weight",
+    "ln_f.weight",
+    "norm_f.weight",
+    "final_norm.weight",
+    "embedding_norm.weight",
+)
 _PREFIXES = (
     "",
     "model.",
@@ -90,12 +98,22 @@ class FinalNorm:
 
 @dataclass(frozen=True)
 class TargetParts:
-    """The frozen tensors of a target; ``last_hidden_state @ lm_head.T`` are its logits (see `load_target_parts`)."""
+    """The frozen tensors of a target; `logits` says how its logits follow from them (see `load_target_parts`)."""
 
     embedding: Tensor  # [V, H]
     lm_head: Tensor  # [V, H], the same tensor as `embedding` when tied and unscaled
     tied: bool
     final_norm: FinalNorm | None
+    logit_cap: float | None = None
+
+    def logits(self, last_hidden_state: Tensor) -> Tensor:
+        """Return the target's logits [..., V] of states after its final norm [..., H]."""
+        return capped(last_hidden_state @ self.lm_head.T, self.logit_cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return `logits` of any shape bounded by `cap` as Gemma 2 bounds them, ``cap * tanh(logits / cap)``."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def load_target_parts(
@@ -104,9 +122,10 @@ def load_target_parts(
     """Read embedding [V, H], LM head [V, H] and final norm [H] of `target` in `dtype`.
 
     A constant factor on the target's logits (Cohere's `logit_scale`, Granite's `logits_scaling`) is folded into the
-    LM head. `final_norm` is None when the checkpoint has no RMSNorm under a usual name; captured hidden states are
-    normed already and do not need it. A tied embedding follows transformers: with both tensors in the checkpoint and
-    different, they are not tied; with only the LM head there, it is the embedding too.
+    LM head; a bound on them (Gemma 2) is `logit_cap`. `final_norm` is None when the checkpoint has no RMSNorm under a
+    usual name; captured hidden states are normed already and do not need it. A tied embedding follows transformers:
+    with both tensors in the checkpoint and different, they are not tied; with only the LM head there, it is the
+    embedding too.
 
     Raises:
         TargetError: no such directory or file, not safetensors, a tensor that is missing, ambiguous, of another
@@ -116,7 +135,7 @@ def load_target_parts(
     text = config.get_text_config()
     checkpoint = _Checkpoint.open(target)
     shape = (text.vocab_size, text.hidden_size)
-    tied = bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+    tied = is_tied(config)
     embedding_name = checkpoint.find(_EMBEDDING, shape)
     head_name = checkpoint.find(_LM_HEAD, shape)
     if head_name and checkpoint.has(head_name.removesuffix("weight") + "bias"):
@@ -136,9 +155,10 @@ def load_target_parts(
     shared = tied and (not head_name or not embedding_name or torch.equal(embedding, head))
     return TargetParts(
         embedding=embedding,
-        lm_head=_scaled(embedding if shared else head, text),
+        lm_head=_scaled(embedding if shared else head, config),
         tied=shared,
         final_norm=_final_norm(raw[norm_name], text) if norm_name else None,
+        logit_cap=logit_cap(text),
     )
 
 
@@ -148,22 +168,11 @@ def parts_of(target: Any) -> tuple[Tensor, Tensor]:
     """
     embedding: Tensor = target.get_input_embeddings().weight
     head: Tensor = target.get_output_embeddings().weight
-    return embedding, _scaled(head.to(embedding.device), target.config.get_text_config())
+    return embedding, _scaled(head.to(embedding.device), target.config)
 
 
-def _scaled(head: Tensor, text: Any) -> Tensor:
-    factor = 1.0
-    if text.model_type.startswith("cohere"):
-        factor = float(text.logit_scale)
-    elif text.model_type == "hyperclovax":
-        factor = float(text.logits_scaling)
-    elif text.model_type.startswith(("granite", "minicpm3")):
-        factor = 1.0 / float(text.logits_scaling)
-    if getattr(text, "final_logit_softcapping", None):
-        logger.warning(
-            "the target caps its logits at %s; the teacher is computed from the uncapped ones (same argmax)",
-            text.final_logit_softcapping,
-        )
+def _scaled(head: Tensor, config: Any) -> Tensor:
+    factor = logit_scale(config)
     return head if factor == 1.0 else head * factor
 
 

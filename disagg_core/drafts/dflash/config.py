@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.dflash.options import BlockShapeSection
-from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
+from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters, draft_rope
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
 
@@ -233,7 +233,7 @@ class DFlashConfig(BaseModel):
             extra: fields that only this kind of draft has.
 
         Raises:
-            IncompatibleDraft: the sizes do not fit each other, or the target's RoPE is none that a draft can have.
+            IncompatibleDraft: the sizes do not fit each other.
         """
         heads = options.num_attention_heads or facts.num_attention_heads
         return cls.from_dict(
@@ -247,7 +247,7 @@ class DFlashConfig(BaseModel):
                 "vocab_size": facts.vocab_size,
                 "max_position_embeddings": facts.max_position_embeddings,
                 "rms_norm_eps": facts.rms_norm_eps,
-                "rope_parameters": _rope_of(facts, options),
+                "rope_parameters": draft_rope(facts.rope_parameters, options.rope_theta, _ROPE_TYPES),
                 "layer_types": [f"{kind}_attention" for kind in options.layer_kinds],
                 "sliding_window": options.sliding_window if "sliding" in options.layer_kinds else None,
                 "block_size": options.block_size,
@@ -280,21 +280,3 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     )
     fields["rope_parameters"] = complete_rope_parameters(fields)
     return fields
-
-
-def _rope_of(facts: TargetFacts, options: BlockShapeSection) -> dict[str, Any]:
-    """Return the draft's RoPE: its own, or the target's if a draft can have it."""
-    if options.rope_theta is not None:
-        return {"rope_type": "default", "rope_theta": options.rope_theta}
-    rope = facts.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in _ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0 or any(map(_is_mapping, rope.values())):
-        raise IncompatibleDraft(
-            f"draft.rope_theta: expected the base of a RoPE for the draft, because it cannot have the target's {rope} "
-            f"(what a draft can have: {', '.join(_ROPE_TYPES)}, one for all layers, over the whole head)"
-        )
-    return {"rope_type": "default", "rope_theta": rope["rope_theta"]} if kind == "default" else dict(rope)
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)

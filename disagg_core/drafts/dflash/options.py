@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from disagg_core.run_spec.draft import DraftSection
+from disagg_core.run_spec.draft import DraftSection, OwnRope
 from disagg_core.run_spec.section import Section
 
 LossType = Literal["dflash", "dpace", "dpace_prefix", "dpace_continuation"]
@@ -51,7 +51,7 @@ class BlockLossSection(Section):
         return self.normalisation or ("weights" if self.type == "dflash" else "positions")
 
 
-class BlockShapeSection(DraftSection):
+class BlockShapeSection(OwnRope, DraftSection):
     """What drafts of a block have in common, whatever their loss. Sizes that are not given are the target's."""
 
     block_size: int = Field(16, ge=2, le=64, description="Slots K of a block; the draft proposes K - 1 tokens.")
@@ -60,9 +60,6 @@ class BlockShapeSection(DraftSection):
     num_attention_heads: int | None = Field(None, ge=1, description="Query heads.")
     num_key_value_heads: int | None = Field(None, ge=1, description="Key and value heads.")
     head_dim: int | None = Field(None, ge=2, description="Width of a head.")
-    rope_theta: float | None = Field(
-        None, gt=0, description="Base of a plain RoPE of the draft's own; by default the target's RoPE."
-    )
     layer_types: LayerType | tuple[LayerType, ...] = Field(
         "full", description="full or sliding attention over the context: of all layers, or of each."
     )

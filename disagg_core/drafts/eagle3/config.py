@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.drafts.eagle_layers import default_layers
-from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
+from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters, draft_rope
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
 
@@ -149,7 +149,7 @@ class Eagle3Config(BaseModel):
         captured ones; by default chosen from the target's depth.
 
         Raises:
-            IncompatibleDraft: the sizes do not fit each other, or the target's RoPE is not among `ROPE_TYPES`.
+            IncompatibleDraft: the sizes do not fit each other.
         """
         hidden = draft.hidden_size or facts.hidden_size
         same_width = hidden == facts.hidden_size
@@ -170,7 +170,7 @@ class Eagle3Config(BaseModel):
                 "draft_vocab_size": draft.vocab_size or facts.vocab_size,
                 "max_position_embeddings": facts.max_position_embeddings,
                 "rms_norm_eps": facts.rms_norm_eps,
-                "rope_parameters": facts.rope_parameters,
+                "rope_parameters": draft_rope(facts.rope_parameters, draft.rope_theta),
                 "fc_norm": draft.fc_norm,
                 "aux_layer_ids": layers or default_layers(facts.num_layers),
                 "bos_token_id": facts.bos_token_id,

@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from disagg_core.run_spec.draft import DraftSection, ReducedVocabulary
+from disagg_core.run_spec.draft import DraftSection, OwnRope, ReducedVocabulary
 from disagg_core.run_spec.section import Section
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm", "rope_theta")
 
 
 class LossSection(Section):
@@ -23,7 +25,7 @@ class LossSection(Section):
     kl_decay: float = Field(1.0, ge=0, description="LK lambda: how fast that weight falls with acceptance.")
 
 
-class Eagle3Section(ReducedVocabulary, DraftSection):
+class Eagle3Section(ReducedVocabulary, OwnRope, DraftSection):
     """An EAGLE-3 draft. Sizes that are not given are the target's."""
 
     title = "EAGLE-3"
@@ -38,7 +40,6 @@ class Eagle3Section(ReducedVocabulary, DraftSection):
 
     @model_validator(mode="after")
     def _sizes_come_with_init_from(self) -> Eagle3Section:
-        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm")
-        if found := self.given_beside_init_from(sizes):
+        if found := self.given_beside_init_from(_SIZES):
             raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import LlamaConfig
 
 from disagg_core.drafts.p_eagle.options import PEagleSection
-from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters
+from disagg_core.drafts.rope_parameters import ROPE_TYPES, complete_rope_parameters, draft_rope
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.target.facts import TargetFacts
 
@@ -167,7 +167,7 @@ class PEagleConfig(BaseModel):
         """Return the config of a fresh draft for a target; sizes that `options` leave out are the target's.
 
         Raises:
-            IncompatibleDraft: the sizes do not fit each other, or the target's RoPE is not among `ROPE_TYPES`.
+            IncompatibleDraft: the sizes do not fit each other.
         """
         heads = options.num_attention_heads or facts.num_attention_heads
         shared = next(n for n in range(min(heads, facts.num_key_value_heads), 0, -1) if heads % n == 0)
@@ -186,7 +186,7 @@ class PEagleConfig(BaseModel):
                 "rms_norm_eps": facts.rms_norm_eps,
                 "rope_parameters": complete_rope_parameters(
                     {
-                        "rope_parameters": facts.rope_parameters,
+                        "rope_parameters": draft_rope(facts.rope_parameters, options.rope_theta),
                         "max_position_embeddings": facts.max_position_embeddings,
                     }
                 ),

@@ -6,12 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from disagg_core.run_spec.draft import DraftSection, ReducedVocabulary
+from disagg_core.run_spec.draft import DraftSection, OwnRope, ReducedVocabulary
 
-_SIZES = ("num_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "sliding_window")
+_SIZES = (
+    "num_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "rope_theta",
+)
 
 
-class PEagleSection(ReducedVocabulary, DraftSection):
+class PEagleSection(ReducedVocabulary, OwnRope, DraftSection):
     """A P-EAGLE draft (https://arxiv.org/abs/2602.01469). Sizes that are not given are the target's."""
 
     title = "P-EAGLE"

@@ -15,11 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    FalconH1Config,
-    GraniteMoeHybridConfig,
-    PretrainedConfig,
     Qwen3NextConfig,
-    RecurrentGemmaConfig,
 )
 
 from disagg_core.checks.findings import NotReady
@@ -30,7 +26,6 @@ from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput, IncompatibleDraft, TargetError
-from disagg_core.evaluation.target_runner import check_rolls_back
 from disagg_core.prompts.pinned import DataChanged
 from disagg_core.report.archive import ArchiveUnusable, probe_archive
 from disagg_core.roles.evaluation import read_prompts
@@ -258,22 +253,7 @@ def test_a_draft_to_continue_that_does_not_fit_is_named(settings: Settings, tmp_
         check_run(a_spec(*fitting), settings)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen3NextConfig(num_hidden_layers=8),
-        GraniteMoeHybridConfig(num_hidden_layers=8, layer_types=["mamba", "attention"] * 4),
-        FalconH1Config(num_hidden_layers=8),
-        RecurrentGemmaConfig(num_hidden_layers=8),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_a_target_that_cannot_be_decoded_speculatively_here_is_named(config: PretrainedConfig) -> None:
-    with pytest.raises(TargetError, match=r"cannot be rolled back .* evaluation\.at_end: false .* --server URL"):
-        check_rolls_back(config)
-
-
-def test_such_a_target_is_known_before_the_run_and_can_be_trained_for(settings: Settings, tmp_path: Path) -> None:
+def test_a_hybrid_target_passes_with_its_evaluation_as_any_other(settings: Settings, tmp_path: Path) -> None:
     hybrid = tmp_path / "hybrid"
     shutil.copytree(TARGET, hybrid)
     document = json.loads((hybrid / "config.json").read_text())
@@ -286,8 +266,7 @@ def test_such_a_target_is_known_before_the_run_and_can_be_trained_for(settings: 
     )
     config.save_pretrained(hybrid)
     named = [f"target.model={hybrid}", "evaluation.min_accept_length=null"]
-    with pytest.raises(TargetError, match="cannot be rolled back"):
-        check_run(a_spec(*named), settings)
+    check_run(a_spec(*named), settings)
     plan = prepare_run(a_spec(*named, "evaluation.at_end=false"), "demo-1", settings)
     assert len(read_prompts(plan.dir.evaluation / "prompts.jsonl", 16)) == 16, "for a server to decode later"
     check_run(a_spec(*named, "evaluation.prompts=0"), settings)

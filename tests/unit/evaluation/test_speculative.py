@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, Qwen3Config, Qwen3NextConfig
 
 from disagg_core.drafts.eagle3.drafter import DraftChain
 from disagg_core.drafts.sampling import Sampler
-from disagg_core.errors import BadInput, TargetError
+from disagg_core.errors import BadInput
 from disagg_core.evaluation import generate_all, speculative_generate
 from disagg_core.evaluation.target_runner import TargetRunner
 from tests.unit.evaluation.models import VOCAB, BlockDraft, OracleDraft, greedy, make_draft, make_target
@@ -210,9 +210,36 @@ def test_settings_below_their_range_are_refused(
         speculative_generate(target, oracle, [1, 2], **setting)
 
 
-def test_a_target_with_a_recurrent_state_is_refused() -> None:
-    target = make_target()
-    target.config.layer_types = ["full_attention", "linear_attention"] * 2
+def test_a_target_with_a_recurrent_state_gives_its_own_tokens_though_its_cache_cannot_go_back() -> None:
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    target = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [[1, 2, 3, 4], [5, 6]]
 
-    with pytest.raises(TargetError, match="linear_attention"):
-        speculative_generate(target, None, [1, 2])
+    plain = generate_all(target, None, prompts, max_new_tokens=8)
+    drafted = generate_all(target, make_draft(target), prompts, draft_tokens=3, max_new_tokens=8)
+
+    for generation, other, prompt in zip(drafted, plain, prompts, strict=True):
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(8):
+                ids.append(int(target(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert generation.tokens == other.tokens == ids[len(prompt) :]
+        assert generation.accept_length >= 1

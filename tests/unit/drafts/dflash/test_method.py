@@ -81,10 +81,6 @@ def test_what_fits_passes() -> None:
         ({"mask_token_id": 1}, {}, "draft.mask_token_id: .* found 1, with which the target begins, ends or pads"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, {}, "num_attention_heads 4 is no multiple of .* 3"),
         ({"head_dim": 7}, {}, "head_dim: expected an even number, found 7"),
-        ({}, {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1.0}}, "draft.rope_theta"),
-        ({}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "draft.rope_theta"),
-        ({}, {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}}, "draft.rope_theta"),
-        ({}, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "draft.rope_theta"),
     ],
 )
 def test_what_cannot_work_is_named(options: dict[str, Any], facts: dict[str, Any], words: str) -> None:
