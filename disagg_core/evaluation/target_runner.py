@@ -29,11 +29,16 @@ _CROPPABLE = {"attention", "full_attention", "sliding_attention", "chunked_atten
 def rolls_back(target: nn.Module) -> bool:
     """Tell whether the cache of `target` can be cropped: whether all its layers attend, and none keeps a state."""
     model: Any = target
-    return not getattr(model, "_is_stateful", False) and _kinds(model) <= _CROPPABLE
+    return config_rolls_back(model.config, model)
 
 
-def _kinds(model: Any) -> set[str]:
-    text = model.config.get_text_config()
+def config_rolls_back(config: Any, model: Any) -> bool:
+    """Tell the same from a transformers `config` and the model or its class."""
+    return not getattr(model, "_is_stateful", False) and _kinds(config) <= _CROPPABLE
+
+
+def _kinds(config: Any) -> set[str]:
+    text = config.get_text_config()
     return set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ["full_attention"])
 
 
@@ -60,7 +65,7 @@ class TargetRunner:
         model: Any = target
         config = model.config.get_text_config()
         self._rolls_back = rolls_back(model)
-        self.one_by_one = _kinds(model) != {"full_attention"} or bool(getattr(config, "sliding_window", None))
+        self.one_by_one = _kinds(model.config) != {"full_attention"} or bool(getattr(config, "sliding_window", None))
         self.one_by_one |= not self._rolls_back
         self._target = target
         self._states = LayerStates(target, Capture(tuple(layers), last_hidden_state=False))

@@ -16,6 +16,7 @@ from disagg_core.drafts.registry import method_names
 from disagg_core.errors import TargetError
 from disagg_core.evaluation import generate_all
 from disagg_core.target.layers import LayerStates
+from tests.zoo import table
 from tests.zoo.architectures import ARCHITECTURES, Architecture
 from tests.zoo.tiny import HIDDEN, LAYERS, VOCAB, tiny_config
 from tests.zoo.trial import Trial, exported, planned
@@ -52,6 +53,10 @@ def test_a_target_is_planned_for_from_its_config_alone_or_refused_by_name(
     assert not any(isinstance(value, dict) for value in facts.rope_parameters.values())
     assert facts.head_dim % 2 == 0
     assert facts.intermediate_size >= 16
+
+
+def test_the_table_in_the_documents_is_what_is_so() -> None:
+    assert table.committed() == table.table(), "write it again: python -m tests.zoo.table"
 
 
 @pytest.mark.parametrize("architecture", every(built=True))
