@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from disagg_core.errors import PromptRejected
-from disagg_core.prompts.records import Message
+from disagg_core.prompts.shapes import Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()  # transformers caches one compiled template for all threads and tracks spans inside it

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from disagg_core.errors import PromptError, PromptRejected
+from disagg_core.prompts.bad_records import BadRecord, BadRecords
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.loss_mask import UnmaskableTemplate
 from disagg_core.prompts.pinned import PinnedData, PinnedFile
@@ -22,7 +23,7 @@ from disagg_core.prompts.pool import (
     parse_placed,
     read_held_out,
 )
-from disagg_core.prompts.records import Record, is_running_text, prompt_key
+from disagg_core.prompts.shapes import Record, is_running_text, prompt_key
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts
 
@@ -38,8 +39,9 @@ _MOST_TWINS = 0.5
 class PromptFacts:
     """What is known about a run's prompts before it starts; counts are None for streams that do not say.
 
-    `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs. `evaluated` is
-    what the evaluation decodes, as the lines of its file; without a tokenizer there are none.
+    `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs; `bad` of the rows
+    looked at cannot be used and will be rejected. `evaluated` is what the evaluation decodes, as the lines of its file;
+    without a tokenizer there are none.
     """
 
     rows: int | None
@@ -47,6 +49,7 @@ class PromptFacts:
     count: int | None
     total: int | None
     data: PinnedData
+    bad: int = 0
     evaluated: bytes = field(default=b"", repr=False)
 
 
@@ -56,16 +59,16 @@ def validate_prompts(
     facts: TargetFacts | None = None,
     pinned: PinnedData | None = None,
 ) -> PromptFacts:
-    """Check every line of a prompts file (of a streamed dataset: its first rows) and return the counts.
+    """Check every record of a prompts file (of a streamed dataset: its first rows) and return the counts.
 
     With a tokenizer the first prompts of the order are encoded as well, so that a missing or unmaskable chat template
     shows before a GPU is held, and so are the held-out ones that the evaluation decodes. With `facts`,
     `data.max_tokens` is checked against the target's context. With `pinned`, what was pinned is read.
 
     Raises:
-        PromptError: missing, empty, a broken line (file, line, what), nothing usable among the first prompts, a
-            held-out prompt that is also trained on, held-out prompts that cannot be told from those to train on or
-            that cannot be decoded, or samples longer than the target's context.
+        PromptError: missing, empty, more records of no use than allowed (file, lines, why), nothing usable among the
+            first prompts, a held-out prompt that is also trained on, held-out prompts that cannot be told from those to
+            train on or that cannot be decoded, or samples longer than the target's context.
         DataChanged: the data is not what was pinned.
     """
     if facts is not None and spec.data.max_tokens > facts.max_position_embeddings:
@@ -77,7 +80,7 @@ def validate_prompts(
     lines = b""
     try:
         held_out = read_held_out(spec, order, pinned)
-        _check_records(spec, order, held_out)
+        bad = _check_records(spec, order, held_out)
         if tokenizer is not None:
             encoder = PromptEncoder(spec, tokenizer)
             _probe(spec, order, encoder)
@@ -90,34 +93,51 @@ def validate_prompts(
         raise PromptError(f"{spec.data.prompts}: no prompt is left to train on, {len(held_out.records)} are held out")
     total = None if count is None else count * spec.data.epochs
     data = PinnedData(prompts=order.pin, holdout=held_out.pin, evaluation=PinnedFile.of(lines) if lines else None)
-    return PromptFacts(rows=rows, held_out=len(held_out.records), count=count, total=total, data=data, evaluated=lines)
+    return PromptFacts(
+        rows=rows, held_out=len(held_out.records), count=count, total=total, data=data, bad=bad, evaluated=lines
+    )
 
 
-def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: HeldOut) -> None:
-    """Parse the records, all of a file's, and compare them with the held-out prompts.
+def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: HeldOut) -> int:
+    """Parse the records, all of a file's, compare them with the held-out prompts, and count those of no use.
 
     Prompts are held out by what they ask. Where most ask the same as a held-out one, hardly any would be left to train
     on, and the accept length would be measured on the prompts that were trained on.
     """
-    if isinstance(order, FileOrder):
-        file = order.file
-        records: Iterable[Placed] = (Placed(file.read(index), file.where(index)) for index in range(len(file)))
-    else:
-        name = order.stream.name.name
-        records = (Placed(raw, f"{name}:{number}") for number, raw in enumerate(order.stream.first(_STREAM_CHECKED), 1))
     keys = {prompt_key(record): where for where, record in held_out.records}
-    others, twins = -len(held_out.records), -len(held_out.records)  # the held-out ones are among the records
-    for placed in records:
-        twin = keys.get(prompt_key(parse_placed(placed, spec.data.format)))
+    bad = BadRecords(spec.data, spec.data.prompts)
+    seen, twins = 0, 0
+    for placed in _looked_at(order):
+        seen += 1
+        try:
+            twin = keys.get(prompt_key(parse_placed(placed, spec.data)))
+        except BadRecord as error:
+            bad.take(error)
+            continue
         if twin is not None and spec.data.holdout is not None:
             raise PromptError(
                 f"{placed.source} asks the same as the held-out prompt at {twin}: an accept length measured on what "
                 "was trained on says nothing; take the prompt out of one of the files"
             )
-        others += 1
         twins += twin is not None
+    bad.check(seen)
+    if bad.count:
+        log.warning("%d of %d records cannot be used: %s", bad.count, seen, bad.describe())
     if spec.data.holdout is None:
-        _check_twins(spec, twins, others)
+        held = len(held_out.records)  # they are among the records
+        _check_twins(spec, twins - held, seen - bad.count - held)
+    return bad.count
+
+
+def _looked_at(order: FileOrder | StreamOrder) -> Iterator[Placed]:
+    """Yield what is parsed before a run: all records of a file in their own order, the first ones of a stream."""
+    if isinstance(order, FileOrder):
+        for index in range(len(order.file)):
+            yield Placed.of(order.file, index)
+        return
+    name = order.stream.name.name
+    for number, raw in enumerate(order.stream.first(_STREAM_CHECKED), 1):
+        yield Placed(raw, f"{name}:{number}")
 
 
 def _check_twins(spec: RunSpec, twins: int, others: int) -> None:
@@ -141,10 +161,10 @@ def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder
         if placed is None:
             break
         try:
-            encoder.encode(parse_placed(placed, spec.data.format))
+            encoder.encode(parse_placed(placed, spec.data))
         except UnmaskableTemplate as error:
             raise PromptError(f"{placed.source}: {error}") from error
-        except PromptRejected as error:
+        except (BadRecord, PromptRejected) as error:
             reasons.append(f"{placed.source}: {error}")
         else:
             usable += 1

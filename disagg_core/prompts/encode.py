@@ -9,7 +9,7 @@ from disagg_core.drafts.together import untrainable
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.chat import ChatTemplate
 from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
-from disagg_core.prompts.records import (
+from disagg_core.prompts.shapes import (
     Conversation,
     PlainText,
     PromptResponse,

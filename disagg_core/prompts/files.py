@@ -1,6 +1,6 @@
-"""Where prompt records lie: a JSONL file with an index of its lines, or a Hugging Face dataset read as a stream.
+"""The two commonest places of prompt records: a JSONL file with an index of its lines, and a streamed dataset.
 
-Neither is held in memory. A file is indexed (eight bytes a line) and hashed in one pass, and read by position. A stream
+Neither is held in memory. A file is hashed and indexed (eight bytes a line), and read by position. A stream
 is read forward only, through the seeded shuffle buffer of `datasets`; going on in the middle means reading up to there
 again.
 """
@@ -8,20 +8,20 @@ again.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from disagg_core.errors import PromptError
 from disagg_core.processes.retry import Retry
+from disagg_core.prompts.content import BOM, Content
+from disagg_core.prompts.json_values import decode_json
 from disagg_core.prompts.pinned import PinnedFile, PinnedStream, directory_revision
 from disagg_core.run_spec.section import is_local
 
@@ -31,7 +31,8 @@ _SHUFFLE_BUFFER = 10_000
 _AWAY_S = 600.0
 _PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 10.0
-_BOM = b"\xef\xbb\xbf"
+_NEWLINE = 10
+_WHITE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32, BOM[0]])
 
 
 class JsonlFile:
@@ -44,21 +45,14 @@ class JsonlFile:
         DataChanged: it is not what was pinned.
     """
 
-    def __init__(self, path: Path, pinned: PinnedFile | None = None) -> None:
+    def __init__(self, path: Path, pinned: PinnedFile | None = None, *, content: Content | None = None) -> None:
         self.path = path
-        if not path.is_file():
-            raise PromptError(f"data.prompts: no such file: {path}; give a JSONL file with one prompt a line")
-        self._file = path.open("rb")
-        try:
-            size = os.fstat(self._file.fileno()).st_size if pinned is None else pinned.size
-            self._starts, self._numbers, self.pin = _index(self._file, size)
-            if pinned is not None:
-                pinned.check(self.pin, path)
-            if not len(self._starts):
-                raise PromptError(f"{path}: expected at least one prompt, found an empty file")
-        except PromptError:
-            self._file.close()
-            raise
+        self._content = Content.open(path, pinned) if content is None else content
+        self.pin = self._content.pin
+        self._starts, self._numbers = _index(self._content)
+        if not len(self._starts):
+            self.close()
+            raise PromptError(f"{path}: expected at least one prompt, found an empty file")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -66,9 +60,8 @@ class JsonlFile:
     def line(self, index: int) -> bytes:
         """Return the bytes of the record at `index` (0-based, blank lines not counted)."""
         start = int(self._starts[index])
-        stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self.pin.size
-        raw = os.pread(self._file.fileno(), stop - start, start)
-        return raw.split(b"\n", 1)[0].removeprefix(_BOM)
+        stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._content.size
+        return self._content.part(start, stop).split(b"\n", 1)[0].removeprefix(BOM)
 
     def where(self, index: int) -> str:
         """Return ``file:line`` of the record at `index`, as an editor counts."""
@@ -79,16 +72,13 @@ class JsonlFile:
         """Return the record at `index`, decoded.
 
         Raises:
-            PromptError: the line is no JSON; file, line and what is wrong are named.
+            RecordError: the line is no JSON.
         """
-        try:
-            return msgspec.json.decode(self.line(index))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PromptError(f"{self.path}, line {self.where(index).rpartition(':')[2]}: no JSON: {error}") from error
+        return decode_json(self.line(index))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._content.close()
 
 
 def file_hash(path: Path) -> str:
@@ -97,30 +87,34 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _index(file: BinaryIO, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None, PinnedFile]:
-    """Return where each record of the first `size` bytes starts, the line numbers if there are blank lines, the pin."""
+def _index(content: Content) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return where each record starts, and the line numbers if there are blank lines."""
     ends: list[npt.NDArray[np.int64]] = []
-    offset = 0
-    last = b""
-    digest = hashlib.sha256()
-    while chunk := file.read(min(_CHUNK_BYTES, size - offset)):
-        digest.update(chunk)
-        ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + offset)
-        offset += len(chunk)
-        last = chunk[-1:]
-    if last not in (b"", b"\n"):
-        ends.append(np.array([offset], dtype=np.int64))
+    blank: list[npt.NDArray[np.int64]] = []
+    """Lines that may be white space: those whose first byte is."""
+    lines = 0
+    start_of_line = True
+    for offset in range(0, content.size, _CHUNK_BYTES):
+        chunk = np.frombuffer(content.part(offset, min(offset + _CHUNK_BYTES, content.size)), dtype=np.uint8)
+        stops = np.flatnonzero(chunk == _NEWLINE)
+        firsts = np.concatenate([[0] if start_of_line else [], stops + 1]).astype(np.int64)
+        firsts = firsts[firsts < len(chunk)]
+        white = np.flatnonzero(_WHITE[chunk[firsts]])
+        blank.append(white + lines + (0 if start_of_line else 1))
+        ends.append(stops + offset)
+        lines += len(stops)
+        start_of_line = bool(chunk[-1] == _NEWLINE)
+    if content.size and not start_of_line:
+        ends.append(np.array([content.size], dtype=np.int64))
     stops = np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
     starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1] + 1]) if len(stops) else stops
     full = stops > starts
-    for line in np.flatnonzero(full & (stops - starts < 16)):  # only short lines can be white space
-        raw = os.pread(file.fileno(), int(stops[line] - starts[line]), int(starts[line]))
-        full[line] = bool(raw.removeprefix(_BOM).strip())
-    pin = PinnedFile(size=offset, sha256=digest.hexdigest())
+    for line in np.concatenate(blank) if blank else ():
+        full[line] = bool(content.part(int(starts[line]), int(stops[line])).removeprefix(BOM).strip())
     if full.all():
-        return starts, None, pin
+        return starts, None
     numbers = np.flatnonzero(full)
-    return starts[numbers], numbers + 1, pin
+    return starts[numbers], numbers + 1
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from disagg_core.errors import PromptRejected
 from disagg_core.prompts.chat import ChatTemplate, Span
-from disagg_core.prompts.records import Conversation, Message
+from disagg_core.prompts.shapes import Conversation, Message
 
 _MARKER = "\u2402stand-in\u2403"
 _THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))

@@ -8,6 +8,7 @@ first of the same permutation. A record that asks the same as a held-out prompt 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,23 @@ from typing import Any, Protocol
 from disagg_core.contracts import PromptTask
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.prompts.bad_records import BadRecord, BadRecords
 from disagg_core.prompts.encode import PromptEncoder
-from disagg_core.prompts.files import HF_PREFIX, DatasetName, DatasetStream, JsonlFile
+from disagg_core.prompts.files import HF_PREFIX, DatasetName, DatasetStream
+from disagg_core.prompts.json_values import RecordError
 from disagg_core.prompts.order import SeededPermutation, seed_of
 from disagg_core.prompts.pinned import PinnedData, PinnedFile, PinnedStream
-from disagg_core.prompts.records import FormatOrAuto, Record, RecordError, parse_record, prompt_key
+from disagg_core.prompts.record_files import RecordFile, open_records
+from disagg_core.prompts.records import parse_record
+from disagg_core.prompts.shapes import Record, prompt_key
 from disagg_core.run_spec.document import DataSection, RunSpec
+
+log = logging.getLogger(__name__)
 
 _BASE_ORDER, _EPOCH_ORDER = 1, 2
 _HELD_OUT_SHARE = 4
+_JUDGED_AFTER = 256
+"""Rows of a stream after which the share of those that cannot be used says something."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,19 @@ class GivenTasks:
 
 @dataclass(frozen=True)
 class Placed:
-    """One raw record and where it was found (``file:line``)."""
+    """One raw record, or what keeps it from being read, and where it was found (``file:line``)."""
 
     raw: Any
     source: str
+
+    @classmethod
+    def of(cls, file: RecordFile, index: int) -> Placed:
+        """Return the record at `index` of `file`."""
+        source = file.where(index)
+        try:
+            return cls(file.read(index), source)
+        except RecordError as error:
+            return cls(error, source)
 
 
 def held_out_count(spec: RunSpec, rows: int) -> int:
@@ -101,9 +119,9 @@ def held_out_count(spec: RunSpec, rows: int) -> int:
 
 
 class FileOrder:
-    """The seeded order over the lines of a JSONL file."""
+    """The seeded order over the records of a file or folder."""
 
-    def __init__(self, spec: RunSpec, file: JsonlFile) -> None:
+    def __init__(self, spec: RunSpec, file: RecordFile) -> None:
         self.file = file
         self._shuffle = spec.data.shuffle
         self._seed = spec.run.seed
@@ -131,8 +149,7 @@ class FileOrder:
         return self._at(position)
 
     def _at(self, position: int) -> Placed:
-        line = self._base[position] if self._shuffle else position
-        return Placed(self.file.read(line), self.file.where(line))
+        return Placed.of(self.file, self._base[position] if self._shuffle else position)
 
     def held_out_records(self) -> list[Placed]:
         """Return the records that are kept out of training."""
@@ -215,20 +232,21 @@ def open_order(spec: RunSpec, pinned: PinnedData | None = None) -> FileOrder | S
         assert not isinstance(known, PinnedFile)
         return StreamOrder(spec, DatasetStream(DatasetName.parse(spec.data.prompts), known))
     assert not isinstance(known, PinnedStream)
-    return FileOrder(spec, JsonlFile(Path(spec.data.prompts).expanduser(), known))
+    return FileOrder(spec, open_records(Path(spec.data.prompts).expanduser(), spec.data, known))
 
 
-def parse_placed(placed: Placed, format_: FormatOrAuto) -> Record:
+def parse_placed(placed: Placed, data: DataSection) -> Record:
     """Return the record of `placed` in its plain shape.
 
     Raises:
-        PromptError: it cannot be used; file, line and what is wrong are named.
+        BadRecord: it cannot be used; file, line and what is wrong are named.
     """
     try:
-        return parse_record(placed.raw, format_)
+        if isinstance(placed.raw, RecordError):
+            raise placed.raw
+        return parse_record(placed.raw, data.format, data.fields)
     except RecordError as error:
-        name, _, line = placed.source.rpartition(":")
-        raise PromptError(f"{name}, line {line}: {error}") from error
+        raise BadRecord(placed.source, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -242,19 +260,36 @@ class HeldOut:
 def read_held_out(spec: RunSpec, order: FileOrder | StreamOrder, pinned: PinnedData | None = None) -> HeldOut:
     """Return the held-out prompts of a run, from `data.holdout` or kept out of the prompts.
 
+    Records that cannot be used are left out.
+
     Raises:
-        PromptError: the holdout file is missing or has a broken line.
+        PromptError: the holdout file is missing, or has more records of no use than the run document allows.
         DataChanged: the holdout file is not what was `pinned`.
     """
     pin = None
     if spec.data.holdout is None:
         placed = order.held_out_records()
     else:
-        file = JsonlFile(Path(spec.data.holdout).expanduser(), pinned.holdout if pinned is not None else None)
-        placed = [Placed(file.read(index), file.where(index)) for index in range(len(file))]
+        known = pinned.holdout if pinned is not None else None
+        file = open_records(Path(spec.data.holdout).expanduser(), spec.data, known)
+        placed = [Placed.of(file, index) for index in range(len(file))]
         pin = file.pin
         file.close()
-    return HeldOut([(item.source, parse_placed(item, spec.data.format)) for item in placed], pin)
+    return HeldOut(_usable(spec, placed), pin)
+
+
+def _usable(spec: RunSpec, placed: Sequence[Placed]) -> list[tuple[str, Record]]:
+    records: list[tuple[str, Record]] = []
+    bad = BadRecords(spec.data, str(spec.data.holdout))
+    for item in placed:
+        try:
+            records.append((item.source, parse_placed(item, spec.data)))
+        except BadRecord as error:
+            log.warning("not held out: %s", error)
+            if spec.data.holdout is not None:
+                bad.take(error)
+    bad.check(len(placed))
+    return records
 
 
 class EncodedPrompts:
@@ -269,6 +304,8 @@ class EncodedPrompts:
         self.order = open_order(spec, pinned)
         self.encoder = PromptEncoder(spec, tokenizer)
         self._data: DataSection = spec.data
+        self._bad = BadRecords(spec.data, spec.data.prompts)
+        self._seen = 0
         # By what they ask, not by place: the same prompt may stand in the data twice.
         self._held_out = {prompt_key(record) for _, record in read_held_out(spec, self.order, pinned).records}
 
@@ -284,20 +321,35 @@ class EncodedPrompts:
         return OrdinalSet()
 
     def task(self, ordinal: int) -> PromptTask | RejectedPrompt | None:
-        """Return the prompt at `ordinal`, the reason why it cannot be used, or None beyond the end."""
+        """Return the prompt at `ordinal`, the reason why it cannot be used, or None beyond the end.
+
+        Raises:
+            PromptError: a stream has more records that cannot be used than the run document allows.
+        """
         placed = self._place(ordinal)
         if placed is None:
             return None
+        self._seen += 1
         try:
-            record = parse_placed(placed, self._data.format)
+            record = parse_placed(placed, self._data)
             if self._held_out and prompt_key(record) in self._held_out:
                 return RejectedPrompt(placed.source, "asks the same as a held-out prompt")
             encoded = self.encoder.encode(record)
+        except BadRecord as error:
+            self._count(error)
+            return RejectedPrompt(placed.source, error.reason)
         except (PromptError, PromptRejected) as error:
             return RejectedPrompt(placed.source, str(error))
         return PromptTask(
             ordinal=ordinal, source=placed.source, input_ids=encoded.input_ids, loss_mask=encoded.loss_mask
         )
+
+    def _count(self, error: BadRecord) -> None:
+        """Count a record of a stream that cannot be used; of a file, the checks have looked at every one."""
+        if isinstance(self.order, StreamOrder):
+            self._bad.take(error)
+            if self._seen >= _JUDGED_AFTER:
+                self._bad.check(self._seen)
 
     def _place(self, ordinal: int) -> Placed | None:
         per_epoch = self.order.per_epoch

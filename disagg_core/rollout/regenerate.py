@@ -26,8 +26,9 @@ from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.files import write_atomically
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.files import file_hash
+from disagg_core.prompts.record_files import open_records
 from disagg_core.rollout.prompt_source import PromptBatch, PromptSource, Rejection
-from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.document import DataSection, RunSpec
 from disagg_core.target.facts import TargetFacts
 from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
 
@@ -91,16 +92,27 @@ def regenerate(
 
 def _origin(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> dict[str, Any]:
     """Return what the continuations, and which prompt stands at which ordinal, depend on."""
-    named = {"prompts", "format", "holdout", "max_tokens", "epochs", "shuffle", "limit", "generate"}
-    prompts = Path(spec.data.prompts)
+    named = {"prompts", "format", "fields", "holdout", "max_tokens", "epochs", "shuffle", "limit", "generate"}
+    prompts = Path(spec.data.prompts).expanduser()
     return {
         "target": facts.version,
         "tokenizer": tokenizer,
         "seed": spec.run.seed,
         "evaluation.prompts": spec.evaluation.prompts,  # so many are held out
         **spec.data.model_dump(mode="json", include=named),
-        "content": file_hash(prompts) if prompts.is_file() else None,
+        "content": _content_hash(prompts, spec.data),
     }
+
+
+def _content_hash(prompts: Path, data: DataSection) -> str | None:
+    """Return a hash of the file or folder of prompts; None for a dataset that is streamed."""
+    if prompts.is_file():
+        return file_hash(prompts)
+    if not prompts.is_dir():
+        return None
+    folder = open_records(prompts, data)
+    folder.close()
+    return folder.pin.sha256
 
 
 def _check_origin(out: Path, origin: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from disagg_core.run_spec.data import DataSection as DataSection
+from disagg_core.run_spec.data import GenerateSection as GenerateSection
 from disagg_core.run_spec.draft import DraftSection, draft_field
 from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RunName, SecretFreeUrl, Section
 
@@ -71,50 +73,6 @@ class TargetSection(Section):
             raise ValueError(f"expected backend: sglang where servers are described, found {', '.join(found)}")
         if self.server_urls and len(found) > 1:
             raise ValueError(f"expected server_urls, or how to start servers of our own, found {', '.join(found)}")
-        return self
-
-
-class GenerateSection(Section):
-    """The target continues the prompts itself; prompt and continuation are captured."""
-
-    max_new_tokens: int = Field(256, ge=1, description="Longest continuation, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus for sampling.")
-
-
-class DataSection(Section):
-    """The prompts and what of them is trained on."""
-
-    prompts: str = Field(description="JSONL file (a path), or hf:<name or directory>[:split] for a dataset.")
-    format: Literal["auto", "messages", "sharegpt", "prompt_response", "text", "tokenized"] = Field(
-        "auto", description="Format of a record; auto: by its keys."
-    )
-    holdout: str | None = Field(
-        None, description="JSONL file of held-out prompts for evaluation; by default some are kept out of prompts."
-    )
-    max_tokens: int = Field(2048, ge=8, description="Longest sample, prompt and continuation together.")
-    truncation: Literal["right", "reject"] = Field("right", description="What to do with longer ones.")
-    chat_template: str | None = Field(None, description="Jinja file used instead of the tokenizer's own template.")
-    loss_on: Literal["all_assistant", "last_assistant"] = Field(
-        "all_assistant", description="Which assistant turns are trained on."
-    )
-    train_on_thinking: bool = Field(True, description="Train on the thinking part of assistant turns.")
-    train_on_tool_calls: bool = Field(True, description="Train on assistant turns that are tool calls.")
-    epochs: int = Field(1, ge=1, description="Passes over the prompts.")
-    limit: int | None = Field(None, ge=1, description="Use only the first so many prompts of the seeded order.")
-    shuffle: bool = Field(True, description="Seeded shuffle, another one in each epoch.")
-    generate: GenerateSection | None = Field(None, description="Let the target continue the prompts.")
-
-    @model_validator(mode="after")
-    def _continuations_are_trained_on_whole(self) -> DataSection:
-        answers = ("truncation", "loss_on", "train_on_thinking", "train_on_tool_calls")
-        found = [name for name in answers if getattr(self, name) != type(self).model_fields[name].default]
-        if self.generate is not None and found:
-            raise ValueError(
-                f"expected nothing about the answers of the data beside data.generate, found {', '.join(found)}: the "
-                "target's continuation takes their place, is trained on as a whole and ends at data.max_tokens, and a "
-                "prompt that leaves no room for it is rejected; leave them out, or data.generate"
-            )
         return self
 
 

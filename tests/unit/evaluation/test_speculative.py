@@ -13,7 +13,7 @@ from disagg_core.drafts.sampling import Sampler
 from disagg_core.errors import BadInput
 from disagg_core.evaluation import generate_all, speculative_generate
 from disagg_core.evaluation.target_runner import TargetRunner
-from tests.unit.evaluation.models import VOCAB, BlockDraft, OracleDraft, greedy, make_draft, make_target
+from tests.unit.evaluation.models import VOCAB, BlockDraft, OracleDraft, greedy, make_draft
 
 pytestmark = pytest.mark.unit
 

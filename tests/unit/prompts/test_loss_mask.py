@@ -15,7 +15,8 @@ from disagg_core.prompts.loss_mask import (
     end_tokens_of,
     mask_of_spans,
 )
-from disagg_core.prompts.records import Conversation, parse_record
+from disagg_core.prompts.records import parse_record
+from disagg_core.prompts.shapes import Conversation
 from tests.unit.prompts import templates
 
 pytestmark = pytest.mark.unit

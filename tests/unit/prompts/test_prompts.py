@@ -17,17 +17,11 @@ from disagg_core.prompts import files
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import DatasetName, DatasetStream, JsonlFile
+from disagg_core.prompts.json_values import RecordError
 from disagg_core.prompts.pinned import DataChanged
 from disagg_core.prompts.pool import EncodedPrompts
-from disagg_core.prompts.records import (
-    Conversation,
-    PlainText,
-    PromptResponse,
-    RecordError,
-    Tokenized,
-    parse_record,
-    prompt_key,
-)
+from disagg_core.prompts.records import parse_record
+from disagg_core.prompts.shapes import Conversation, PlainText, PromptResponse, Tokenized, prompt_key
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.tokenizer import template_text, tokenizer_version
@@ -97,7 +91,8 @@ def test_parts_and_calls_of_messages_are_made_plain():
     ("record", "what"),
     [
         ([1], "expected a JSON object, found a list"),
-        ({"other": 1}, "expected one of the keys input_ids, messages, conversations, prompt, text; found other"),
+        ({"other": 1}, "expected one of the keys input_ids, messages, .*, text; found other; say which"),
+        ({"question": "a", "answer": "b"}, "data.fields: {prompt: question, response: answer}"),
         ({"messages": []}, "empty conversation"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
         ({"messages": [{"role": "user"}]}, "expected content or tool_calls, found neither"),
@@ -138,8 +133,9 @@ def test_a_broken_line_is_named_before_anything_starts(tmp_path):
     path = write(tmp_path / "p.jsonl", conversations(40))
     with path.open("a") as file:
         file.write('\n{"messages": [\n')
+    assert validate_prompts(spec_of(path)).bad == 1
     with pytest.raises(PromptError, match=r"p\.jsonl, line 42: no JSON"):
-        validate_prompts(spec_of(path))
+        validate_prompts(spec_of(path, data={"on_bad_record": "fail"}))
 
 
 @pytest.mark.parametrize(
