@@ -107,7 +107,7 @@ def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: Held
     keys = {prompt_key(record): where for where, record in held_out.records}
     bad = BadRecords(spec.data, spec.data.prompts)
     seen, twins = 0, 0
-    for placed in _looked_at(order):
+    for placed in records_looked_at(order):
         seen += 1
         try:
             twin = keys.get(prompt_key(parse_placed(placed, spec.data)))
@@ -129,7 +129,7 @@ def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: Held
     return bad.count
 
 
-def _looked_at(order: FileOrder | StreamOrder) -> Iterator[Placed]:
+def records_looked_at(order: FileOrder | StreamOrder) -> Iterator[Placed]:
     """Yield what is parsed before a run: all records of a file in their own order, the first ones of a stream."""
     if isinstance(order, FileOrder):
         for index in range(len(order.file)):

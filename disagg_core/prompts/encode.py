@@ -36,7 +36,7 @@ class PromptEncoder:
     def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
         self._data = data = spec.data
         self._drafts = spec.all_drafts
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._end_tokens = end_tokens_of(tokenizer)
         self._vocab_size = len(tokenizer)
         source = template_text(tokenizer, data.chat_template)
@@ -127,29 +127,29 @@ class PromptEncoder:
         raise AssertionError(f"no such record: {record!r}")
 
     def _conversation(self, chat: ChatTemplate, record: Conversation) -> EncodedPrompt:
-        if not self._tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             raise PromptError(
                 "the loss mask of a conversation needs a fast tokenizer (character offsets of tokens), found "
-                f"{type(self._tokenizer).__name__}; give pretokenised input_ids and loss_mask instead"
+                f"{type(self.tokenizer).__name__}; give pretokenised input_ids and loss_mask instead"
             )
         text, spans = conversation_spans(chat, record, self._rules, self._end_tokens)
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return EncodedPrompt(encoding["input_ids"], mask_of_spans(encoding["offset_mapping"], spans))
 
     def _pair(self, prompt: str, response: str) -> EncodedPrompt:
         """Return prompt and response as running text, for tokenizers without a chat template."""
         asked = self._plain_ids(prompt)
         answered = self._ids(response)
-        if self._tokenizer.eos_token_id is not None:
-            answered = [*answered, self._tokenizer.eos_token_id]
+        if self.tokenizer.eos_token_id is not None:
+            answered = [*answered, self.tokenizer.eos_token_id]
         return EncodedPrompt(asked + answered, [0] * len(asked) + [1] * len(answered))
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def _check_ids(self, ids: list[int]) -> None:

@@ -36,11 +36,19 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
         SpecError: no such file, no YAML mapping, an unknown or ill-typed key, or an override of another form.
     """
-    document = _read_yaml(path)
+    spec = parse_spec(with_overrides(_read_yaml(path), overrides), source=str(path))
+    return _with_absolute_paths(spec, path.resolve().parent)
+
+
+def with_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `document`, changed by ``section.key=value`` overrides.
+
+    Raises:
+        SpecError: an override of another form.
+    """
     for override in overrides:
         _apply_override(document, override)
-    spec = parse_spec(document, source=str(path))
-    return _with_absolute_paths(spec, path.resolve().parent)
+    return document
 
 
 def parse_spec(document: dict[str, Any], *, source: str = "spec") -> RunSpec:

@@ -64,6 +64,8 @@ def load_tokenizer(section: TargetSection) -> Any:
     from transformers import AutoTokenizer
 
     source = str(Path(section.model).expanduser()) if is_local(section.model) else section.model
+    if is_local(section.model) and not Path(source).is_dir():
+        raise TargetError(f"target.model: no such directory: {source}; give a directory with a tokenizer or a hub id")
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=section.revision, trust_remote_code=section.trust_remote_code

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from disagg_core.cli.archive import app as archive_app
 from disagg_core.cli.channel import app as channel_app
+from disagg_core.cli.data import app as data_app
 from disagg_core.cli.doctor import doctor
 from disagg_core.cli.drafts import evaluate, export
 from disagg_core.cli.exits import DEBUG, stop, take_debug
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(archive_app, name="archive", help="Check the archive of a run.")
 app.add_typer(channel_app, name="channel", help="Look into a reference channel.")
+app.add_typer(data_app, name="data", help="Look at prompts before they are trained on.")
 app.add_typer(store_app, name="store", help="Look into a feature store.")
 app.command(name="doctor")(doctor)
 app.command(name="regenerate")(regenerate)
