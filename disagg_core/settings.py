@@ -29,11 +29,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DRAFTLINE_", extra="ignore", frozen=True)
 
     home: Path = Field(default_factory=_default_home, description="Runs, logs, archive and the local Prefect home.")
+    registry: str | None = Field(None, description="Registry of drafts; default: registry/ under DRAFTLINE_HOME.")
     host: str = Field("127.0.0.1", description="Address that our servers bind to; loopback unless told otherwise.")
     prefect_port: int | None = Field(None, ge=1, le=65535, description="Port of the local Prefect server.")
     redis_password: SecretStr | None = Field(None, description="Password of the channel's Redis server.")
     redis_ca: Path | None = Field(None, description="CA certificate file for rediss:// channels.")
     sglang_python: Path | None = Field(None, description="Python of the SGLang environment (infra/sglang/setup.sh).")
+
+    @property
+    def drafts_cache(self) -> Path:
+        """Drafts that were fetched from elsewhere, by content; on the mount of the runs, so that all roles see them."""
+        return self.home / "cache" / "drafts"
 
     @property
     def runs_dir(self) -> Path:

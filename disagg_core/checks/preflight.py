@@ -7,24 +7,26 @@ the run's directory. Whatever is found is told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
 from disagg_core.checks.services import check_channel, check_external_store, check_servers
+from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftConfig
 from disagg_core.drafts.warm_start import first_config
-from disagg_core.errors import BadInput, TargetError
+from disagg_core.errors import BadInput, IncompatibleDraft, TargetError, Transient
 from disagg_core.files import write_atomically
 from disagg_core.prompts.checks import PromptFacts, validate_prompts
-from disagg_core.prompts.pinned import PinnedData
+from disagg_core.registry.references import References
 from disagg_core.report.archive import archive_base, probe_archive
 from disagg_core.run.devices import check_shared_node
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, make_plan
+from disagg_core.run.warm_start import WarmStart
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.section import is_local
 from disagg_core.settings import Settings
@@ -87,7 +89,7 @@ def prepare_run(spec: RunSpec, run_id: str, settings: Settings, also: Sequence[C
     known = read_plan(run_dir) if run_dir.document.is_file() else None
     if known is not None:
         spec = _as_planned(spec, known)
-    plan, prompts = _checked(spec, settings, run_id, known.data if known is not None else None, also)
+    plan, prompts = _checked(spec, settings, run_id, known, also)
     write_atomically(plan.dir.document, plan.model_dump_json(indent=2))
     if spec.evaluation.prompts:
         write_atomically(plan.dir.evaluation / "prompts.jsonl", prompts.evaluated)
@@ -98,7 +100,7 @@ def _checked(
     spec: RunSpec,
     settings: Settings,
     run_id: str,
-    pinned: PinnedData | None = None,
+    known: RunPlan | None = None,
     also: Sequence[Callable[[], object]] = (),
 ) -> tuple[RunPlan, PromptFacts]:
     findings = Findings()
@@ -110,7 +112,7 @@ def _checked(
         tokenizer = findings.of(lambda: load_tokenizer(spec.target))
     if spec.store.mode == "managed":
         findings.of(lambda: check_capacity(spec.store.capacity))
-    plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, pinned)
+    plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, known)
     archive = findings.of(lambda: _archive(spec, settings))
     findings.of(lambda: check_channel(spec, settings))
     findings.of(lambda: check_external_store(spec))
@@ -134,10 +136,14 @@ def _resolved(
     run_id: str,
     facts: TargetFacts | None,
     tokenizer: Any | None = None,
-    pinned: PinnedData | None = None,
+    known: RunPlan | None = None,
 ) -> tuple[RunPlan | None, PromptFacts | None]:
-    """Return plan and facts of the prompts; None for what could not be found out."""
-    prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, pinned))
+    """Return plan and facts of the prompts; None for what could not be found out.
+
+    What was found out when the run was planned before, as `known`, is not asked again.
+    """
+    prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, known.data if known is not None else None))
+    warm_starts = findings.of(lambda: _find_warm_starts(spec, settings, known.warm_starts if known is not None else {}))
     if facts is None:
         return None, prompts
 
@@ -153,6 +159,7 @@ def _resolved(
             total_prompts=prompts.total if prompts is not None else None,
             tokenizer_version=version,
             data=prompts.data if prompts is not None else None,
+            warm_starts=warm_starts,
         )
 
     return findings.of(plan), prompts
@@ -165,13 +172,41 @@ def _archive(spec: RunSpec, settings: Settings) -> str:
     return base
 
 
+def _find_warm_starts(spec: RunSpec, settings: Settings, known: Mapping[str, WarmStart]) -> dict[str, WarmStart]:
+    """Return the drafts that the run continues: those that it was planned with, or what the document means by now.
+
+    Raises:
+        BadInput: there is no such draft, or it cannot be read; of several, every one is named.
+    """
+    found: dict[str, WarmStart] = {}
+    faults = []
+    for reference in dict.fromkeys(section.init_from for section in spec.all_drafts if section.init_from is not None):
+        try:
+            found[reference] = _find_warm_start(reference, spec, settings, known.get(reference))
+        except (BadInput, Transient) as error:
+            faults.append(f"draft.init_from: {error}")
+    if faults:
+        raise IncompatibleDraft("; ".join(faults))
+    return found
+
+
+def _find_warm_start(reference: str, spec: RunSpec, settings: Settings, known: WarmStart | None) -> WarmStart:
+    draft = References.of(spec, settings).find(known.pinned if known is not None else reference)
+    size = import_draft(draft.path).config.draft_vocab_size
+    return WarmStart(reference=reference, pinned=draft.pinned, path=draft.path, draft_vocab_size=size)
+
+
 def draft_configs(plan: RunPlan) -> list[DraftConfig]:
-    """Return the config of each of the run's drafts, fresh or continued.
+    """Return the config of each of the run's drafts, fresh or continued; without those whose start was not found.
 
     Raises:
         IncompatibleDraft: a draft to continue from does not fit.
     """
-    return [first_config(draft.section, draft.target, draft.capture, draft.vocabulary.size) for draft in plan.drafts]
+    return [
+        first_config(draft.init_path, draft.section, draft.target, draft.capture, draft.vocabulary.size)
+        for draft in plan.drafts
+        if draft.section.init_from is None or draft.warm_start is not None
+    ]
 
 
 def _as_planned(spec: RunSpec, known: RunPlan) -> RunSpec:

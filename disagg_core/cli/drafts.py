@@ -18,8 +18,8 @@ Draft = Annotated[
     str | None,
     typer.Option(
         "--draft",
-        help="Checkpoint or exported draft, or the name of one of the run's drafts for its newest checkpoint; by "
-        "default that of the only draft.",
+        help="Draft: the name of one of the run's drafts for its newest checkpoint; champion, latest or a version of "
+        "the registry, a run's id, a directory, a Hugging Face id or a URL; by default the run's only draft.",
     ),
 ]
 
@@ -40,7 +40,7 @@ def export(
     from disagg_core.drafts.export import VerifierInfo, export_draft, method_at
 
     plan = read_plan(find_run(get_settings().runs_dir, run))
-    source = _source(plan, draft)
+    source = draft_of(plan, draft)
     method = method_at(source)
     if layout is None:
         layout = next(iter(method.formats))
@@ -78,7 +78,7 @@ def evaluate(
             )
         result = run_server_evaluation(plan, server, name, draft)
     else:
-        result = run_evaluation(plan, _source(plan, draft), name)
+        result = run_evaluation(plan, draft_of(plan, draft), name)
     Console().print(
         f"accept length {result['accept_length']:.3f} on {result['prompts']} prompts, "
         f"{result['target_passes']} target passes; written to {result_file(plan, name)}",
@@ -90,15 +90,17 @@ def _names(plan: RunPlan) -> list[str]:
     return [draft.name for draft in plan.drafts]
 
 
-def _source(plan: RunPlan, draft: str | None) -> Path:
-    """Return the directory that `--draft` means.
+def draft_of(plan: RunPlan, reference: str | None) -> Path:
+    """Return the directory of the draft that `reference` means for a run; that of its only draft if it is None.
 
     Raises:
-        BadInput: it is not said which of several drafts, or the run has no whole checkpoint.
+        BadInput: there is none, or it is not said which of several drafts.
     """
-    if draft is not None and draft not in _names(plan):
-        return Path(draft)
-    return plan.draft(draft).checkpoint_in(newest_checkpoint(plan))
+    from disagg_core.registry.references import References
+
+    if reference is not None and reference not in _names(plan):
+        return References.of(plan.spec, get_settings()).find(reference).path
+    return plan.draft(reference).checkpoint_in(newest_checkpoint(plan))
 
 
 def newest_checkpoint(plan: RunPlan) -> Path:

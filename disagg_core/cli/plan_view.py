@@ -102,7 +102,7 @@ def _cost(plan: RunPlan, draft: PlannedDraft) -> DraftCost:
     return cost_of(
         draft.method,
         section,
-        first_config(section, target, draft.capture, draft.vocabulary.size),
+        first_config(draft.init_path, section, target, draft.capture, draft.vocabulary.size),
         target,
         draft.capture,
         max_tokens=plan.spec.data.max_tokens,

@@ -63,6 +63,16 @@ class VocabMap:
         return cls._of_ids(torch.arange(vocab_size), vocab_size, "")
 
     @classmethod
+    def from_offsets(cls, d2t: Tensor, vocab_size: int) -> VocabMap:
+        """Return the map whose draft tokens have these offsets, as a draft's files hold them.
+
+        Args:
+            d2t: ``[K]`` int64, target id minus draft id, of ascending target ids.
+            vocab_size: V.
+        """
+        return cls._of_ids(d2t + torch.arange(d2t.numel()), vocab_size, "")
+
+    @classmethod
     def _of_ids(cls, ids: Tensor, vocab_size: int, inputs_version: str) -> VocabMap:
         t2d = torch.zeros(vocab_size, dtype=torch.bool)
         t2d[ids] = True

@@ -8,32 +8,41 @@ from disagg_core.contracts import Capture
 from disagg_core.drafts.export import ImportedDraft, import_draft
 from disagg_core.drafts.method import DraftConfig
 from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
 
 
-def first_config(section: DraftSection, facts: TargetFacts, capture: Capture, draft_vocab_size: int) -> DraftConfig:
-    """Return the config of the draft that a run begins with.
+def first_config(
+    source: Path | None, section: DraftSection, facts: TargetFacts, capture: Capture, draft_vocab_size: int
+) -> DraftConfig:
+    """Return the config of the draft that a run begins with: a fresh one, or the one in `source`.
 
     Raises:
         IncompatibleDraft: sizes do not fit the target, or the draft to continue from does not.
         BadInput: there is no mask token for it.
     """
-    if section.init_from is not None:
-        return read_warm_start(section, facts, capture).config
+    if source is not None:
+        return read_warm_start(source, section, facts, capture).config
     return method_of(section.method).config_for(section, facts, capture, draft_vocab_size)
 
 
-def read_warm_start(section: DraftSection, facts: TargetFacts, capture: Capture) -> ImportedDraft:
-    """Return the draft in `draft.init_from`, for a run whose target has these `facts` and layers.
+def vocabulary_of(imported: ImportedDraft) -> VocabMap:
+    """Return the vocabulary map that a draft was trained with; the identity if it proposes all of the target's."""
+    config, state = imported.config, imported.state
+    if config.draft_vocab_size == config.vocab_size:
+        return VocabMap.identity(config.vocab_size)
+    return VocabMap.from_offsets(state["d2t"], config.vocab_size)
+
+
+def read_warm_start(path: Path, section: DraftSection, facts: TargetFacts, capture: Capture) -> ImportedDraft:
+    """Return the draft in `path`, to be continued in a run whose target has these `facts` and layers.
 
     Raises:
         IncompatibleDraft: no draft is there, or it is of another method, or was made for a target of other sizes,
             vocabulary or captured layers; each difference is named.
     """
-    assert section.init_from is not None
-    path = Path(section.init_from).expanduser()
     try:
         imported = import_draft(path)
     except IncompatibleDraft as error:

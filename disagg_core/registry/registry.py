@@ -86,7 +86,7 @@ class Registry:
         """
         files = expand(sources)
         number = self._claim(provenance)
-        place = self._place(number)
+        place = self.place_of(number)
         if place.size(MANIFEST) is not None:
             manifest = read_manifest(place)
             self._check_same(number, manifest, files)
@@ -100,7 +100,7 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all whole versions, the oldest first."""
-        return [_version(number, read_manifest(self._place(number))) for number in self._whole()]
+        return [_version(number, read_manifest(self.place_of(number))) for number in self._whole()]
 
     def unfinished(self) -> dict[int, str]:
         """Return the ids of the runs whose versions were begun and not finished, by number."""
@@ -147,7 +147,7 @@ class Registry:
         Raises:
             UnknownVersion, TreeDamaged, BadInput: see `files_of` and `fetch_files`.
         """
-        place = self._place(number)
+        place = self.place_of(number)
         return fetch_files(place, self.files_of(number, part), to, without=f"{part}/")
 
     def verify(self, number: int) -> Version:
@@ -157,11 +157,15 @@ class Registry:
             UnknownVersion, TreeDamaged: there is none; files are missing or differ.
         """
         self._manifest(number)
-        return _version(number, verify_tree(self._place(number)))
+        return _version(number, verify_tree(self.place_of(number)))
+
+    def place_of(self, number: int) -> Place:
+        """Return the place of version `number`."""
+        return self._versions.at(_padded(number))
 
     def url_of(self, number: int) -> str:
         """Return the URL of version `number`."""
-        return self._place(number).url
+        return self.place_of(number).url
 
     # --- champion -----------------------------------------------------------------------------------------------------
 
@@ -261,14 +265,11 @@ class Registry:
         claim = json.loads(self._claims.read(f"{_padded(number)}.json"))
         return claim["run_id"], claim["draft"]
 
-    def _place(self, number: int) -> Place:
-        return self._versions.at(_padded(number))
-
     def _whole(self) -> list[int]:
-        return [number for number in self._numbers() if self._place(number).size(MANIFEST) is not None]
+        return [number for number in self._numbers() if self.place_of(number).size(MANIFEST) is not None]
 
     def _manifest(self, number: int) -> Manifest:
-        place = self._place(number)
+        place = self.place_of(number)
         if place.size(MANIFEST) is None:
             known = ", ".join(f"v{known}" for known in self._whole())
             raise UnknownVersion(f"{self.place.url}: no version v{number}; there are: {known or 'none'}")

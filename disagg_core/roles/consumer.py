@@ -225,11 +225,11 @@ def _build_drafts(
 def _build_draft(draft: PlannedDraft, vocab_map: VocabMap, seed: int) -> DraftModel:
     """Return a draft whose fresh weights depend on the run's `seed` and on no other draft."""
     torch.manual_seed(seed)
-    if draft.section.init_from is None:
+    if draft.init_path is None:
         return draft.method.model(
             draft.method.config_for(draft.section, draft.target, draft.capture, draft.vocabulary.size)
         )
-    _, config, state = read_warm_start(draft.section, draft.target, draft.capture)
+    _, config, state = read_warm_start(draft.init_path, draft.section, draft.target, draft.capture)
     return draft.method.continued(config, state, draft.target, draft.capture, vocab_map)
 
 

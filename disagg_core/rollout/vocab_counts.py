@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import PromptTask
+from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.vocab import VocabMap, count_tokens, derive_vocab_map
+from disagg_core.drafts.warm_start import vocabulary_of
 from disagg_core.engines.contract import Failed, Generated, Target
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.processes.retry import Retry
 from disagg_core.prompts.pool import PromptPool
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.run.plan import PlannedDraft, RunPlan
+from disagg_core.run_spec.draft import keeps_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,11 @@ def vocab_maps_of(
 ) -> tuple[VocabMap, ...]:
     """Return the vocabulary map of each of the run's drafts: the one on disk, or a new one, which is saved.
 
-    A draft with the target's whole vocabulary has the identity. Otherwise tokens are counted, once for all drafts,
-    where the loss mask is 1: over the prompts of the first epoch, or, when the target generates, over its continuations
-    of as many prompts as the drafts' methods ask for. A map of another run in the folder `cache` is taken if it was
-    derived from the same target, tokenizer, prompts and settings. `progress` is told prompts counted so far and in all.
+    A continued draft keeps its own, unless the document gives it a size; one with the target's whole vocabulary has the
+    identity. Otherwise tokens are counted, once for all drafts, where the loss mask is 1: over the prompts of the first
+    epoch, or, when the target generates, over its continuations of as many prompts as the drafts' methods ask for. A
+    map of another run in the folder `cache` is taken if it was derived from the same target, tokenizer, prompts and
+    settings. `progress` is told prompts counted so far and in all.
 
     Raises:
         BadInput: a file on disk is damaged, or nothing was left to count.
@@ -52,6 +56,11 @@ def vocab_maps_of(
 def _vocab_map_of(draft: PlannedDraft, plan: RunPlan, counting: _Counting, cache: Path) -> VocabMap:
     if draft.dir.vocab_map.is_file():
         return VocabMap.load(draft.dir.vocab_map)
+    if draft.init_path is not None and keeps_vocabulary(draft.section):
+        kept = vocabulary_of(import_draft(draft.init_path))
+        kept.save(draft.dir.vocab_map)
+        log.info("vocabulary map %s: that of the draft to continue, %s", kept.version, draft.init_path)
+        return kept
     size = draft.vocabulary.size
     inputs = _inputs_version(plan, size)
     vocab_map = derive_vocab_map(

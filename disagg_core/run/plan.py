@@ -7,7 +7,8 @@ a `RoleAssignment`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ from disagg_core.drafts.together import capture_for, capture_of, strategy_of
 from disagg_core.errors import BadInput, SpecError
 from disagg_core.prompts.pinned import PinnedData
 from disagg_core.run.directory import AttemptDir, DraftDir, RunDir
+from disagg_core.run.warm_start import WarmStart
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec, TargetSection
-from disagg_core.run_spec.draft import DraftSection
+from disagg_core.run_spec.draft import DraftSection, keeps_vocabulary
 from disagg_core.store.capacity import staging_bytes_for
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import TargetFacts
@@ -39,7 +41,7 @@ def run_id_of(spec: RunSpec, flow_run_id: object) -> str:
 
 @dataclass(frozen=True)
 class PlannedDraft:
-    """One of a run's drafts: its section, the run's target, and where its files lie.
+    """One of a run's drafts: its section, the run's target, where its files lie, and the draft that it continues.
 
     `folder` is its folder in a checkpoint and the first part of its results' names; empty for a run's only draft.
     """
@@ -49,6 +51,7 @@ class PlannedDraft:
     folder: str
     target_section: TargetSection
     target: TargetFacts
+    warm_start: WarmStart | None = None
 
     @property
     def name(self) -> str:
@@ -67,8 +70,18 @@ class PlannedDraft:
 
     @property
     def vocabulary(self) -> DraftVocabulary:
-        """Which tokens it can propose."""
-        return self.method.vocabulary(self.section, self.target)
+        """Which tokens it can propose; a continued draft keeps its vocabulary."""
+        fresh = self.method.vocabulary(self.section, self.target)
+        if self.warm_start is not None and keeps_vocabulary(self.section):
+            return replace(fresh, size=self.warm_start.draft_vocab_size)
+        return fresh
+
+    @property
+    def init_path(self) -> Path | None:
+        """The directory of the draft that this one continues; None for a fresh one."""
+        if self.section.init_from is None:
+            return None
+        return self.warm_start.path if self.warm_start is not None else Path(self.section.init_from).expanduser()
 
     def checkpoint_in(self, step: Path) -> Path:
         """Return where its part of the checkpoint `step` lies."""
@@ -96,6 +109,8 @@ class RunPlan(BaseModel):
     watermarks: Watermarks
     data: PinnedData | None = None
     """What the prompts were when the run was planned; None where that was not looked at."""
+    warm_starts: dict[str, WarmStart] = {}
+    """The drafts that are continued, by what the document calls them."""
 
     @property
     def dir(self) -> RunDir:
@@ -107,12 +122,14 @@ class RunPlan(BaseModel):
         """The drafts that are trained, in the document's order."""
         sections = self.spec.all_drafts
         if len(sections) == 1:
-            return (PlannedDraft(sections[0], self.dir, "", self.spec.target, self.target),)
-        places = (DraftDir(self.dir.drafts / section.label) for section in sections)
+            return (self._planned(sections[0], self.dir, ""),)
         return tuple(
-            PlannedDraft(section, place, section.label, self.spec.target, self.target)
-            for section, place in zip(sections, places, strict=True)
+            self._planned(section, DraftDir(self.dir.drafts / section.label), section.label) for section in sections
         )
+
+    def _planned(self, section: DraftSection, place: DraftDir, folder: str) -> PlannedDraft:
+        continued = self.warm_starts.get(section.init_from or "")
+        return PlannedDraft(section, place, folder, self.spec.target, self.target, continued)
 
     def draft(self, name: str | None) -> PlannedDraft:
         """Return the draft called `name`; None names a run's only one.
@@ -195,10 +212,12 @@ def make_plan(
     total_prompts: int | None,
     tokenizer_version: str = "",
     data: PinnedData | None = None,
+    warm_starts: Mapping[str, WarmStart] | None = None,
 ) -> RunPlan:
     """Derive the plan of a run and check its numbers against each other.
 
     `total_prompts` counts all epochs; None where the prompts cannot be counted beforehand (a streamed dataset).
+    A continued draft keeps its vocabulary, which is known of those in `warm_starts`.
 
     Raises:
         BadInput: the draft's options do not fit the target.
@@ -231,6 +250,7 @@ def make_plan(
         store_capacity=spec.store.capacity,
         watermarks=watermarks,
         data=data,
+        warm_starts=dict(warm_starts or {}),
     )
 
 

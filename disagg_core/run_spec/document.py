@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from disagg_core.run_spec.data import DataSection as DataSection
 from disagg_core.run_spec.data import GenerateSection as GenerateSection
 from disagg_core.run_spec.draft import DraftSection, draft_field
-from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RunName, SecretFreeUrl, Section
+from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RegistryName, RunName, SecretFreeUrl, Section
 
 Devices = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -179,6 +179,15 @@ class ArchiveSection(Section):
     keep: int = Field(2, ge=1, description="Checkpoints kept in the run's directory and archived.")
 
 
+class RegistrySection(Section):
+    """Where drafts are kept from run to run: their versions, and which of them is the champion."""
+
+    url: SecretFreeUrl | None = Field(
+        None, description="Directory or fsspec URL; default: DRAFTLINE_REGISTRY, or registry/ under DRAFTLINE_HOME."
+    )
+    name: RegistryName | None = Field(None, description="The target's name in the registry; default: the model's.")
+
+
 class PoolsSection(Section):
     """Prefect work pools."""
 
@@ -240,6 +249,7 @@ class RunSpec(Section):
     training: TrainingSection = Field(default_factory=TrainingSection, description="The consumer.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
+    registry: RegistrySection = Field(default_factory=RegistrySection, description="Versions of the draft.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
 
     @model_validator(mode="before")

@@ -32,7 +32,11 @@ class DraftSection(Section):
     """The method's name for people."""
     method: str
     name: DraftName | None = Field(None, description="Name of the draft among several of a run; by default its method.")
-    init_from: str | None = Field(None, description="Directory of an exported draft to continue from.")
+    init_from: str | None = Field(
+        None,
+        description="Draft to continue from: champion, latest or a version (v3) of the registry, a run's id, a "
+        "directory (a path starts with ./, ../, / or ~), a Hugging Face id or a URL. Sizes and vocabulary are its own.",
+    )
     aux_layers: Layers | None = Field(
         None, description="Decoder layers (0-based) whose outputs this draft reads; by default target.aux_layers."
     )
@@ -55,7 +59,12 @@ class DraftSection(Section):
 class ReducedVocabulary(Section):
     """For methods whose draft may propose a part of the target's vocabulary only."""
 
-    vocab_size: int | None = Field(None, ge=2, description="Draft vocabulary; by default the target's.")
+    vocab_size: int | None = Field(
+        None,
+        ge=2,
+        description="Draft vocabulary; by default the target's, or that of the draft in init_from, whose tokens are "
+        "chosen anew if this is given.",
+    )
     vocab_sample: int = Field(
         512, ge=1, description="Prompts whose continuations are counted for the vocabulary map when generating."
     )
@@ -70,6 +79,12 @@ class OwnRope(Section):
         description="Base of a plain RoPE of the draft's own; by default the target's RoPE, or a plain one of its base "
         "where the target rotates a part of a head or by longrope.",
     )
+
+
+def keeps_vocabulary(section: DraftSection) -> bool:
+    """Tell whether the draft has the vocabulary of the one that it is continued from."""
+    anew = isinstance(section, ReducedVocabulary) and section.vocab_size is not None
+    return section.init_from is not None and not anew
 
 
 @cache

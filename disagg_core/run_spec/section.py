@@ -60,6 +60,7 @@ Layers = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascendi
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 SecretFreeUrl = Annotated[str, AfterValidator(_without_password)]
 ChannelUrl = Annotated[SecretFreeUrl, AfterValidator(_channel_of_every_attempt)]
+RegistryName = Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 RunName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
 

@@ -26,6 +26,7 @@ _PATHS = (
     ("data", "holdout"),
     ("data", "chat_template"),
     ("archive", "url"),
+    ("registry", "url"),
 )
 _MAY_BE_HUB_IDS = {("target", "model"), ("target", "config")}
 
@@ -164,7 +165,8 @@ def _with_absolute_paths(spec: RunSpec, base: Path) -> RunSpec:
             document[section][key], base, may_be_hub_id=(section, key) in _MAY_BE_HUB_IDS
         )
     for draft in [document["draft"]] if document["draft"] is not None else document["drafts"]:
-        draft["init_from"] = _absolute(draft["init_from"], base, may_be_hub_id=False)
+        named = draft["init_from"] is not None and not (base / draft["init_from"]).is_dir()
+        draft["init_from"] = _absolute(draft["init_from"], base, may_be_hub_id=named)
     return RunSpec.model_validate(document)
 
 

@@ -19,6 +19,7 @@ from disagg_core.cli.data import app as data_app
 from disagg_core.cli.doctor import doctor
 from disagg_core.cli.drafts import evaluate, export
 from disagg_core.cli.exits import DEBUG, stop, take_debug
+from disagg_core.cli.registry import app as drafts_app
 from disagg_core.cli.rollout import regenerate
 from disagg_core.cli.store import app as store_app
 from disagg_core.errors import BadInput, DraftlineError
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(archive_app, name="archive", help="Check the archive of a run.")
 app.add_typer(channel_app, name="channel", help="Look into a reference channel.")
 app.add_typer(data_app, name="data", help="Look at prompts before they are trained on.")
+app.add_typer(drafts_app, name="drafts", help="The versions of a target's draft, and which of them is the champion.")
 app.add_typer(store_app, name="store", help="Look into a feature store.")
 app.command(name="doctor")(doctor)
 app.command(name="regenerate")(regenerate)

@@ -51,7 +51,9 @@ def _cells(plan: RunPlan) -> tuple[str, ...]:
     logits += [f"at most {facts.logit_cap:g}"] if facts.logit_cap else []
     rope = facts.rope_parameters
     kind = "none" if not rope else "part of a head" if "partial_rotary_factor" in rope else rope["rope_type"]
-    rotation = "the target's" if kind in ("default", "llama3", "yarn", "linear", "dynamic") else f"plain (target: {kind})"
+    rotation = (
+        "the target's" if kind in ("default", "llama3", "yarn", "linear", "dynamic") else f"plain (target: {kind})"
+    )
     again = not config_rolls_back(config, model_class(config)._model_mapping[type(config)])
     return (
         ", ".join(logits) or "plain",

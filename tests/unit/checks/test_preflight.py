@@ -170,7 +170,7 @@ def test_all_that_keeps_a_run_from_starting_is_told_at_once(settings: Settings, 
     listed = str(caught.value).splitlines()
     assert listed[0] == "5 things keep this run from starting:"
     for number, what in enumerate(
-        ["archive.url: nosuch://", "channel.url: redis://", "store.master_address: ", "draft.init_from: ", "no worker"]
+        ["draft.init_from: ", "archive.url: nosuch://", "channel.url: redis://", "store.master_address: ", "no worker"]
     ):
         assert listed[number + 1].startswith(f"{number + 1}. ")
         assert what in listed[number + 1]
@@ -179,10 +179,10 @@ def test_all_that_keeps_a_run_from_starting_is_told_at_once(settings: Settings, 
 
 def test_the_plan_names_what_can_be_known_without_weights(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(
-        NotReady, match=r"2 things .*\n1\. archive\.url: s3://.*draftline\[s3\].*\n2\. draft\.init_from"
+        NotReady, match=r"2 things .*\n1\. draft\.init_from.*\n2\. archive\.url: gs://.*draftline\[gcs\]"
     ):
         sketch_plan(
-            a_spec("archive.url=s3://bucket/x", f"draft.init_from={tmp_path}/nowhere", "draft.vocab_size=null"),
+            a_spec("archive.url=gs://bucket/x", f"draft.init_from={tmp_path}/nowhere", "draft.vocab_size=null"),
             settings,
         )
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, 
 
 from disagg_core.drafts.eagle3.drafter import DraftChain
 from disagg_core.drafts.sampling import Sampler
-from disagg_core.errors import BadInput
+from disagg_core.errors import BadInput, TargetError
 from disagg_core.evaluation import generate_all, speculative_generate
 from disagg_core.evaluation.target_runner import TargetRunner
 from tests.unit.evaluation.models import VOCAB, BlockDraft, OracleDraft, greedy, make_draft

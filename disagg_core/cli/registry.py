@@ -1,0 +1,261 @@
+"""``draftline drafts``: the versions of a target's draft in the registry, and which of them is served."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from disagg_core.errors import BadInput
+from disagg_core.registry.comparison import Difference, compare
+from disagg_core.registry.registry import EXPORT, Registry, the_target_of, whoami
+from disagg_core.registry.versions import Event, Version
+from disagg_core.settings import get_settings
+from disagg_core.storage.place import open_place
+
+if TYPE_CHECKING:
+    from disagg_core.registry.references import References
+
+app = typer.Typer(no_args_is_help=True)
+
+_WIDTH_IN_A_PIPE = 140
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        help="Directory or URL; default: DRAFTLINE_REGISTRY, or registry/ under DRAFTLINE_HOME.",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="Name of the target there; needed where it has several.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Name = Annotated[str, typer.Argument(metavar="DRAFT", help="champion, latest, a version such as v3, or a run's id.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.", show_default=False)]
+
+
+@app.callback()
+def drafts() -> None:
+    """The versions of a target's draft, and which of them is the champion."""
+
+
+@app.command("list")
+def list_versions(registry: Url = None, target: Target = None, as_json: Json = False) -> None:
+    """Show all versions, and which is the champion."""
+    opened = _open(registry, target)
+    versions, champion = opened.versions(), opened.champion()
+    unfinished = opened.unfinished()
+    if as_json:
+        _print_json(
+            {
+                "registry": opened.place.url,
+                "champion": champion.number if champion else None,
+                "versions": [_brief(version) for version in versions],
+                "unfinished": {f"v{number}": run_id for number, run_id in unfinished.items()},
+            }
+        )
+        return
+    table = Table(
+        "", "version", "run", "draft", "accept length", "continued from", "made", "size", title=opened.place.url
+    )
+    for version in versions:
+        known = version.provenance
+        table.add_row(
+            "champion" if champion is not None and champion.number == version.number else "",
+            version.label,
+            known.run_id,
+            f"{known.method}, {known.draft}",
+            "" if known.accept_length is None else f"{known.accept_length:.3f}",
+            known.parent or "",
+            _when(known.created),
+            f"{version.bytes / 2**20:,.1f} MiB",
+        )
+    _console().print(table)
+    for number, run_id in unfinished.items():
+        _console().print(f"v{number} of run {run_id} was not finished; its run finishes it when it is retried")
+
+
+@app.command()
+def show(name: Name, registry: Url = None, target: Target = None, as_json: Json = False) -> None:
+    """Show where a version comes from, what it holds, and when it was the champion."""
+    opened = _open(registry, target)
+    version = _references(opened).version(name)
+    moves = [event for event in opened.history() if version.number in (event.version, event.previous)]
+    if as_json:
+        _print_json({**version.model_dump(mode="json"), "history": [event.model_dump(mode="json") for event in moves]})
+        return
+    table = Table("", "", show_header=False, title=f"{version.label} of {opened.place.url}", title_justify="left")
+    for key, value in _brief(version).items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value))
+    for event in moves:
+        table.add_row(_when(event.at), _said(event))
+    _console().print(table)
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="As for show.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="As for show.")],
+    registry: Url = None,
+    target: Target = None,
+    as_json: Json = False,
+) -> None:
+    """Show in what two versions differ: identity, document, data, and what came of it."""
+    references = _references(_open(registry, target))
+    found = [references.version(name) for name in (one, other)]
+    differences = compare(*(_comparable(version) for version in found))
+    print_differences(differences, [version.label for version in found], as_json)
+
+
+@app.command()
+def promote(
+    name: Name,
+    registry: Url = None,
+    target: Target = None,
+    instead_of: Annotated[
+        str | None,
+        typer.Option(
+            help="The champion to replace, none for none; refused if it is another. Default: the present one."
+        ),
+    ] = None,
+    reason: Reason = "",
+) -> None:
+    """Make a version the champion. Exit status: 0 done, 1 somebody else has moved the champion, 2 no such version."""
+    opened = _open(registry, target)
+    references = _references(opened)
+    number = references.version(name).number
+    if instead_of is None:
+        present = opened.champion()
+    else:
+        present = None if instead_of == "none" else references.version(instead_of)
+    if present is not None and present.number == number and instead_of is None:
+        raise BadInput(f"{opened.place.url}: v{number} is the champion already")
+    event = opened.promote(number, instead_of=present.number if present else None, by=whoami(), reason=reason)
+    _console().print(_said(event))
+
+
+@app.command()
+def rollback(
+    registry: Url = None,
+    target: Target = None,
+    to: Annotated[str | None, typer.Option(help="Version to go back to; default: the champion before.")] = None,
+    reason: Reason = "",
+) -> None:
+    """Make the champion before the present one the champion again."""
+    opened = _open(registry, target)
+    number = None if to is None else _references(opened).version(to).number
+    _console().print(_said(opened.rollback(by=whoami(), to=number, reason=reason)))
+
+
+@app.command()
+def history(registry: Url = None, target: Target = None, as_json: Json = False) -> None:
+    """Show every move of the champion."""
+    events = _open(registry, target).history()
+    if as_json:
+        _print_json([event.model_dump(mode="json") for event in events])
+        return
+    table = Table("when", "what", "why")
+    for event in events:
+        table.add_row(_when(event.at), event.describe(), event.reason)
+    _console().print(table)
+
+
+@app.command()
+def fetch(
+    name: Name,
+    to: Annotated[Path, typer.Option("--to", help="Directory below which the draft is put, in a folder of its own.")],
+    registry: Url = None,
+    target: Target = None,
+    layout: Annotated[
+        str | None, typer.Option("--format", help="Serving format; default: the method's first.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy a version's export here, checked, and print its directory, for the start script of a server.
+
+    Nothing else is printed to standard output. A version has a folder of its own, which never changes: a server that
+    runs keeps what it has loaded.
+    """
+    opened = _open(registry, target)
+    version = _references(opened).version(name)
+    formats = version.provenance.formats
+    chosen = layout or next(iter(formats), None)
+    if chosen is None or chosen not in formats:
+        raise BadInput(f"--format: expected one of {', '.join(formats) or 'none'} of {version.label}, found {layout}")
+    to.mkdir(parents=True, exist_ok=True)
+    path = opened.fetch(version.number, f"{EXPORT}/{chosen}", to.absolute() / f"{opened.name}-{version.label}-{chosen}")
+    typer.echo(path)
+
+
+def print_differences(differences: list[Difference], names: list[str], as_json: bool) -> None:
+    """Print what differs between two things called `names`."""
+    if as_json:
+        _print_json([difference.model_dump(mode="json") for difference in differences])
+        return
+    if not differences:
+        _console().print(f"{names[0]} and {names[1]} do not differ")
+        return
+    table = Table("", *names)
+    for difference in differences:
+        table.add_row(difference.what, *(_text(value) for value in (difference.one, difference.other)))
+    _console().print(table)
+
+
+def _open(url: str | None, target: str | None) -> Registry:
+    settings = get_settings()
+    place = open_place(url or settings.registry or str(settings.home / "registry"))
+    return Registry(place, the_target_of(place, target))
+
+
+def _references(registry: Registry) -> References:
+    from disagg_core.registry.references import References  # 2 s of torch, which a list needs none of
+
+    settings = get_settings()
+    return References(registry, runs=settings.runs_dir, cache=settings.drafts_cache)
+
+
+def _comparable(version: Version) -> dict[str, Any]:
+    """Return what two versions are compared by: not when, where and as which run they were made."""
+    known = version.provenance.model_dump(mode="json", exclude={"run_id", "created", "archive"})
+    document = known.pop("document")
+    document.get("run", {}).pop("name", None)
+    return {**known, "document": document, "content": version.content}
+
+
+def _brief(version: Version) -> dict[str, Any]:
+    known = version.provenance.model_dump(mode="json", exclude={"document"}, exclude_none=True)
+    return {
+        "version": version.number,
+        **known,
+        "content": version.content,
+        "bytes": version.bytes,
+        "files": version.files,
+    }
+
+
+def _said(event: Event) -> str:
+    return event.describe() + (f": {event.reason}" if event.reason else "")
+
+
+def _text(value: object) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_IN_A_PIPE, soft_wrap=True)
