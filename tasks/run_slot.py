@@ -98,22 +98,27 @@ async def _acquired(client: PrefectClient, names: list[str]) -> UUID:
     """Wait until every limit of `names` has a slot free, take them, and return the lease."""
     flow_run_id = _this_flow_run()
     holder = ConcurrencyLeaseHolder(type="flow_run", id=flow_run_id) if flow_run_id else None
-    while True:
-        try:
-            answer = await patiently(
-                lambda: client.increment_concurrency_slots_with_lease(
-                    names, 1, "concurrency", lease_duration=_LEASE_S, holder=holder
-                )
+    while (lease := await _taken(client, names, holder)) is None:
+        await asyncio.sleep(_ASK_S)
+    if flow_run_id is not None:
+        label = {_LABEL: str(lease)}
+        await patiently(lambda: client.update_flow_run_labels(flow_run_id, label))
+    return lease
+
+
+async def _taken(client: PrefectClient, names: list[str], holder: ConcurrencyLeaseHolder | None) -> UUID | None:
+    """Take a slot of every limit of `names` and return the lease; None if one of them has none free."""
+    try:
+        answer = await patiently(
+            lambda: client.increment_concurrency_slots_with_lease(
+                names, 1, "concurrency", lease_duration=_LEASE_S, holder=holder
             )
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.LOCKED:
-                raise
-            await asyncio.sleep(_ASK_S)
-            continue
-        lease = UUID(answer.json()["lease_id"])
-        if flow_run_id is not None:
-            await patiently(lambda: client.update_flow_run_labels(flow_run_id, {_LABEL: str(lease)}))
-        return lease
+        )
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.LOCKED:
+            raise
+        return None
+    return UUID(answer.json()["lease_id"])
 
 
 def _renew(lease: UUID, ended: threading.Event) -> None:
