@@ -61,7 +61,7 @@ def planned(config: PreTrainedConfig, directory: Path) -> list[RunPlan]:
         spec = spec_of(directory, name)
         facts = read_target_facts(spec.target)
         plan = make_plan(spec, facts, run_id="zoo", root=directory, total_prompts=8)
-        method_of(name).config_for(spec.draft, facts, plan.capture, plan.draft_vocab_size)
+        method_of(name).config_for(spec.draft, facts, plan.capture, plan.drafts[0].vocabulary.size)
         plans.append(plan)
     return plans
 
@@ -119,10 +119,10 @@ class Trial:
         options = plan.spec.draft
         method = method_of(options.method)
         torch.manual_seed(3)
-        config = method.config_for(options, self.facts, plan.capture, plan.draft_vocab_size)
+        config = method.config_for(options, self.facts, plan.capture, plan.drafts[0].vocabulary.size)
         draft = method.model(config)
         parts = FrozenParts(self.parts.embedding, self.parts.lm_head)
-        draft.attach(parts, VocabMap.from_counts(torch.arange(VOCAB), plan.draft_vocab_size))
+        draft.attach(parts, VocabMap.from_counts(torch.arange(VOCAB), plan.drafts[0].vocabulary.size))
         batcher = method.batcher(options, config, seed=1)
         module = method.loss(draft, parts, options, activation_checkpointing=False)
         weights = [weight for weight in draft.parameters() if weight.requires_grad]

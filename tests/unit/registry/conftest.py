@@ -41,7 +41,7 @@ def registry(plan: RunPlan, settings: Settings) -> Registry:
 def make_checkpoint(where: Path, plan: RunPlan, *, seed: int = 0, tokens: int | None = None) -> Path:
     """Write a draft with random weights and a vocabulary of `tokens` random tokens of the target."""
     torch.manual_seed(seed)
-    size = tokens or plan.draft_vocab_size
+    size = tokens or plan.drafts[0].vocabulary.size
     section = plan.spec.draft.model_copy(update={"vocab_size": size})
     draft = Eagle3Draft(Eagle3Config.for_target(plan.target, section, plan.capture.layers))
     draft.set_vocab_map(VocabMap.from_counts(torch.randint(0, 1000, (plan.target.vocab_size,)), size))
@@ -64,7 +64,7 @@ def publish(
         "target_version": plan.target.version,
         "tokenizer_version": "k",
         "vocab_map_version": "m",
-        "draft_vocab_size": plan.draft_vocab_size,
+        "draft_vocab_size": plan.drafts[0].vocabulary.size,
         "layers": plan.capture.layers,
         "formats": ("sglang",),
         "created": 1.0,

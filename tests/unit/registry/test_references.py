@@ -19,7 +19,7 @@ from disagg_core.registry.references import References, UnknownDraft, registry_n
 from disagg_core.registry.registry import Registry
 from disagg_core.registry.versions import UnknownVersion
 from disagg_core.report.archive import archive_files
-from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_champion_it_was_planned_with(
     registry.promote(2, instead_of=1, by="us")
     again = prepare_run(continued("champion"), "night-3", settings)
     assert again == planned
-    source = planned.warm_start_path(planned.spec.draft)
+    source = planned.drafts[0].init_path
     assert source is not None
     assert same_draft(source, tmp_path / "night-1")
     other = prepare_run(continued("champion"), "night-4", settings)
@@ -167,17 +167,17 @@ def test_a_run_goes_on_from_the_champion_it_was_planned_with(
 def test_a_continued_draft_keeps_its_vocabulary(plan: RunPlan, tmp_path: Path, settings: Settings) -> None:
     draft = make_checkpoint(tmp_path / "draft", plan, tokens=24)
     kept = sketch_plan(continued(str(draft)), settings)
-    assert kept.draft_vocab_size == 24
+    assert kept.drafts[0].vocabulary.size == 24
 
     def no_target_needed(done: int, total: int | None) -> None:
         raise AssertionError("nothing is counted")
 
-    made = vocab_map_of(kept, GivenTasks([]), None, cache=tmp_path / "cache", progress=no_target_needed)  # type: ignore[arg-type]
+    (made,) = vocab_maps_of(kept, GivenTasks([]), None, cache=tmp_path / "cache", progress=no_target_needed)  # type: ignore[arg-type]
     assert made.version == vocabulary_of(import_draft(draft)).version
     assert len(made.target_ids) == 24
 
     resized = sketch_plan(continued(str(draft), "draft.vocab_size=16"), settings)
-    assert resized.draft_vocab_size == 16
+    assert resized.drafts[0].vocabulary.size == 16
 
 
 def test_what_does_not_fit_is_said_before_the_run(
@@ -199,7 +199,7 @@ def test_a_reference_in_a_document_is_no_path_unless_it_looks_like_one(tmp_path:
     document.write_text(DEMO.read_text())
 
     def init_from(value: str) -> str | None:
-        return load_spec(document, ["draft.vocab_size=null", f"draft.init_from={value}"]).draft.init_from
+        return load_spec(document, ["draft.vocab_size=null", f"draft.init_from={value}"]).all_drafts[0].init_from
 
     assert init_from("champion") == "champion"
     assert init_from("v3") == "v3"

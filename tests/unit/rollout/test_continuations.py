@@ -12,7 +12,7 @@ from disagg_core.contracts import PromptTask
 from disagg_core.engines.contract import Captured, Failed, Generated
 from disagg_core.rollout.continuations import ContinuationLog, ContinuedTarget, Origin
 from disagg_core.rollout.pace import Pace
-from disagg_core.rollout.vocab_counts import vocab_map_of
+from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
@@ -148,7 +148,7 @@ class Ordinals:
 def test_the_prompts_are_counted_in_the_groups_in_which_they_are_captured(tmp_path: Path) -> None:
     plan, inner = a_plan(tmp_path), Parrot(batch_size=3)
     target = ContinuedTarget(inner, ContinuationLog(plan.dir.continuations, Origin.of(plan)))
-    made = vocab_map_of(plan, Ordinals(), target, cache=tmp_path / "cache", progress=lambda done, total: None)
+    (made,) = vocab_maps_of(plan, Ordinals(), target, cache=tmp_path / "cache", progress=lambda done, total: None)
     assert inner.generated == [[0, 1, 2], [3]]
     assert made.target_ids.tolist() == [50, 51, 52, 53]
     list(target.capture([task(n, last=50 + n) for n in range(3)], avoid={}))
