@@ -6,8 +6,10 @@ import base64
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+import httpx
 from prefect import task
 from prefect.artifacts import (
     create_image_artifact,
@@ -17,6 +19,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
+from prefect.logging import get_run_logger
 
 from disagg_core.errors import DraftlineError, NotGoodEnough, classify
 from disagg_core.files import write_atomically
@@ -38,6 +41,7 @@ from disagg_core.run.plan import RunPlan
 from tasks.completion import Completion, read_completion
 from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
+from tasks.server_away import wait_for_server
 
 Event = Literal["started", "attempt-failed", "archived", "completed", "failed"]
 
@@ -55,6 +59,15 @@ def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> No
 def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
     """Write report.json, report.md and report.png, and show the same in the UI."""
     picture = write_report(plan, report)
+    wait_for_server()
+    try:
+        _show(plan, report, picture)
+    except httpx.HTTPError as error:  # the files say the same
+        get_run_logger().warning("the report of run %s is not shown in the UI: %s", plan.run_id, error)
+    return report
+
+
+def _show(plan: RunPlan, report: RunReport, picture: Path | None) -> None:
     key = artifact_key(plan.run_id)
     create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=f"Report of run {plan.run_id}")
     rows = [{"figure": figure.label, "value": figure.value} for figure in figures_of(report)]
@@ -66,7 +79,6 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
         create_link_artifact(
             report.archive.manifest, link_text="archive manifest", key=f"archive-{key}", description=report.archive.url
         )
-    return report
 
 
 @dataclass

@@ -30,6 +30,7 @@ from disagg_core.run.deaths import cause_of_death
 from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress
+from tasks.server_away import wait_for_server
 
 _ARTIFACT_INTERVAL_S = 5.0
 
@@ -112,16 +113,25 @@ def run_evaluation_process(command: list[str], log: Path, environment: Mapping[s
 
 
 def _run_tree(command: list[str], log: Path, environment: Mapping[str, str], every_second: Callable[[], None]) -> int:
-    """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises."""
+    """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises.
+
+    It returns to a server that can be told of the end.
+    """
     process = spawn(command, log, environment={**LEAN_MEMORY, **os.environ, **environment})
     try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(1.0)
-            every_second()
+        code = _ended(process, every_second)
     finally:
         with _uninterrupted():
             stop_tree(process, grace_s=ROLE_S)
+    wait_for_server()
+    return code
+
+
+def _ended(process: subprocess.Popen[bytes], every_second: Callable[[], None]) -> int:
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(1.0)
+        every_second()
 
 
 @contextlib.contextmanager

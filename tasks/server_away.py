@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import httpx
+from prefect import get_client
+from prefect.settings import PREFECT_API_URL
 
 from disagg_core.processes.retry import Retry
 
@@ -21,6 +24,19 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
     """Await `call()`, which may be sent twice; ride out a server that is away for up to `_SERVER_AWAY_S`."""
     clock = asyncio.get_running_loop().time
     return await Retry(is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, clock=clock).of(call)
+
+
+def wait_for_server() -> None:
+    """Wait until the server answers, at most `_SERVER_AWAY_S`, where there is one.
+
+    For the end of a flow: one that cannot be told how it ended takes the run for dead, minutes later, and all that it
+    did is done again.
+    """
+    if not PREFECT_API_URL.value():
+        return
+    asking = Retry(is_away, budget_s=_SERVER_AWAY_S, every_s=_POLL_S, what="the Prefect server")
+    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        asking(client.hello)
 
 
 def is_away(error: BaseException) -> bool:
