@@ -20,7 +20,7 @@ from tasks.archive import archive_report, archive_run
 from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
 from tasks.completion import Completion, judge_training, verify_completion
-from tasks.evaluation import evaluate_draft, judge_draft
+from tasks.evaluation import evaluate_drafts, judge_drafts
 from tasks.mooncake import feature_store_services
 from tasks.preflight import preflight
 from tasks.reporting import RunRecord, emit, publish_report
@@ -81,8 +81,8 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
             record.archive = archive_run(plan, completion)
             emit(plan, "archived", url=record.archive.url)
             judge_training(plan, completion)
-            record.evaluation = await evaluate_draft(plan, completion)
-        judge_draft(plan, record.evaluation)
+            record.evaluations = await evaluate_drafts(plan, completion)
+        judge_drafts(plan, record.evaluations)
     except Exception as error:
         publish_report(plan, record.failed(error))
         emit(plan, "failed", reason=str(error))
@@ -90,5 +90,5 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
         raise
     report = publish_report(plan, record.completed())
     archive_report(plan, record.archive)
-    emit(plan, "completed", accept_length=record.evaluation.accept_length_after if record.evaluation else None)
+    emit(plan, "completed", **record.accept_lengths())
     return report

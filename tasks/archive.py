@@ -19,16 +19,18 @@ from tasks.completion import Completion
 
 @task(name="archive-run", task_run_name="archive", cache_policy=NO_CACHE)
 def archive_run(plan: RunPlan, completion: Completion) -> Archive:
-    """Export the draft in serving format and copy the run's results to the archive."""
+    """Export the drafts in serving format and copy the run's results to the archive."""
     from disagg_core.drafts.export import export_draft
     from disagg_core.training.checkpoint import newest_checkpoints
 
-    export_draft(completion.checkpoint, plan.dir.export)
+    for draft in plan.drafts:
+        export_draft(draft.checkpoint_in(completion.checkpoint), draft.dir.export)
     kept = newest_checkpoints(plan.dir.checkpoints, plan.spec.archive.keep)
     sources: dict[str, Path] = {
         "run.json": plan.dir.document,
         "vocab_map.safetensors": plan.dir.vocab_map,
         "export": plan.dir.export,
+        "drafts": plan.dir.drafts,
         "metrics": plan.dir.metrics,
         "attempts": plan.dir.root / "attempts",
         **{f"checkpoints/{path.name}": path for path in kept},

@@ -12,15 +12,15 @@ import msgspec
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from disagg_core.errors import RoleFailed, StoreError, TooManyLost
 from disagg_core.report.accounting import Accounting
-from disagg_core.report.document import ServerFigures, TrainingFigures
+from disagg_core.report.document import DraftFigures, ServerFigures, TrainingFigures
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document
 from disagg_core.run.outcomes import RoleOutcome
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import PlannedDraft, RunPlan
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
 from tasks.mooncake import sweep
@@ -34,6 +34,7 @@ class Completion(BaseModel):
 
     accounting: Accounting
     training: TrainingFigures
+    drafts: list[DraftFigures]
     checkpoint: Path
     first_checkpoint: Path
     store_counters: dict[str, float]
@@ -123,6 +124,7 @@ def complete(
         not_trained = max(0, published - trained.samples - trained.quarantined)
         unused = not_trained if keys_left is None else keys_left + trained.lost
         keys_left = 0
+    drafts = [trained.of(draft) for draft in plan.drafts]
     rejections = _rejections(plan, attempt)
     return Completion(
         accounting=Accounting(
@@ -137,9 +139,10 @@ def complete(
         training=TrainingFigures(
             steps=trained.steps,
             samples_per_second=trained.samples_per_second,
-            loss_first=trained.loss_first,
-            loss_last=trained.loss_last,
+            loss_first=drafts[0].loss_first if len(drafts) == 1 else None,
+            loss_last=drafts[0].loss_last if len(drafts) == 1 else None,
         ),
+        drafts=drafts,
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
         first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
@@ -167,6 +170,16 @@ class _Produced(BaseModel):
     servers: list[ServerFigures] = []
 
 
+class _TrainedDraft(BaseModel):
+    """What is read of a draft's progress."""
+
+    steps: int = Field(validation_alias="step")
+    skipped: int
+    seconds: float
+    loss_first: float | None
+    loss_last: float | None
+
+
 class _Trained(BaseModel):
     steps: int
     samples: int
@@ -175,9 +188,19 @@ class _Trained(BaseModel):
     reason: str
     checkpoint: str
     samples_per_second: float
-    loss_first: float | None
-    loss_last: float | None
+    drafts: dict[str, _TrainedDraft]
+    parameters: dict[str, int]
     store_counters: dict[str, float] = {}
+
+    def of(self, draft: PlannedDraft) -> DraftFigures:
+        """Return what is known of a draft when it is trained."""
+        return DraftFigures(
+            name=draft.name,
+            method=draft.section.method,
+            title=draft.section.title,
+            parameters=self.parameters[draft.folder],
+            **self.drafts[draft.folder].model_dump(),
+        )
 
 
 def _result(run: RoleRun) -> RoleOutcome:

@@ -1,6 +1,8 @@
-"""Judging the draft by real speculative decoding, before and after training."""
+"""Judging the drafts by real speculative decoding, before and after training."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 from prefect import task
@@ -9,18 +11,23 @@ from prefect.cache_policies import NO_CACHE
 from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.files import write_atomically
 from disagg_core.report.document import EvaluationFigures
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import PlannedDraft, RunPlan
 from tasks.children import Supervision, run_child, state_name
 from tasks.completion import Completion
 
 
 @task(name="evaluate-draft", task_run_name="evaluation", cache_policy=NO_CACHE)
-async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFigures | None:
-    """Decode the held-out prompts with the first and the last checkpoint; None when switched off."""
-    section = plan.spec.evaluation
-    if not section.measured:
-        return None
-    checkpoints = [("before", str(completion.first_checkpoint)), ("after", str(completion.checkpoint))]
+async def evaluate_drafts(plan: RunPlan, completion: Completion) -> dict[str, EvaluationFigures]:
+    """Decode the held-out prompts with each draft of the first and the last checkpoint; nothing when switched off.
+
+    Returns what was measured, by the draft's name.
+    """
+    if not plan.spec.evaluation.measured:
+        return {}
+    steps = (("before", completion.first_checkpoint), ("after", completion.checkpoint))
+    checkpoints = [
+        (draft.result_name(when), str(draft.checkpoint_in(step))) for draft in plan.drafts for when, step in steps
+    ]
     write_atomically(
         plan.dir.evaluation / "request.json",
         msgspec.json.encode(
@@ -43,25 +50,40 @@ async def evaluate_draft(plan: RunPlan, completion: Completion) -> EvaluationFig
     )
     if state_name(run) != "Completed":
         raise RoleFailed(f"the evaluation ended as {state_name(run)}: {run.state.message if run.state else ''}")
+    return {draft.name: _figures(plan, draft) for draft in plan.drafts}
+
+
+def _figures(plan: RunPlan, draft: PlannedDraft) -> EvaluationFigures:
     before, after = (
-        msgspec.json.decode((plan.dir.evaluation / f"{name}.json").read_bytes()) for name, _ in checkpoints
+        msgspec.json.decode((plan.dir.evaluation / f"{draft.result_name(when)}.json").read_bytes())
+        for when in ("before", "after")
     )
     return EvaluationFigures(
-        draft_tokens=section.draft_tokens,
+        draft_tokens=plan.spec.evaluation.draft_tokens,
         prompts=after["prompts"],
         accept_length_before=before["accept_length"],
         accept_length_after=after["accept_length"],
         interval_after=after["interval"],
         per_position_after=after["per_position"],
         lossless=before["lossless"] and after["lossless"],
+        tokens_per_second=after["tokens"] / after["seconds"],
     )
 
 
-def judge_draft(plan: RunPlan, figures: EvaluationFigures | None) -> None:
+def judge_drafts(plan: RunPlan, figures: Mapping[str, EvaluationFigures]) -> None:
+    """Raise `EvaluationFailed` if one of the drafts, by name, must not be used; of several the first is named."""
+    for name, found in figures.items():
+        try:
+            judge_draft(plan, found)
+        except EvaluationFailed as error:
+            if len(figures) == 1:
+                raise
+            raise EvaluationFailed(f"draft {name}: {error}") from error
+
+
+def judge_draft(plan: RunPlan, figures: EvaluationFigures) -> None:
     """Raise `EvaluationFailed` if the draft must not be used: it changes the output, or is below the minimum."""
     minimum = plan.spec.evaluation.min_accept_length
-    if figures is None:
-        return
     if not figures.lossless:
         raise EvaluationFailed(
             "speculative decoding gave other tokens than plain greedy decoding; the evaluation/ folder has both"

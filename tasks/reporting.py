@@ -24,9 +24,11 @@ from prefect.logging import get_run_logger
 from disagg_core.errors import DraftlineError, NotGoodEnough, classify
 from disagg_core.files import write_atomically
 from disagg_core.report.archive import Archive
+from disagg_core.report.comparison import HEAD, comparison_of
 from disagg_core.report.document import (
     ArchiveFigures,
     AttemptFigures,
+    DraftFigures,
     EndState,
     EvaluationFigures,
     Failure,
@@ -72,6 +74,9 @@ def _show(plan: RunPlan, report: RunReport, picture: Path | None) -> None:
     create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=f"Report of run {plan.run_id}")
     rows = [{"figure": figure.label, "value": figure.value} for figure in figures_of(report)]
     create_table_artifact(rows, key=f"figures-{key}", description="What the run came to")
+    if compared := comparison_of(report):
+        table = [dict(zip(HEAD, row, strict=True)) for row in compared]
+        create_table_artifact(table, key=f"drafts-{key}", description="The drafts beside each other")
     if picture is not None:
         data = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(f"data:image/png;base64,{data}", key=f"plot-{key}", description="Loss and accept length")
@@ -92,7 +97,7 @@ class RunRecord:
     roles: dict[Role, RoleRun] = field(default_factory=dict)
     restarts: Counter[Role] = field(default_factory=Counter)
     completion: Completion | None = field(init=False)
-    evaluation: EvaluationFigures | None = None
+    evaluations: dict[str, EvaluationFigures] = field(default_factory=dict)
     archive: Archive | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +116,14 @@ class RunRecord:
         write_atomically(self.plan.dir.completion, completion.model_dump_json(indent=2))
         return completion
 
+    def accept_lengths(self) -> dict[str, float | None]:
+        """Return what was measured after training, as an event says it: of several drafts each with its name."""
+        lengths = {
+            self.plan.draft(name).figure("accept_length"): found.accept_length_after
+            for name, found in self.evaluations.items()
+        }
+        return {"accept_length": None, **lengths}
+
     def completed(self) -> RunReport:
         """Return the report of a run that did all its work."""
         return self._report("completed", None)
@@ -119,12 +132,13 @@ class RunRecord:
         """Return the report of a run that ended with `error`, with all that was found out before it."""
         message = str(error) if isinstance(error, DraftlineError) else f"{type(error).__name__}: {error}"
         judged = isinstance(error, NotGoodEnough)
-        if self.completion is not None and self.evaluation is None and not judged:
+        if self.completion is not None and not self.evaluations and not judged:
             message = f"{'archive' if self.archive is None else 'evaluation'} failed: {message}"
         return self._report("failed", Failure(failure_class=classify(error), message=message, judged=judged))
 
     def _report(self, state: EndState, failure: Failure | None) -> RunReport:
         done, archive = self.completion, self.archive
+        drafts = [self._draft_figures(found) for found in done.drafts] if done else []
         return RunReport(
             run_id=self.plan.run_id,
             name=self.plan.spec.run.name,
@@ -133,7 +147,8 @@ class RunRecord:
             progress=last_progress(self.plan) if done is None else None,
             accounting=done.accounting if done else None,
             training=done.training if done else None,
-            evaluation=self.evaluation,
+            evaluation=next(iter(self.evaluations.values()), None) if len(drafts) == 1 else None,
+            drafts=drafts,
             roles={role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()},
             archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,
             attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
@@ -141,10 +156,14 @@ class RunRecord:
             rejected_reasons=done.rejected_reasons if done else {},
             servers=done.servers if done else [],
             run_dir=str(self.plan.root),
-            export=str(self.plan.dir.export) if archive else None,
+            export=drafts[0].export if len(drafts) == 1 else None,
             flow_run_id=self.flow_run_id,
             seconds=time.time() - self.began,
         )
+
+    def _draft_figures(self, found: DraftFigures) -> DraftFigures:
+        export = str(self.plan.draft(found.name).dir.export) if self.archive else None
+        return found.model_copy(update={"evaluation": self.evaluations.get(found.name), "export": export})
 
 
 def _role_figures(run: RoleRun, restarts: int) -> RoleFigures:

@@ -101,7 +101,7 @@ async def _acquired(client: PrefectClient, names: list[str]) -> UUID:
     while (lease := await _taken(client, names, holder)) is None:
         await asyncio.sleep(_ASK_S)
     if flow_run_id is not None:
-        label = {_LABEL: str(lease)}
+        label: dict[str, str | int | float | bool] = {_LABEL: str(lease)}
         await patiently(lambda: client.update_flow_run_labels(flow_run_id, label))
     return lease
 

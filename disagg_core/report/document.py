@@ -16,7 +16,7 @@ class _Part(BaseModel):
 
 
 class TrainingFigures(_Part):
-    """What the trainer did, over all attempts; rates are those of the last one."""
+    """What the trainer did, over all attempts; rates are those of the last one. Of several drafts each has its loss."""
 
     steps: int
     samples_per_second: float
@@ -46,6 +46,27 @@ class EvaluationFigures(_Part):
     interval_after: tuple[float, float] | None
     per_position_after: list[float]
     lossless: bool
+    tokens_per_second: float | None = None
+    """With the trained draft, all prompts together, where the evaluation ran."""
+
+
+class DraftFigures(_Part):
+    """One draft of the run: what was trained, in how many of the run's steps, and what came of it.
+
+    `skipped` windows were not finite for it; `seconds` are those of its own steps.
+    """
+
+    name: str
+    method: str
+    title: str
+    parameters: int
+    steps: int
+    skipped: int
+    seconds: float
+    loss_first: float | None
+    loss_last: float | None
+    export: str | None = None
+    evaluation: EvaluationFigures | None = None
 
 
 class RoleFigures(_Part):
@@ -102,7 +123,11 @@ MEASURE = "draftline evaluate {run_id} measures the draft here, or with --server
 
 
 class RunReport(_Part):
-    """Everything that is said about a run at its end."""
+    """Everything that is said about a run at its end.
+
+    `drafts` has every draft of a run whose training is complete. What is said of a run's only draft elsewhere too, loss
+    and evaluation, is said of several there alone.
+    """
 
     run_id: str
     name: str
@@ -112,6 +137,7 @@ class RunReport(_Part):
     accounting: Accounting | None
     training: TrainingFigures | None
     evaluation: EvaluationFigures | None
+    drafts: list[DraftFigures] = []
     roles: dict[Literal["producer", "consumer"], RoleFigures]
     archive: ArchiveFigures | None
     attempts: list[AttemptFigures]
@@ -124,11 +150,21 @@ class RunReport(_Part):
     seconds: float
 
     @property
+    def measured(self) -> bool:
+        """Whether its drafts were measured."""
+        return self.evaluation is not None or bool(self.evaluations)
+
+    @property
+    def evaluations(self) -> dict[str, EvaluationFigures]:
+        """What was measured, by the draft's name."""
+        return {draft.name: draft.evaluation for draft in self.drafts if draft.evaluation is not None}
+
+    @property
     def way_on(self) -> str | None:
         """How a run goes on that was cut off from outside, or whose training is complete and its draft not measured."""
         if self.state in ("cancelled", "crashed"):
             return HOW_TO_RESUME
-        if self.failure is None or self.accounting is None or self.evaluation is not None:
+        if self.state != "failed" or self.failure is None or self.accounting is None or self.measured:
             return None
         return ("" if self.failure.judged else REST) + MEASURE.format(run_id=self.run_id)
 

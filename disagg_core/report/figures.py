@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from disagg_core.failures import POLICIES
+from disagg_core.report.comparison import HEAD, comparison_row
 from disagg_core.report.document import RunReport
 from disagg_core.run.directory import RunDir
 
@@ -30,7 +31,7 @@ class Figure:
 
 def figures_of(report: RunReport) -> list[Figure]:
     """Return the figures of a run in the order in which they are shown."""
-    parts = (_progress, _accounting, _training, _evaluation, _end, _places)
+    parts = (_progress, _accounting, _training, _evaluation, _drafts, _end, _places)
     return [figure for part in parts for figure in part(report)]
 
 
@@ -96,6 +97,19 @@ def _evaluation(report: RunReport) -> Iterator[Figure]:
         yield Figure("lossless", "yes, the output is that of plain greedy decoding")
     else:
         yield Figure("lossless", "no, the output differs from plain greedy decoding", "alarm")
+
+
+def _drafts(report: RunReport) -> Iterator[Figure]:
+    if len(report.drafts) < 2:
+        return
+    lengths = {name: found.accept_length_after for name, found in report.evaluations.items()}
+    brief = {"accept length": ", ".join(f"{name} {length:.2f}" for name, length in lengths.items())}
+    for draft in report.drafts:
+        found = dict(zip(HEAD[1:], comparison_row(draft)[1:], strict=True))
+        said = "; ".join(f"{what} {value}" for what, value in found.items() if value)
+        yield Figure(f"draft {draft.name}", said, "strong", brief=brief if lengths else {})
+        if draft.evaluation is not None and not draft.evaluation.lossless:
+            yield Figure("lossless", f"no, {draft.name} changes the output", "alarm")
 
 
 def _end(report: RunReport) -> Iterator[Figure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from disagg_core.report.comparison import HEAD, comparison_of
 from disagg_core.report.document import RunReport
 from disagg_core.report.figures import Figure, figures_of
 
@@ -12,7 +13,7 @@ def to_markdown(report: RunReport) -> str:
     """Return the report as a person reads it: its figures, then its attempts and servers where they have a story."""
     lines = [f"# Run {report.run_id}: {report.state}", ""]
     lines += _table(("figure", "value"), ((figure.label, _weighted(figure)) for figure in figures_of(report)))
-    return "\n".join([*lines, *_attempts(report), *_servers(report)])
+    return "\n".join([*lines, *_comparison(report), *_attempts(report), *_servers(report)])
 
 
 def _weighted(figure: Figure) -> str:
@@ -33,6 +34,11 @@ def _row(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _comparison(report: RunReport) -> list[str]:
+    rows = comparison_of(report)
+    return ["## Drafts", "", *_table(HEAD, rows)] if rows else []
 
 
 def _attempts(report: RunReport) -> list[str]:

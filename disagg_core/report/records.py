@@ -14,7 +14,7 @@ from disagg_core.errors import FailureClass
 from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
 from disagg_core.report.markdown import to_markdown
-from disagg_core.report.plots import plot_run
+from disagg_core.report.plots import plot_comparison, plot_run
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document, read_plan
 from disagg_core.run.outcomes import read_outcome
@@ -40,20 +40,25 @@ def write_report(plan: RunPlan, report: RunReport) -> Path | None:
 
 def _picture(plan: RunPlan, report: RunReport) -> Path | None:
     picture = plan.dir.root / "report.png"
-    evaluation = report.evaluation
-    target = "/".join(Path(plan.spec.target.model).parts[-2:])
     try:
-        plot_run(
-            plan.dir.metrics / "train.jsonl",
-            picture,
-            title=f"{plan.run_id}: {plan.spec.drafts_title} for {target}",
-            accept_lengths=(evaluation.accept_length_before, evaluation.accept_length_after) if evaluation else (),
-        )
+        _draw(plan, report, picture)
     except Exception:  # whatever the drawing library makes of the figures, the report has to be written
         log.warning("the report of %s has no picture", plan.run_id, exc_info=True)
         picture.unlink(missing_ok=True)
         return None
     return picture
+
+
+def _draw(plan: RunPlan, report: RunReport, picture: Path) -> None:
+    target = "/".join(Path(plan.spec.target.model).parts[-2:])
+    title = f"{plan.run_id}: {plan.spec.drafts_title} for {target}"
+    if len(plan.drafts) > 1:
+        metrics = {draft.name: draft.dir.train_metrics for draft in plan.drafts}
+        plot_comparison(metrics, report.evaluations, picture, title=title)
+        return
+    found = report.evaluation
+    lengths = (found.accept_length_before, found.accept_length_after) if found else ()
+    plot_run(plan.dir.train_metrics, picture, title=title, accept_lengths=lengths)
 
 
 def read_report(path: Path) -> RunReport:

@@ -20,6 +20,7 @@ from disagg_core.drafts.together import capture_for, capture_of, strategy_of
 from disagg_core.errors import BadInput, SpecError
 from disagg_core.prompts.pinned import PinnedData
 from disagg_core.run.directory import AttemptDir, DraftDir, RunDir
+from disagg_core.run.progress import figure_of
 from disagg_core.run.warm_start import WarmStart
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec, TargetSection
@@ -86,6 +87,10 @@ class PlannedDraft:
     def checkpoint_in(self, step: Path) -> Path:
         """Return where its part of the checkpoint `step` lies."""
         return step / self.folder
+
+    def figure(self, name: str) -> str:
+        """Return what its figure `name` is called among those of all drafts; by itself where it is the only one."""
+        return figure_of(self.folder, name)
 
     def result_name(self, when: str) -> str:
         """Return the name of its evaluation `when`: before or after training."""

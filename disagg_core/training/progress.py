@@ -19,7 +19,8 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good; `given_up` lists
     both, (sample id, reason) each. `skipped` windows had a loss or gradient that was not finite, for every draft.
     `unused` counts references that were published but not trained when the last step was reached. Rates are per second
-    from the first window on, over all ranks. `drafts` has what is each draft's own, by its folder in a checkpoint.
+    from the first window on, over all ranks. By a draft's folder in a checkpoint, `drafts` has what is its own, and
+    `parameters` how many it trains.
     """
 
     reason: str
@@ -34,6 +35,7 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     samples_here: int
     tokens_here: int
     drafts: dict[str, DraftProgress]
+    parameters: dict[str, int]
     seconds: float
     data_wait_s: float
     samples_per_second: float

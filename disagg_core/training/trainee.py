@@ -67,6 +67,11 @@ class Trainee:
             progress.loss_first = result.loss
 
     @property
+    def parameters(self) -> int:
+        """How many are trained, over all ranks."""
+        return sum(parameter.numel() for parameter in self.step.parameters.values())
+
+    @property
     def speaking(self) -> str:
         """Beginning of what is said of it, where there are others."""
         return f"draft {self.folder}: " if self.folder else ""

@@ -339,6 +339,7 @@ class Trainer:
             samples_here=tally.samples,
             tokens_here=tally.tokens,
             drafts=dict(self.progress.drafts),
+            parameters={trainee.folder: trainee.parameters for trainee in self.trainees},
             seconds=seconds,
             data_wait_s=tally.wait_s,
             samples_per_second=tally.samples / seconds if seconds else 0.0,

@@ -43,7 +43,15 @@ from tests.integration.flows.conftest import PrefectServer
 pytestmark = pytest.mark.integration
 
 TINY = Path(__file__).resolve().parents[2] / "e2e" / "tiny.yaml"
-EVALUATED = {"prompts": 4, "interval": (1.1, 1.5), "per_position": [0.2], "lossless": True}
+DRAFT = {"step": 6, "skipped": 0, "seconds": 1.0, "loss_first": 5.0, "loss_last": 4.0}
+EVALUATED = {
+    "prompts": 4,
+    "interval": (1.1, 1.5),
+    "per_position": [0.2],
+    "lossless": True,
+    "tokens": 90,
+    "seconds": 1.5,
+}
 
 
 class StoreAtHand:
@@ -76,7 +84,7 @@ async def completed(plan: RunPlan, *_: object) -> Completion:
     save_file(draft.serving_state_dict(), checkpoint / "draft.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(draft.config.to_dict()))
     trained = {"steps": 6, "samples": 44, "quarantined": 0, "reason": "end of stream", "checkpoint": "step-6",
-               "samples_per_second": 9.0, "loss_first": 5.0, "loss_last": 4.0}  # fmt: skip
+               "samples_per_second": 9.0, "parameters": {"": 1000}, "drafts": {"": DRAFT}}  # fmt: skip
     roles = ({"prompts": 44, "refs": 44, "rejected": 0}, trained)
     producer, consumer = (RoleOutcome(state="completed", started=0, ended=1, result=result) for result in roles)
     return complete(plan, 1, producer, consumer, keys_left=0)

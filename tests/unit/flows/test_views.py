@@ -232,7 +232,7 @@ def test_a_step_that_was_taken_again_is_drawn_once(tmp_path: Path) -> None:
     with JsonlMetrics(tmp_path / "train.jsonl") as metrics:
         for step, loss in ((1, 6.0), (2, 5.0), (3, 4.5), (2, 5.1), (3, 4.4)):
             metrics.write(step=step, loss=loss)
-    assert plots._loss_by_step(tmp_path / "train.jsonl") == ([1.0, 2.0, 3.0], [6.0, 5.1, 4.4])
+    assert plots._by_step(tmp_path / "train.jsonl", "loss") == ([1.0, 2.0, 3.0], [6.0, 5.1, 4.4])
 
 
 def test_a_torn_last_metric_is_left_out(tmp_path: Path) -> None:
