@@ -23,22 +23,19 @@ Three promises hold the rest of the house together:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.figures import Figures, Ratio
 from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
-
-Figures: TypeAlias = dict[str, float | list[float]]
-"""Figures of a step by name; lists have one entry for each drafted position."""
 
 
 @dataclass(frozen=True)
@@ -58,47 +55,6 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.tensors["input_ids"])
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A figure before it is divided; both parts add over micro-batches and ranks. Shapes [n], or scalars."""
-
-    numerator: Tensor
-    denominator: Tensor
-
-    def value(self) -> list[float]:
-        """Return numerator / denominator, [n], zero where there was nothing to count."""
-        quotient = self.numerator / self.denominator.clamp(min=torch.finfo(self.denominator.dtype).tiny)
-        return [float(v) for v in quotient.flatten()]
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What the loss module says of a batch.
-
-    `total` is the batch's part of the window's loss, a scalar already divided by the window's normalisers: the sum over
-    all batches of a window is the loss, and only this tensor takes gradients. `ratios` are the figures; every batch of
-    a method has the same names and shapes, also one that weighs nothing.
-    """
-
-    total: Tensor
-    ratios: Mapping[str, Ratio]
-
-
-def _flatten(output: LossOutput) -> tuple[list[Tensor], tuple[str, ...]]:
-    parts = [part for ratio in output.ratios.values() for part in (ratio.numerator, ratio.denominator)]
-    return [output.total, *parts], tuple(output.ratios)
-
-
-def _unflatten(values: Iterable[Tensor], names: tuple[str, ...]) -> LossOutput:
-    total, *parts = values
-    ratios = (Ratio(*pair) for pair in zip(parts[::2], parts[1::2], strict=True))
-    return LossOutput(total, dict(zip(names, ratios, strict=True)))
-
-
-# FSDP finds the tensor to start its backward pass from by flattening a module's output.
-pytree.register_pytree_node(LossOutput, _flatten, _unflatten, serialized_type_name="draftline.LossOutput")
 
 
 class Batch(Protocol):
@@ -263,6 +219,8 @@ class DraftMethod(ABC):
     """For people; its section's."""
     formats: ClassVar[Mapping[str, ServingFormat]]
     """The serving formats that `written` knows, by name; the first is the default."""
+    continues: ClassVar[tuple[str, ...]] = ()
+    """Other methods whose published drafts this one goes on from; see `adopted`."""
 
     # --- what of the target, and which samples ----------------------------------------------------------------------
 
@@ -307,6 +265,19 @@ class DraftMethod(ABC):
     @abstractmethod
     def model(self, config: DraftConfig) -> DraftModel:
         """Return a draft with fresh fp32 weights, drawn from torch's global generator; nothing is attached yet."""
+
+    def adopted(
+        self, options: DraftSection, config: DraftConfig, state: Mapping[str, Tensor]
+    ) -> tuple[DraftConfig, dict[str, Tensor]]:
+        """Return a published draft, `config` and `state` as `read` returned them, as one of this method.
+
+        A draft of a method that this one `continues` comes back as the draft of this method that computes the same, bit
+        for bit: what is added does nothing yet.
+
+        Raises:
+            IncompatibleDraft: the options do not fit it.
+        """
+        return config, dict(state)
 
     @abstractmethod
     def continued(

@@ -40,17 +40,18 @@ def read_warm_start(path: Path, section: DraftSection, facts: TargetFacts, captu
     """Return the draft in `path`, to be continued in a run whose target has these `facts` and layers.
 
     Raises:
-        IncompatibleDraft: no draft is there, or it is of another method, or was made for a target of other sizes,
-            vocabulary or captured layers; each difference is named.
+        IncompatibleDraft: no draft is there, or it is of a method that this one does not continue, or was made for a
+            target of other sizes, vocabulary or captured layers; each difference is named.
     """
     try:
         imported = import_draft(path)
     except IncompatibleDraft as error:
         raise IncompatibleDraft(f"draft.init_from: {error}") from error
-    method, config, _ = imported
-    if method.name != section.method:
+    method, config = method_of(section.method), imported.config
+    known = (method.name, *method.continues)
+    if imported.method.name not in known:
         raise IncompatibleDraft(
-            f"draft.init_from: {path}: expected a draft of method {section.method}, found {method.name}"
+            f"draft.init_from: {path}: expected a draft of method {' or '.join(known)}, found {imported.method.name}"
         )
     pairs: dict[str, tuple[object, object]] = {
         "target width": (facts.hidden_size, config.target_hidden_size),
@@ -62,4 +63,4 @@ def read_warm_start(path: Path, section: DraftSection, facts: TargetFacts, captu
         raise IncompatibleDraft(
             f"draft.init_from: {path}: made for another target than {facts.model}: {'; '.join(faults)}"
         )
-    return imported
+    return ImportedDraft(method, *method.adopted(section, config, imported.state))

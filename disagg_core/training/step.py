@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disagg_core.drafts.method import Batch, Batcher, DraftMethod, DraftModel, Figures, LossOutput, Ratio
+from disagg_core.drafts.figures import Figures, LossOutput, Ratio
+from disagg_core.drafts.method import Batch, Batcher, DraftMethod, DraftModel
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
 from disagg_core.training.inputs import DraftBatches

@@ -27,8 +27,9 @@ from disagg_core.drafts.dflash.blocks import run_blocks
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
 from disagg_core.drafts.dflash.options import BlockLossSection, default_gamma
 from disagg_core.drafts.dflash.slot_loss import Head, SlotLoss, SlotWeights, slot_loss
+from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.linear import linear
-from disagg_core.drafts.method import FrozenParts, LossOutput, Ratio
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.errors import BadInput
 
 _ARGMAX_BYTES = 256 * 1024**2

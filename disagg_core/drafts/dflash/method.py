@@ -17,6 +17,7 @@ from disagg_core.drafts.dflash.drafter import BlockDrafter
 from disagg_core.drafts.dflash.loss import DFlashLoss
 from disagg_core.drafts.dflash.model import DFlashDraft
 from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, DFlashSection
+from disagg_core.drafts.figures import Figures, Ratio
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
 from disagg_core.drafts.method import (
     DraftConfig,
@@ -25,9 +26,7 @@ from disagg_core.drafts.method import (
     DraftModel,
     DraftVocabulary,
     ExportRequest,
-    Figures,
     FrozenParts,
-    Ratio,
 )
 from disagg_core.drafts.sampling import Sampler
 from disagg_core.drafts.simulated import simulated_accept_length

@@ -30,7 +30,8 @@ from disagg_core.drafts.dflash.slot_loss import SlotLoss, slot_loss
 from disagg_core.drafts.dflash2.drafter import walk
 from disagg_core.drafts.dflash2.model import DFlash2Draft
 from disagg_core.drafts.dflash2.options import SelectorSection
-from disagg_core.drafts.method import FrozenParts, LossOutput, Ratio
+from disagg_core.drafts.figures import LossOutput, Ratio
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.sampling import Sampler
 
 _CODEBOOK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}

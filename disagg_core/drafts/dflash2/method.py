@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +10,6 @@ from disagg_core.contracts import Capture
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.method import METHOD as DFLASH
 from disagg_core.drafts.dflash.method import DFlash
-from disagg_core.drafts.dflash.model import DFlashDraft
 from disagg_core.drafts.dflash.options import BlockShapeSection
 from disagg_core.drafts.dflash2.config import DFlash2Config
 from disagg_core.drafts.dflash2.drafter import SelectingDrafter
@@ -20,7 +18,6 @@ from disagg_core.drafts.dflash2.model import DFlash2Draft
 from disagg_core.drafts.dflash2.options import DFlash2Section
 from disagg_core.drafts.method import DraftConfig, Drafter, DraftModel, FrozenParts
 from disagg_core.drafts.sampling import Sampler
-from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
@@ -32,6 +29,7 @@ class DFlash2(DFlash):
     name = "dflash2"
     title = DFlash2Section.title
     draft_type = DFlash2Draft
+    continues = (DFLASH.name,)
 
     def _config(
         self, section: BlockShapeSection, facts: TargetFacts, capture: Capture, mask_token_id: int
@@ -39,27 +37,27 @@ class DFlash2(DFlash):
         own = {key: getattr(section, key) for key in DFlash2Config.own_keys}
         return DFlash2Config.for_target(facts, section, capture, mask_token_id, is_causal=False, **own)
 
-    def continued(
-        self, config: DraftConfig, state: Mapping[str, Tensor], facts: TargetFacts, capture: Capture, vocab: VocabMap
-    ) -> DFlashDraft:
-        """Return a draft with the weights of a published one; a DFlash draft goes on as the DFlash2 draft that it is.
+    def adopted(
+        self, options: DraftSection, config: DraftConfig, state: Mapping[str, Tensor]
+    ) -> tuple[DFlash2Config, dict[str, Tensor]]:
+        """Return the draft; a DFlash draft with convolutions and a selector, as `options` say, that do nothing yet.
 
         Raises:
-            IncompatibleDraft: it was made for a target of other sizes or other layers.
+            IncompatibleDraft: a DFlash2 draft has other ones than the options say, or they do not fit a DFlash draft.
         """
-        if isinstance(config, DFlash2Config):
-            return super().continued(config, state, facts, capture, vocab)
+        assert isinstance(options, DFlash2Section)
         assert isinstance(config, DFlashConfig)
-        self.check_made_for(config, facts, capture)
-        return from_dflash(config, state)
-
-    def read(
-        self, document: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[DFlashConfig, dict[str, Tensor]]:
-        """Return config and tensors of a draft in either format, or of a checkpoint; a DFlash draft as what it is."""
-        if DFLASH.recognises(document):
-            return DFLASH.read(document, tensors, source)
-        return super().read(document, tensors, source)
+        if isinstance(config, DFlash2Config):
+            given = options.given_beside_init_from(DFlash2Config.own_keys)
+            if found := [name for name in given if getattr(options, name) != getattr(config, name)]:
+                raise IncompatibleDraft(f"draft.init_from: the draft has its own {', '.join(found)}; leave them out")
+            return config, dict(state)
+        try:
+            whole = DFlash2Config.from_dflash(config, options)
+        except ValueError as error:
+            raise IncompatibleDraft(f"draft.init_from: {error}") from error
+        fresh = DFlash2Draft(whole).serving_state_dict()
+        return whole, {**{name: tensor for name, tensor in fresh.items() if _is_added(name)}, **state}
 
     def loss(
         self, draft: DraftModel, parts: FrozenParts, options: DraftSection, *, activation_checkpointing: bool
@@ -77,24 +75,6 @@ class DFlash2(DFlash):
         """Return a drafter of blocks that walks over candidates."""
         assert isinstance(draft, DFlash2Draft)
         return SelectingDrafter(draft, sampler, prompts, states, first)
-
-
-def from_dflash(
-    config: DFlashConfig, state: Mapping[str, Tensor], options: DFlash2Section | None = None
-) -> DFlash2Draft:
-    """Return the DFlash2 draft that computes what the DFlash draft of `config` and `state` does.
-
-    Raises:
-        IncompatibleDraft: `state` does not fit `config`, or the options' convolutions do not fit its width.
-    """
-    try:
-        whole = DFlash2Config.from_dflash(config, options or DFlash2Section())
-    except ValueError as error:
-        raise IncompatibleDraft(f"draft.init_from: {error}") from error
-    draft = DFlash2Draft(whole)
-    own = {name: tensor for name, tensor in draft.serving_state_dict().items() if name not in state and _is_added(name)}
-    draft.load_serving_state_dict({**own, **state})
-    return draft
 
 
 def _is_added(name: str) -> bool:

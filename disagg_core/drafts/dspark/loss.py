@@ -31,7 +31,8 @@ from disagg_core.drafts.dspark.batch import decay, divisor, shifted_mask
 from disagg_core.drafts.dspark.model import DSparkDraft
 from disagg_core.drafts.dspark.options import DSparkLossSection
 from disagg_core.drafts.dspark.slot_terms import SlotTerms, Teaching, slot_terms
-from disagg_core.drafts.method import FrozenParts, LossOutput, Ratio
+from disagg_core.drafts.figures import LossOutput, Ratio
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.errors import BadInput
 
 

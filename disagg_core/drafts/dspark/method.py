@@ -17,7 +17,8 @@ from disagg_core.drafts.dspark.drafter import WalkingDrafter
 from disagg_core.drafts.dspark.loss import DSparkLoss
 from disagg_core.drafts.dspark.model import DSparkDraft
 from disagg_core.drafts.dspark.options import HEAD_OPTIONS, DSparkSection
-from disagg_core.drafts.method import DraftConfig, Drafter, DraftModel, ExportRequest, Figures, FrozenParts, Ratio
+from disagg_core.drafts.figures import Figures, Ratio
+from disagg_core.drafts.method import DraftConfig, Drafter, DraftModel, ExportRequest, FrozenParts
 from disagg_core.drafts.sampling import Sampler
 from disagg_core.drafts.simulated import simulated_accept_length
 from disagg_core.run_spec.draft import DraftSection

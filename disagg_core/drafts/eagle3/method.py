@@ -20,6 +20,7 @@ from disagg_core.drafts.eagle3.loss import Eagle3Loss, TttOutput
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.eagle3.options import Eagle3Section
 from disagg_core.drafts.eagle_layers import check_layers, default_layers
+from disagg_core.drafts.figures import Figures, LossOutput, Ratio
 from disagg_core.drafts.method import (
     DraftConfig,
     Drafter,
@@ -27,10 +28,7 @@ from disagg_core.drafts.method import (
     DraftModel,
     DraftVocabulary,
     ExportRequest,
-    Figures,
     FrozenParts,
-    LossOutput,
-    Ratio,
 )
 from disagg_core.drafts.sampling import Sampler
 from disagg_core.drafts.simulated import simulated_accept_length

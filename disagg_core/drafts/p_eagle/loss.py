@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.linear import linear
-from disagg_core.drafts.method import LossOutput, Ratio
 from disagg_core.drafts.p_eagle.attention import chain_attention
 from disagg_core.drafts.p_eagle.batch import PEagleBatch, RowPlan, packed_batch, plan_rows
 from disagg_core.drafts.p_eagle.model import LAYERS_READ, PEagleDraft

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from disagg_core.contracts import Capture
 from disagg_core.drafts.eagle_layers import check_layers, default_layers
+from disagg_core.drafts.figures import Figures, Ratio
 from disagg_core.drafts.mask_token import mask_token_of, spare_tokens_of
 from disagg_core.drafts.method import (
     DraftConfig,
@@ -20,9 +21,7 @@ from disagg_core.drafts.method import (
     DraftModel,
     DraftVocabulary,
     ExportRequest,
-    Figures,
     FrozenParts,
-    Ratio,
 )
 from disagg_core.drafts.p_eagle import serving_format
 from disagg_core.drafts.p_eagle.batch import AHEAD, PEagleBatcher

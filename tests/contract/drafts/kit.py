@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.contracts import Capture, sample_id_of
-from disagg_core.drafts.method import DraftConfig, DraftMethod, DraftModel, FrozenParts, LossOutput, Sample
+from disagg_core.drafts.figures import LossOutput
+from disagg_core.drafts.method import DraftConfig, DraftMethod, DraftModel, FrozenParts, Sample
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.draft import DraftSection, draft_sections

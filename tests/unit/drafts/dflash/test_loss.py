@@ -13,7 +13,7 @@ from disagg_core.drafts.dflash import slot_loss as slots
 from disagg_core.drafts.dflash.batch import DFlashBatch, DFlashBatcher
 from disagg_core.drafts.dflash.method import METHOD
 from disagg_core.drafts.dflash.options import BlockLossSection, DFlashSection, default_gamma
-from disagg_core.drafts.method import Ratio
+from disagg_core.drafts.figures import Ratio
 from disagg_core.errors import BadInput
 from tests.unit.drafts.dflash.cases import (
     KINDS,

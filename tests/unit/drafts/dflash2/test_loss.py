@@ -13,7 +13,7 @@ from disagg_core.drafts.dflash2 import loss as module
 from disagg_core.drafts.dflash2.loss import DFlash2Loss, dflash2_loss
 from disagg_core.drafts.dflash2.method import METHOD
 from disagg_core.drafts.dflash2.options import DFlash2Section, SelectorSection
-from disagg_core.drafts.method import Ratio
+from disagg_core.drafts.figures import Ratio
 from tests.unit.drafts.dflash.cases import (
     KINDS,
     blocks_of,

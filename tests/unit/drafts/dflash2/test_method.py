@@ -18,10 +18,12 @@ from disagg_core.drafts.dflash2.config import DFlash2Config
 from disagg_core.drafts.dflash2.method import METHOD
 from disagg_core.drafts.dflash2.model import DFlash2Draft
 from disagg_core.drafts.dflash2.options import DFlash2Section
+from disagg_core.drafts.dspark.options import DSparkSection
 from disagg_core.drafts.export import export_draft, import_draft
 from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
+from disagg_core.drafts.warm_start import read_warm_start
 from disagg_core.errors import BadInput, IncompatibleDraft
 from disagg_core.evaluation import generate_all
 from tests.unit.drafts.dflash.cases import KINDS, VOCAB, WINDOWS_BOTH_WAYS, filled, small_draft, some_facts
@@ -179,19 +181,32 @@ def test_a_dflash_draft_goes_on_as_the_dflash2_draft_that_it_is(tmp_path: Path) 
     changes = {"hidden_size": 32, "vocab_size": 64, "mask_token_id": 63}
     plain = small_draft(**changes)
     export_draft(checkpoint(plain, tmp_path / "step"), tmp_path / "out", dtype="float32")
-    document = json.loads((tmp_path / "out/config.json").read_text())
     facts, capture = some_facts(num_layers=6, hidden_size=32, vocab_size=64), Capture((1, 3), False)
 
-    config, state = METHOD.read(document, load_file(tmp_path / "out/model.safetensors"), "here")
-    draft = METHOD.continued(config, state, facts, capture, VocabMap.identity(64))
+    section = DFlash2Section(init_from=str(tmp_path / "out"))
+    method, config, state = read_warm_start(section, facts, capture)
+    draft = method.continued(config, state, facts, capture, VocabMap.identity(64))
 
     assert isinstance(draft, DFlash2Draft)
     found = draft.serving_state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.serving_state_dict().items())
     assert draft.config.layer_masks == plain.config.layer_masks
     assert draft.config.selector_rank == 256
-    with pytest.raises(IncompatibleDraft, match="target_layer_ids"):
-        METHOD.continued(config, state, facts, Capture((0, 3), False), VocabMap.identity(64))
+    with pytest.raises(IncompatibleDraft, match="captured layers"):
+        read_warm_start(section, facts, Capture((0, 3), False))
+    with pytest.raises(IncompatibleDraft, match="expected a draft of method dspark, found dflash"):
+        read_warm_start(DSparkSection(init_from=section.init_from), facts, capture)
+
+
+def test_a_dflash2_draft_keeps_its_own_convolutions_and_selector() -> None:
+    draft = small_draft2()
+    state = draft.serving_state_dict()
+    ranks = (draft.config.selector_rank, draft.config.selector_rank + 1)
+    same, other = (DFlash2Section(init_from="./draft", selector_rank=rank) for rank in ranks)
+
+    assert METHOD.adopted(same, draft.config, state)[0] is draft.config
+    with pytest.raises(IncompatibleDraft, match="its own selector_rank; leave them out"):
+        METHOD.adopted(other, draft.config, state)
 
 
 def draft_for(target: LlamaForCausalLM, **changes: Any) -> DFlash2Draft:

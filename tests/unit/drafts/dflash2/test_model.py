@@ -12,7 +12,7 @@ from disagg_core.drafts.dflash import dflash_loss
 from disagg_core.drafts.dflash.drafter import ContextCache, draft_block
 from disagg_core.drafts.dflash2.drafter import walk
 from disagg_core.drafts.dflash2.loss import DFlash2Output, dflash2_loss
-from disagg_core.drafts.dflash2.method import from_dflash
+from disagg_core.drafts.dflash2.method import METHOD
 from disagg_core.drafts.dflash2.model import DFlash2Draft, GroupedDynamicCausalConv
 from disagg_core.drafts.dflash2.options import DFlash2Section
 from disagg_core.drafts.sampling import Sampler
@@ -32,7 +32,9 @@ def run(draft: DFlash2Draft, batch: dict[str, Tensor]) -> DFlash2Output:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_a_warm_start_is_the_dflash_draft_bit_for_bit(kind: dict[str, Any]) -> None:
     plain = small_draft(**kind)
-    draft = from_dflash(plain.config, plain.serving_state_dict(), WARM)
+    config, state = METHOD.adopted(WARM, plain.config, plain.serving_state_dict())
+    draft = METHOD.model(config)
+    draft.load_serving_state_dict(state)
     draft.attach(target_parts(plain.config))
     batch = small_batch(plain.config, LENGTHS)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import sample_id_of
-from disagg_core.drafts.method import FrozenParts, LossOutput, Sample
+from disagg_core.drafts.figures import LossOutput
+from disagg_core.drafts.method import FrozenParts, Sample
 from disagg_core.drafts.p_eagle import attention, row_loss
 from disagg_core.drafts.p_eagle.attention import chain_attention, plan_attention
 from disagg_core.drafts.p_eagle.batch import PEagleBatcher, trained_positions
