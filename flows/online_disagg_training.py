@@ -16,7 +16,7 @@ from disagg_core.run.directory import RunDir
 from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
-from tasks.archive import archive_report, archive_run
+from tasks.archive import archive_failed_run, archive_report, archive_run, prune_archives
 from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
 from tasks.completion import Completion, judge_training, verify_completion
@@ -84,11 +84,14 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
             record.evaluations = await evaluate_drafts(plan, completion)
         judge_drafts(plan, record.evaluations)
     except Exception as error:
+        if record.completion is None:
+            record.archive = archive_failed_run(plan)
         publish_report(plan, record.failed(error))
         emit(plan, "failed", reason=str(error))
         archive_report(plan, record.archive)
         raise
     report = publish_report(plan, record.completed())
     archive_report(plan, record.archive)
+    prune_archives(plan)
     emit(plan, "completed", **record.accept_lengths())
     return report

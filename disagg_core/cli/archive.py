@@ -1,25 +1,26 @@
-"""``draftline archive``: is what a run left behind still what it was?"""
+"""``draftline archive``: is what a run left behind still what it was, get it back, and what may go."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-import fsspec
 import typer
 from rich.console import Console
 
 from disagg_core.errors import BadInput
-from disagg_core.report.archive import verify_archive
+from disagg_core.report.archive import fetch_archive, verify_archive
 from disagg_core.report.records import read_report
 from disagg_core.run.known import find_run, known_runs
 from disagg_core.settings import get_settings
+from disagg_core.storage.place import open_place
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def archive() -> None:
-    """Check the archive of a run."""
+    """Check, fetch and tidy up the archives of runs."""
 
 
 @app.command()
@@ -41,6 +42,42 @@ def verify(
     Console(highlight=False).print(f"{url}: {verify_archive(url)} files are what the manifest says", soft_wrap=True)
 
 
+@app.command()
+def fetch(
+    archived: Annotated[str, typer.Argument(metavar="RUN|PATH|URL", help="As for verify.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="Directory to make.")],
+    only: Annotated[str, typer.Option("--only", help="Files whose names begin so, such as checkpoints/.")] = "",
+) -> None:
+    """Copy an archive here, every file checked against its manifest."""
+    typer.echo(fetch_archive(archive_of(archived), to.absolute(), only))
+
+
+@app.command()
+def prune(
+    url: Annotated[
+        str | None, typer.Option("--url", help="Where the archives are; default: archive/ under DRAFTLINE_HOME.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=1, help="Archives of a run name that stay, however old.")] = 10,
+    days: Annotated[float, typer.Option(min=0, help="Archives younger than this stay.")] = 30.0,
+    registry: Annotated[
+        list[str] | None, typer.Option("--registry", help="Further registries, whose drafts' archives stay too.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which would go.")] = False,
+) -> None:
+    """Remove old archives. One of a run whose draft is in a registry stays, and so does one that is not finished."""
+    from disagg_core.registry.retained import prune as pruned
+
+    settings = get_settings()
+    also = [*(registry or []), settings.registry or str(settings.home / "registry")]
+    gone = pruned(url or str(settings.home / "archive"), last=last, days=days, also=also, remove=not dry_run)
+    console = Console(highlight=False)
+    for archive in gone:
+        freed = f"{archive.bytes / 2**20:,.1f} MiB"
+        console.print(f"{'would go' if dry_run else 'removed'}: {archive.place.url}, {freed}", soft_wrap=True)
+    if not gone:
+        console.print("nothing is old enough to go")
+
+
 def archive_of(archived: str) -> str:
     """Return the URL of the archive meant by `archived`: a path or a URL, a run's id or the beginning of one.
 
@@ -50,8 +87,7 @@ def archive_of(archived: str) -> str:
     runs = get_settings().runs_dir
     known = [run.run_id for run in known_runs(runs)]
     if archived not in known:
-        filesystem, root = fsspec.core.url_to_fs(archived)
-        if filesystem.exists(root):
+        if open_place(archived).children():
             return archived
         if not any(run_id.startswith(archived) for run_id in known):
             there = ", ".join(known) or "none"

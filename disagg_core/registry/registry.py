@@ -107,6 +107,10 @@ class Registry:
         whole = set(self._whole())
         return {number: self._claimant(number)[0] for number in self._numbers() if number not in whole}
 
+    def runs(self) -> set[str]:
+        """Return the ids of the runs whose drafts are versions, or begun ones."""
+        return {self._claimant(number)[0] for number in self._numbers()}
+
     def version(self, number: int) -> Version:
         """Return version `number`.
 

@@ -27,6 +27,7 @@ from disagg_core.processes.launch import die_with_parent
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
+from disagg_core.run.environment import write_environment
 from disagg_core.run.outcomes import exit_with, read_outcome, write_failure, write_outcome
 from disagg_core.run.plan import PlannedDraft, RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
@@ -115,6 +116,8 @@ def _train(
     """Open channel and store, build the drafts, train; return the outcome with the store client's counters."""
     plan, spec = assignment.plan, assignment.plan.spec
     progress = ProgressFile(assignment.dir.state / "consumer.json")
+    if ranks.is_first:
+        write_environment(assignment.dir.state / "consumer-environment.json")
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:

@@ -37,6 +37,7 @@ from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.rollout.work import WorkNotes, noted
+from disagg_core.run.environment import write_environment
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
@@ -79,6 +80,7 @@ def run_producer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
 def _produce(
     assignment: RoleAssignment, progress: ProgressFile, stop: StopSignal
 ) -> tuple[StreamTotals, dict[str, Any]]:
+    write_environment(assignment.dir.state / "producer-environment.json", get_settings().sglang_python)
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(open_channel(assignment))
         with _failures_told(channel):

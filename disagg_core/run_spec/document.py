@@ -170,6 +170,13 @@ class EvaluationSection(Section):
         return self.at_end and self.prompts > 0
 
 
+class RetentionSection(Section):
+    """Which archives stay: those that are young or among the newest of their run's name, and those of kept drafts."""
+
+    last: int = Field(10, ge=1, description="Archives of a run name that stay, however old.")
+    days: float = Field(30.0, ge=0, description="Archives younger than this stay.")
+
+
 class ArchiveSection(Section):
     """Where the results go."""
 
@@ -177,6 +184,9 @@ class ArchiveSection(Section):
         None, description="Directory or fsspec URL; default: archive/ under DRAFTLINE_HOME."
     )
     keep: int = Field(2, ge=1, description="Checkpoints kept in the run's directory and archived.")
+    retention: RetentionSection | None = Field(
+        None, description="Remove older archives at the end of a run; default: all stay. Never one of a kept draft."
+    )
 
 
 class RegistrySection(Section):

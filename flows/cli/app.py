@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(archive_app, name="archive", help="Check the archive of a run.")
+app.add_typer(archive_app, name="archive", help="Check, fetch and tidy up the archives of runs.")
 app.add_typer(channel_app, name="channel", help="Look into a reference channel.")
 app.add_typer(data_app, name="data", help="Look at prompts before they are trained on.")
 app.add_typer(drafts_app, name="drafts", help="The versions of a target's draft, and which of them is the champion.")

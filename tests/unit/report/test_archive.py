@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.report.archive import ArchiveDamaged, add_files, archive_files, verify_archive
+from disagg_core.report.archive import add_files, archive_files, verify_archive
+from disagg_core.storage.trees import TreeDamaged
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +36,7 @@ def test_every_damaged_file_is_named(archive: Path) -> None:
     (archive / "run.json").write_text("[]")
     (archive / "metrics" / "train.jsonl").unlink()
     (archive / "metrics" / "deep" / "x.bin").write_bytes(b"\0" * 9)
-    with pytest.raises(ArchiveDamaged) as caught:
+    with pytest.raises(TreeDamaged) as caught:
         verify_archive(str(archive))
     first, *files = str(caught.value).splitlines()
     assert first.endswith("3 of 3 files are damaged:")
@@ -49,7 +50,7 @@ def test_every_damaged_file_is_named(archive: Path) -> None:
 def test_an_archive_needs_its_manifest(archive: Path, manifest: str | None, complaint: str) -> None:
     path = archive / "manifest.json"
     path.unlink() if manifest is None else path.write_text(manifest)
-    with pytest.raises(ArchiveDamaged, match=complaint):
+    with pytest.raises(TreeDamaged, match=complaint):
         verify_archive(str(archive))
 
 
@@ -63,7 +64,7 @@ def test_an_archive_that_is_written_anew_is_unfinished_until_its_end(
     with pytest.raises(OSError, match="the disk is gone"):
         archive_files({"run.json": tmp_path / "run.json"}, str(archive))
     monkeypatch.undo()
-    with pytest.raises(ArchiveDamaged, match="was not finished"):
+    with pytest.raises(TreeDamaged, match="was not finished"):
         verify_archive(str(archive))
 
 
@@ -101,5 +102,5 @@ def test_only_a_finished_archive_takes_more_and_no_file_twice(archive: Path, tmp
     with pytest.raises(ValueError, match=r"found \['run.json'\]"):
         add_files({"run.json": tmp_path / "run.json"}, str(archive))
     (archive / "manifest.json").unlink()
-    with pytest.raises(ArchiveDamaged, match="was not finished"):
+    with pytest.raises(TreeDamaged, match="was not finished"):
         add_files({"report.json": tmp_path / "run.json"}, str(archive))
