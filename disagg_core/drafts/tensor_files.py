@@ -25,7 +25,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     file.touch()
     mode = file.stat().st_mode
     try:
-        save_file(dict(tensors), file, metadata=dict(metadata))
+        # Of no tensors and an empty table of metadata safetensors makes a file that it cannot read.
+        save_file(dict(tensors), file, metadata=dict(metadata) or None)
     except (OSError, SafetensorError):
         file.unlink(missing_ok=True)
         raise

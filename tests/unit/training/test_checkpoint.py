@@ -103,6 +103,16 @@ def test_several_drafts_are_one_checkpoint_with_a_folder_for_each(tmp_path):
         verify_checkpoint(path)
 
 
+def test_the_checkpoint_of_an_untrained_draft_comes_back_though_its_optimizer_has_no_state(tmp_path):
+    saved = content(0)
+    draft = dataclasses.replace(saved.drafts[""], optimizer={})
+    untrained = dataclasses.replace(saved, drafts={"": draft})
+
+    path = save_checkpoint(tmp_path, untrained, keep=2)
+
+    assert same(load_checkpoint(path), untrained)
+
+
 def test_its_files_are_as_readable_as_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     folder = save_checkpoint(tmp_path / "checkpoints", content(3), keep=2)
