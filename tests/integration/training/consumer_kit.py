@@ -103,10 +103,11 @@ def end(channel: StreamingRefChannel, refs: list[SampleRef]) -> None:
 class Attempt:
     """One attempt's channel and store, from both sides, with a rank to train on."""
 
-    def __init__(self, endpoints, root, run_id, number=1):
+    def __init__(self, endpoints, root, run_id, number=1, url=None):
+        self.endpoints, self.number = endpoints, number
         self.run_id, self.identity = run_id, identity_of(run_id, number)
         self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
-        self.url = root / "attempts" / str(number) / "channel"
+        self.url = url or root / "attempts" / str(number) / "channel"
         self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
         self.reader = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
 
@@ -118,6 +119,16 @@ class Attempt:
         self.writer.disconnect()
         self.store.sweep()
         self.store.close()
+
+    def told(self) -> dict[str, Any]:
+        """Return what a rank in another process has to know of it."""
+        return {
+            "run_id": self.run_id,
+            "attempt": self.number,
+            "namespace": f"{self.run_id}/{self.number}",
+            "store": self.endpoints.model_dump(),
+            "url": str(self.url),
+        }
 
     def stored(self, ordinals):
         return store_samples(self.store, self.identity, ordinals)

@@ -12,6 +12,7 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.observers import MetricsObserver
 from tests.integration.training.consumer_kit import consumer, section
 
 
@@ -22,9 +23,11 @@ def main() -> None:
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.join("cpu"))
         endpoints = StoreEndpoints.model_validate(told["store"])
-        store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace=f"{told['run_id']}/1"))
+        store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace=told["namespace"]))
         channel = (
-            stack.enter_context(StreamingRefChannel(told["url"], run_id=told["run_id"])) if ranks.is_first else None
+            stack.enter_context(StreamingRefChannel(told["url"], run_id=told["run_id"], attempt=told["attempt"]))
+            if ranks.is_first
+            else None
         )
         trainer, loader = consumer(
             channel,
@@ -32,6 +35,8 @@ def main() -> None:
             ranks,
             training=section(**told["training"]),
             checkpoints=Path(told["checkpoints"]),
+            total_steps=told["total_steps"],
+            observer=MetricsObserver(Path(told["metrics"])),
         )
         outcome = trainer.fit(loader)
         weights = trainer.trainees[0].weights()

@@ -61,9 +61,9 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
         told.write_text(
             json.dumps(
                 {
-                    "run_id": pair.run_id,
-                    "store": endpoints.model_dump(),
-                    "url": str(pair.url),
+                    **pair.told(),
+                    "total_steps": 6,
+                    "metrics": str(tmp_path / "train.jsonl"),
                     "training": {"accumulation_steps": 1},
                     "checkpoints": str(tmp_path / "checkpoints"),
                     "weights": str(tmp_path / "two.safetensors"),
@@ -107,4 +107,4 @@ def test_all_ranks_know_that_rank_0_could_not_write_the_checkpoint(tmp_path: Pat
 def test_one_rank_that_is_asked_to_stop_while_all_wait_for_references_stops_all_at_once(tmp_path: Path):
     run_program(2, ["waiting_main.py", "stop", str(tmp_path)], tmp_path / "log")
 
-    assert float((tmp_path / "seconds").read_text()) < 4.0, "half of what SIGTERM leaves for the checkpoint, and less"
+    assert float((tmp_path / "seconds").read_text()) < 2.0
