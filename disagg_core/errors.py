@@ -121,6 +121,12 @@ class StoreUnavailable(StoreError, Transient):
     """The store's master or an owner cannot be reached."""
 
 
+class StoreKilled(StoreError):
+    """The kernel killed a process of the store for memory; the limit is named."""
+
+    failure_class: FailureClass = "out_of_memory"
+
+
 class SampleLost(StoreError):
     """The bytes of one sample are gone or damaged beyond retry: it has to be captured again."""
 

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import LoggingAdapter
 
-from disagg_core.errors import StoreError, StoreTooLarge, StoreUnavailable
+from disagg_core.errors import StoreError, StoreKilled, StoreTooLarge, StoreUnavailable
 from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 from disagg_core.store import StoreServices, probe_store, running_store
@@ -55,6 +55,7 @@ class FeatureStoreServices:
 
         Raises:
             StoreTooLarge: the store has never been large enough for this run.
+            StoreKilled: the kernel killed a store that was started anew for its memory.
             StoreUnavailable: there was none before the stall timeout.
         """
         if self._plan.spec.store.mode == "external":
@@ -66,7 +67,7 @@ class FeatureStoreServices:
         return self._endpoints
 
     def require_alive(self) -> None:
-        """Raise `StoreUnavailable`, if a process of a managed store has ended; an external one is not ours."""
+        """Raise as `StoreServices` does if a process of a managed store has ended; an external one is not ours."""
         if self._managed is not None:
             self._managed.require_alive()
 
@@ -78,6 +79,7 @@ class FeatureStoreServices:
     async def _ours(self, attempt: int, log: logging.Logger | LoggingAdapter) -> tuple[StoreEndpoints, int]:
         deadline = time.monotonic() + self._plan.spec.orchestration.stall_timeout_s
         while True:
+            anew = self._managed is None
             try:
                 if self._managed is None:
                     self._managed = await asyncio.to_thread(self._start, attempt)  # faulting memory in takes minutes
@@ -87,7 +89,7 @@ class FeatureStoreServices:
                 return endpoints, await asyncio.to_thread(self._check, endpoints, attempt)
             except (StoreError, StoreTooLarge) as error:
                 self.stop()
-                if self._endpoints is None:
+                if self._endpoints is None or (anew and isinstance(error, StoreKilled)):
                     raise
                 if time.monotonic() >= deadline:
                     raise StoreUnavailable(f"the feature store cannot be started anew: {error}") from error

@@ -7,12 +7,12 @@ them.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from disagg_core.processes.cgroups import MemoryGroup, memory_groups
 
 RECENT_S = 120.0
 """A kill so long ago still explains a death: an agent ends its other processes before it ends itself."""
@@ -20,12 +20,8 @@ RECENT_S = 120.0
 _PROC = Path("/proc")
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Where one memory cgroup counts its kills, and the limits of it and of those above."""
-
-    kills: Path
-    limits: tuple[Path, ...]
+def _kills(group: MemoryGroup) -> Path:
+    return group.levels[0] / group.files.kills
 
 
 class MemoryKills:
@@ -37,7 +33,7 @@ class MemoryKills:
     def __init__(self, proc: Path = _PROC, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._proc = proc
         self._clock = clock
-        self._groups = [group for group in _groups(proc / "self") if group.kills.is_file()]
+        self._groups = [group for group in memory_groups(proc / "self") if _kills(group).is_file()]
         self._looks: deque[tuple[float, int]] = deque()
         self.look()
 
@@ -57,11 +53,11 @@ class MemoryKills:
             return f"the kernel killed {kills} process(es) of this machine for memory"
         limit = min((limit for group in self._groups for limit in _limits(group)), default=None)
         allowed = "" if limit is None else f", whose limit is {limit} bytes ({limit / 2**30:.2f} GiB)"
-        return f"the kernel killed {kills} process(es) for memory in {self._groups[0].kills.parent}{allowed}"
+        return f"the kernel killed {kills} process(es) for memory in {self._groups[0].levels[0]}{allowed}"
 
     def _count(self) -> int:
         if self._groups:
-            return sum(_field(group.kills) for group in self._groups)
+            return sum(_field(_kills(group)) for group in self._groups)
         return _field(self._proc / "vmstat")
 
 
@@ -71,33 +67,9 @@ def _field(path: Path) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
-def _limits(group: _Group) -> Iterator[int]:
-    for path in group.limits:
+def _limits(group: MemoryGroup) -> Iterator[int]:
+    for level in group.levels:
+        path = level / group.files.limits[0]
         text = path.read_text().strip() if path.is_file() else ""
         if text.isdigit() and int(text) < 1 << 62:  # version 1 writes no limit as a very large one
             yield int(text)
-
-
-def _groups(process: Path) -> Iterator[_Group]:
-    """Yield the memory cgroups of the process described at `process`, of either version."""
-    paths = {}
-    for line in (process / "cgroup").read_text().splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0" and not controllers:
-            paths["cgroup2"] = path
-        elif "memory" in controllers.split(","):
-            paths["cgroup"] = path
-    for line in (process / "mountinfo").read_text().splitlines():
-        mounted, _, kind = line.partition(" - ")
-        root, point = mounted.split(" ")[3:5]
-        filesystem, _, options = kind.split(" ")[:3]
-        if filesystem in paths and (filesystem == "cgroup2" or "memory" in options.split(",")):
-            inside = os.path.relpath(paths[filesystem], root)
-            hidden = inside.startswith("..")  # a container sees its own group as the mount's root
-            folder = Path(point) if hidden else Path(os.path.normpath(Path(point) / inside))
-            levels = [level for level in (folder, *folder.parents) if level.is_relative_to(point)]
-            names = ("memory.events", "memory.max") if filesystem == "cgroup2" else _V1_NAMES
-            yield _Group(folder / names[0], tuple(level / names[1] for level in levels))
-
-
-_V1_NAMES = ("memory.oom_control", "memory.limit_in_bytes")

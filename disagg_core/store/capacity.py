@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 from disagg_core.errors import BadInput, StoreTooLarge
+from disagg_core.processes.cgroups import GroupFiles, memory_groups
 
 HEADROOM = 0.05
 """Part of the available memory that is left to everything else."""
@@ -43,8 +42,7 @@ def most_regions(region_bytes: int) -> int:
 def available_bytes(process: Path = Path("/proc/self")) -> int:
     """Return the memory that may still be taken here: the machine's, or where that is less, what a cgroup allows.
 
-    The limits of the own cgroup of `process` and of every one above it count: Slurm and systemd set them on the job's,
-    the step's, the service's, a container runtime on the one that the container sees as the root.
+    The limits of the own cgroup of `process` and of every one above it count.
     """
     available: int = psutil.virtual_memory().available
     return min([available, *(max(0, left) for left in _left_in_cgroups(process))])
@@ -68,32 +66,14 @@ def check_capacity(capacity: int) -> None:
         )
 
 
-class _Files(NamedTuple):
-    """The names of one cgroup version: limits, what is used, and the page cache in it that nobody has in use."""
-
-    limits: tuple[str, ...]
-    used: str
-    idle_cache: str
-
-
-_V1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
-
-
 def _left_in_cgroups(process: Path) -> Iterator[int]:
     """Yield what each memory cgroup around the process described at `process` (``/proc/self``) still allows."""
-    groups = _groups_of(process / "cgroup")
-    for mount in _mounts_of(process / "mountinfo"):
-        if mount.files in groups:
-            path = os.path.relpath(groups[mount.files], mount.root)
-            outside = path.startswith("..")  # the group is hidden from this mount, whose root is a container's
-            folder = mount.point if outside else mount.point / path
-            for level in (folder, *folder.parents):
-                if level.is_relative_to(mount.point):
-                    yield from _left_in(level, mount.files)
+    for group in memory_groups(process):
+        for level in group.levels:
+            yield from _left_in(level, group.files)
 
 
-def _left_in(group: Path, files: _Files) -> Iterator[int]:
+def _left_in(group: Path, files: GroupFiles) -> Iterator[int]:
     used = group / files.used
     for limit in (group / name for name in files.limits):
         if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
@@ -107,35 +87,3 @@ def _idle_cache(stat: Path, name: str) -> int:
         if key == name:
             return int(value)
     return 0
-
-
-def _groups_of(cgroup: Path) -> dict[_Files, str]:
-    """Return the path of the process's memory cgroup for each version that it has one of."""
-    groups = {}
-    for line in cgroup.read_text().splitlines() if cgroup.is_file() else ():
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0" and not controllers:
-            groups[_V2] = path
-        elif "memory" in controllers.split(","):
-            groups[_V1] = path
-    return groups
-
-
-class _Mount(NamedTuple):
-    """A mounted hierarchy: which cgroup its root is, and where that is found."""
-
-    files: _Files
-    root: str
-    point: Path
-
-
-def _mounts_of(mountinfo: Path) -> Iterator[_Mount]:
-    """Yield where hierarchies with memory limits are mounted, from ``/proc/<pid>/mountinfo`` (proc(5))."""
-    for line in mountinfo.read_text().splitlines() if mountinfo.is_file() else ():
-        mounted, _, kind = line.partition(" - ")
-        root, point = mounted.split(" ")[3:5]
-        filesystem, _, options = kind.split(" ")[:3]
-        if filesystem == "cgroup2":
-            yield _Mount(_V2, root, Path(point))
-        elif filesystem == "cgroup" and "memory" in options.split(","):
-            yield _Mount(_V1, root, Path(point))

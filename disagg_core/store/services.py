@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec
 
-from disagg_core.errors import BadInput, PortTaken, StoreTooLarge, StoreUnavailable
+from disagg_core.errors import BadInput, PortTaken, StoreKilled, StoreTooLarge, StoreUnavailable
+from disagg_core.processes.memory_kills import MemoryKills
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.shutdown import STORE_SERVICE_S
 from disagg_core.processes.tree import check_port, describe_exit, free_ports, spawn, stop_tree, tail
@@ -52,14 +53,20 @@ class ServiceProcess:
     process: subprocess.Popen[bytes]
     log_file: Path
 
-    def require_alive(self) -> None:
-        """Raise `StoreUnavailable` with the end of its log if the process has ended."""
+    def require_alive(self, memory: MemoryKills | None = None) -> None:
+        """Raise with the end of its log if the process has ended; `memory` knows of the kernel's kills.
+
+        Raises:
+            StoreKilled: the kernel has killed it for memory.
+            StoreUnavailable: it has ended in another way.
+        """
         code = self.process.poll()
-        if code is not None:
-            raise StoreUnavailable(
-                f"{self.name} (pid {self.process.pid}) ended with {describe_exit(code)}; the end of {self.log_file}:\n"
-                + tail(self.log_file, 8)
-            )
+        if code is None:
+            return
+        end = f"{self.name} (pid {self.process.pid}) ended with {describe_exit(code)}"
+        if code == -signal.SIGKILL and memory is not None and (killed := memory.recent()) is not None:
+            raise StoreKilled(f"{end}: {killed}; lower store.capacity, or raise the limit")
+        raise StoreUnavailable(f"{end}; the end of {self.log_file}:\n" + tail(self.log_file, 8))
 
     def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL to its group."""
@@ -76,11 +83,17 @@ class StoreServices:
     capacity: int
     master: ServiceProcess
     owners: tuple[ServiceProcess, ...]
+    memory: MemoryKills = field(default_factory=MemoryKills)
 
     def require_alive(self) -> None:
-        """Raise `StoreUnavailable`, with the end of its log, if the master or an owner has ended."""
+        """Raise as `ServiceProcess.require_alive` does if the master or an owner has ended; call it every few seconds.
+
+        Raises:
+            StoreKilled, StoreUnavailable: it has.
+        """
         for service in (self.master, *self.owners):
-            service.require_alive()
+            service.require_alive(self.memory)
+        self.memory.look()
 
 
 class Spawner:
@@ -132,6 +145,7 @@ def running_store(
         MissingLibrary: Mooncake cannot be loaded.
         StoreTooLarge: the capacity does not fit this machine.
         PortTaken: a port that was asked for is in use.
+        StoreKilled: the kernel killed a process for memory while the owners faulted theirs in.
         StoreUnavailable: a process ended or did not get ready in time; the end of its log is in the message.
     """
     require_mooncake()
