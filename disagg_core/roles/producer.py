@@ -25,6 +25,7 @@ from disagg_core.engines.contract import Target
 from disagg_core.engines.registry import target_of
 from disagg_core.errors import ChannelError, DraftlineError, IdentityMismatch, classify
 from disagg_core.ordinals import OrdinalSet
+from disagg_core.processes.intake import IntakeNotes, noted
 from disagg_core.processes.interrupt import interruptible
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.prompts.pool import EncodedPrompts
@@ -36,7 +37,7 @@ from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_maps_of
-from disagg_core.rollout.work import WorkNotes, noted
+from disagg_core.rollout.work import WorkNotes
 from disagg_core.run.environment import write_environment
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
@@ -128,11 +129,15 @@ def _assemble(
         progress.update(phase=phase, **fields)
         channel.note_progress(f"{phase} {fields}" if fields else phase)
 
+    def servers_start() -> None:  # for target.unavailable_timeout_s at most
+        stop.check()
+        channel.note_progress("waiting for the target's servers")
+
     enter("reading prompts", prompts=0, total_prompts=plan.total_prompts)
     pool = _open_prompts(plan, stack)
     enter("loading the target")
     target = target_of(
-        spec, plan.target, plan.capture, store=store, log_dir=assignment.dir.logs, while_waiting=stop.check
+        spec, plan.target, plan.capture, store=store, log_dir=assignment.dir.logs, while_waiting=servers_start
     )
     stack.callback(target.close)
     known = 0
@@ -140,7 +145,8 @@ def _assemble(
         continuations = ContinuationLog(plan.dir.continuations, Origin.of(plan))
         stack.callback(continuations.close)
         target, known = ContinuedTarget(target, continuations), len(continuations)
-    target.prepare(plan.identity(assignment.attempt, ""))
+    with noted(IntakeNotes("loading the target", channel.note_progress)):
+        target.prepare(plan.identity(assignment.attempt, ""))
     enter("vocabulary map")
     identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, known, enter, stop, channel))
     target.prepare(identity)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from disagg_core.engines.contract import Target
 
 QUIET_S = 900.0
 """A target may be silent for so long over what it was handed: a long prefill has nothing to show before its end."""
-
-_EVERY_S = 1.0
 
 
 class WorkNotes:
@@ -45,21 +41,3 @@ class WorkNotes:
             self._note(f"the target works: {done} steps, batches and answers")
         elif since is not None and self._clock() - since < QUIET_S:
             self._note(f"the target has been working on a batch for {self._clock() - since:.0f} s")
-
-
-@contextmanager
-def noted(notes: WorkNotes, every_s: float = _EVERY_S) -> Iterator[None]:
-    """Look every `every_s` seconds, in a thread of its own, while the context is open."""
-    closed = threading.Event()
-
-    def watch() -> None:
-        while not closed.wait(every_s):
-            notes.look()
-
-    thread = threading.Thread(target=watch, name="rollout-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        closed.set()
-        thread.join()

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.engines.contract import ServerHealth
 from disagg_core.errors import ChannelStalled
-from disagg_core.rollout.work import QUIET_S, WorkNotes, noted
+from disagg_core.processes.intake import STEP_BYTES, IntakeNotes, noted
+from disagg_core.rollout.work import QUIET_S, WorkNotes
 
 pytestmark = pytest.mark.unit
 
@@ -45,6 +47,26 @@ def test_a_target_may_be_silent_over_one_batch_but_not_for_ever() -> None:
     for _ in range(4):
         notes.look()
     assert len(told) == 2
+
+
+def test_a_model_that_comes_in_is_progress_and_a_mount_that_hangs_is_not() -> None:
+    taken, told = iter((100, 100, 100 + STEP_BYTES // 2, 100 + STEP_BYTES, 101 + STEP_BYTES)), []
+    notes = IntakeNotes("loading the target", told.append, taken=lambda: next(taken))
+    for _ in range(4):
+        notes.look()
+    assert told == ["loading the target: 0.03 GiB taken in"]
+
+
+def test_pages_of_mapped_weights_count_as_taken_in(tmp_path: Path) -> None:
+    torch.save(torch.zeros(2 * STEP_BYTES // 4), tmp_path / "weights")
+    told: list[str] = []
+    notes = IntakeNotes("loading the target", told.append)
+    notes.look()
+    mapped = torch.load(tmp_path / "weights", mmap=True)
+    assert told == []
+    (mapped + 1).sum()
+    notes.look()
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("works", [True, False])
