@@ -22,7 +22,9 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.vocab import VocabMap, version_of
 from disagg_core.drafts.warm_start import read_warm_start
-from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, PeerFailed, RoleFailed, classify
+from disagg_core.errors import ChannelError, ChannelStalled, DraftlineError, PeerFailed, Preempted, RoleFailed, classify
+from disagg_core.processes.intake import IntakeNotes, noted
+from disagg_core.processes.interrupt import interruptible
 from disagg_core.processes.launch import die_with_parent
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
@@ -122,12 +124,14 @@ def _train(
         channel = stack.enter_context(open_channel(assignment)) if ranks.is_first else None
         try:
             shown = progress if ranks.is_first else None
-            maps = [
-                _wait_for_vocab_map(assignment, draft.dir.vocab_map, channel, shown, stop, watchdog.note)
-                for draft in plan.drafts
-            ]
+            with interruptible(stop.check):
+                maps = [
+                    _wait_for_vocab_map(assignment, draft.dir.vocab_map, channel, shown, stop, watchdog.note)
+                    for draft in plan.drafts
+                ]
             watchdog.note("building the drafts")
-            drafts, parts = _build_drafts(plan, maps, ranks.device)
+            with noted(IntakeNotes("building the drafts", watchdog.note)):
+                drafts, parts = _build_drafts(plan, maps, ranks.device)
             expected = plan.identity(assignment.attempt, version_of(maps))
             if channel is not None:
                 channel.expect(expected)
@@ -150,7 +154,7 @@ def _train(
             stop.forward_to(lambda _: loader.request_stop())
         except BaseException as error:
             if channel is not None:
-                with contextlib.suppress(ChannelError):
+                with contextlib.suppress(ChannelError, Preempted), interruptible(stop.check):
                     channel.abandon(f"{type(error).__name__}: {error}", classify(error))
             raise
         outcome = trainer.fit(loader)

@@ -26,14 +26,7 @@ from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.channel.patience import CHANNEL_AWAY_S, CHANNEL_PAUSE_S, patience
 from disagg_core.contracts import SampleRef, ordinal_of
 from disagg_core.drafts.method import Sample
-from disagg_core.errors import (
-    ChannelError,
-    ChannelUnavailable,
-    FailureClass,
-    Preempted,
-    SampleLost,
-    SampleUnusable,
-)
+from disagg_core.errors import ChannelError, ChannelUnavailable, FailureClass, Preempted, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.interrupt import interruptible
 from disagg_core.store import MooncakeFeatureStore
@@ -171,8 +164,9 @@ class FeatureDataLoader:
     def _advance(self) -> None:
         """Have at least one window pending, or set `end_reason`; the same on all ranks."""
         while True:
-            stop = self._ranks.sum([float(self._stop)])[0] > 0
-            command = self._next_command(stop) if self._queue is not None else None
+            if self._ranks.sum([float(self._stop)])[0]:
+                self._stop = True
+            command = self._next_command() if self._queue is not None else None
             if self._ranks.size > 1:
                 command = _decoder.decode(self._ranks.broadcast(_encoder.encode(command) if command else b""))
             assert command is not None
@@ -185,9 +179,9 @@ class FeatureDataLoader:
                 return
             self.on_wait()
 
-    def _next_command(self, stop: bool) -> _Command:
+    def _next_command(self) -> _Command:
         """Take the windows that may be fetched now; wait for one if none is pending."""
-        if stop:
+        if self._stop:
             return _Command([], "stop requested")
         if self._at_once:
             return _Command([], self._ending, at_once=True)
@@ -297,6 +291,7 @@ class FeatureDataLoader:
                 self.on_progress("fetching samples")
             missing, stops = self._ranks.sum([float(len(left)), float(self._stop)])
             if missing and stops:
+                self._stop = True
                 return False
             if not missing:
                 break
@@ -371,10 +366,10 @@ class FeatureDataLoader:
     def in_flight(self) -> int:
         """References that were published and not yet acknowledged; 0 on ranks that do not read the channel.
 
-        A figure for people: while the channel is away it is the one from before.
+        A figure for people: while the channel is away, or a stop is asked for, it is the one from before.
         """
         if self._channel is not None:
-            with contextlib.suppress(ChannelUnavailable):
+            with contextlib.suppress(ChannelUnavailable, Preempted), interruptible(self._check_stop):
                 self._last_in_flight = self._channel.in_flight_remote()
         return self._last_in_flight
 
@@ -394,7 +389,8 @@ class FeatureDataLoader:
         return left
 
     def abandon(self, reason: str, failure_class: FailureClass) -> None:
-        """Tell the producer that training failed."""
-        if self._channel is not None:
-            self._channel.abandon(reason, failure_class)
+        """Tell the producer that training failed. Raises `Preempted` if it is away and a stop was asked for."""
         self.close()
+        if self._channel is not None:
+            with interruptible(self._check_stop):
+                self._channel.abandon(reason, failure_class)

@@ -207,7 +207,7 @@ class Trainer:
                 self._save_after(error)
             try:
                 loader.abandon("preempted" if isinstance(error, Preempted) else _describe(error), classify(error))
-            except ChannelError as further:
+            except (ChannelError, Preempted) as further:
                 _log.error("the producer could not be told: %s", further)
             raise
         self._phase("finished")

@@ -16,7 +16,8 @@ from redis.retry import Retry
 
 from disagg_core.errors import BadInput, ChannelUnavailable
 
-SOCKET_TIMEOUT_S = 5.0
+SOCKET_TIMEOUT_S = 1.0
+"""A server that is silent for so long is tried anew: a process that is asked to stop has to hear of it meanwhile."""
 PREFIX = "draftline:"
 _NAME = re.compile(r"[A-Za-z0-9._/:-]+")
 _T = TypeVar("_T")

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg_core.drafts.vocab import VocabMap
-from disagg_core.errors import ChannelStalled, IncompatibleDraft, ProducerFailed
+from disagg_core.errors import ChannelStalled, IncompatibleDraft, Preempted, ProducerFailed
+from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.consumer import run_consumer
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
@@ -29,7 +30,9 @@ from disagg_core.run.progress import read_progress
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
+from tests.integration.channel.away import leaving_redis
 from tests.integration.training.consumer_kit import Attempt
+from tests.unit.channel.kit import wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -238,6 +241,31 @@ def test_waiting_for_the_vocabulary_map_has_an_end(tmp_path, target_dir, endpoin
     run = Run(tmp_path / "run", target_dir, endpoints, orchestration={"stall_timeout_s": 0.5})
     with run.attempt(1), pytest.raises(ChannelStalled, match=r"vocab_map\.safetensors within 0\.5 s"):
         run_consumer(run.assignment(1))
+
+
+@pytest.mark.parametrize("how", ["ended", "silent"])
+def test_a_stop_is_heard_while_the_vocabulary_map_is_waited_for_and_the_channel_is_away(
+    tmp_path, target_dir, endpoints, how
+):
+    stop, asked = StopSignal("consumer"), []
+    with leaving_redis(tmp_path) as server:
+        run = Run(tmp_path / "run", target_dir, endpoints, channel={"url": server.url})
+        progress = run.assignment(1).dir.state / "consumer.json"
+
+        def ask() -> None:
+            wait_for(lambda: read_progress(progress).get("phase") == "waiting for the vocabulary map", 60)
+            server.leave(how)
+            threading.Event().wait(0.7)
+            asked.append(time.monotonic())
+            stop._on_signal(signal.SIGTERM, None)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with pytest.raises(Preempted):
+            run_consumer(run.assignment(1), stop=stop)
+        took = time.monotonic() - asked[0]
+        asking.join()
+    assert took < 2.0
 
 
 def test_training_goes_on_from_an_exported_draft(tmp_path, target_dir, endpoints, calm):

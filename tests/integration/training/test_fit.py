@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -314,12 +315,16 @@ def test_a_stop_request_does_not_wait_for_a_store_that_is_away(endpoints, ranks,
     ):
         attempt.publish(range(8))
         trainer, loader = consumer(attempt.reader, store, ranks, checkpoints=tmp_path / "c")
-        stopper = threading.Thread(target=lambda: (asked.wait(60), loader.request_stop()))
+        began = []
+        stopper = threading.Thread(
+            target=lambda: (asked.wait(60), began.append(time.monotonic()), loader.request_stop())
+        )
         stopper.start()
 
         with pytest.raises(Preempted):
             trainer.fit(loader)
 
+        assert time.monotonic() - began[0] < 2.0
         stopper.join()
         assert attempt.writer.reader_status().reason == "preempted"
         assert attempt.writer.in_flight_remote() == 8
