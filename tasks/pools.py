@@ -22,7 +22,7 @@ _POLL_S = 1.0
 class PoolsNotReady(DraftlineError):
     """A role of the run would find no worker, no deployment or no free slot; each pool and the way out are named."""
 
-    failure_class: FailureClass = "stalled"
+    failure_class: FailureClass = "infrastructure"
 
 
 def check_pools(spec: RunSpec, *, trained: bool = False, in_turn: bool = True, timeout_s: float = _LOOK_S) -> None:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
 from disagg_core.checks.services import check_channel, check_external_store, check_servers
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftConfig
-from disagg_core.drafts.warm_start import first_config
+from disagg_core.drafts.vocab import VocabMap
+from disagg_core.drafts.warm_start import read_warm_start
 from disagg_core.errors import BadInput, IncompatibleDraft, TargetError, Transient
 from disagg_core.files import write_atomically
 from disagg_core.prompts.checks import PromptFacts, validate_prompts
@@ -25,7 +28,7 @@ from disagg_core.report.archive import archive_base, probe_archive
 from disagg_core.run.devices import check_shared_node
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
-from disagg_core.run.plan import RunPlan, make_plan
+from disagg_core.run.plan import PlannedDraft, RunPlan, make_plan
 from disagg_core.run.warm_start import WarmStart
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.section import is_local
@@ -70,8 +73,6 @@ def check_gpus(spec: RunSpec) -> None:
     Raises:
         BadInput: two would have the same one, or one that is not there.
     """
-    import torch  # 2 s that no other check needs
-
     check_shared_node(spec, torch.cuda.device_count())
 
 
@@ -203,10 +204,18 @@ def draft_configs(plan: RunPlan) -> list[DraftConfig]:
         IncompatibleDraft: a draft to continue from does not fit.
     """
     return [
-        first_config(draft.init_path, draft.section, draft.target, draft.capture, draft.vocabulary.size)
-        for draft in plan.drafts
-        if draft.section.init_from is None or draft.warm_start is not None
+        _draft_config(draft) for draft in plan.drafts if draft.section.init_from is None or draft.warm_start is not None
     ]
+
+
+def _draft_config(draft: PlannedDraft) -> DraftConfig:
+    """Return the config of a fresh draft, or of one that is continued as the trainer will continue it."""
+    section, target, size = draft.section, draft.target, draft.vocabulary.size
+    if draft.init_path is None:
+        return draft.method.config_for(section, target, draft.capture, size)
+    _, config, state = read_warm_start(draft.init_path, section, target, draft.capture)
+    vocab = VocabMap.from_counts(torch.zeros(target.vocab_size), size)  # any of the same size
+    return draft.method.continued(config, state, target, draft.capture, vocab).config
 
 
 def _as_planned(spec: RunSpec, known: RunPlan) -> RunSpec:
