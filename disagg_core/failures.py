@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,8 +147,12 @@ def class_of_foreign(error: BaseException) -> FailureClass:
     text = str(error)
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY & names:
         return "out_of_memory"
+    if _WRONG_ADDRESS & names or isinstance(error, ssl.SSLCertVerificationError):
+        return "bug"
+    if isinstance(error, (socket.gaierror, ssl.SSLError)):  # their numbers are no errno
+        return "infrastructure"
     if isinstance(error, OSError) and error.errno is not None:
-        return _class_of_errno(error.errno) if not isinstance(error, socket.gaierror) else "infrastructure"
+        return _class_of_errno(error.errno)
     if (stated := _OS_ERROR.search(text)) is not None:  # of libraries written in Rust
         return _class_of_errno(int(stated[1]))
     if (status := _status_of(error)) is not None:
@@ -191,7 +196,24 @@ _INFRASTRUCTURE = {
     "http.client.HTTPException",
     "redis.exceptions.ConnectionError",
     "redis.exceptions.TimeoutError",
+    "redis.exceptions.ReadOnlyError",
+    "redis.exceptions.MasterDownError",
+    "redis.exceptions.ClusterDownError",
+    "redis.exceptions.TryAgainError",
+    "redis.exceptions.OutOfMemoryError",
+    "huggingface_hub.errors.LocalEntryNotFoundError",
+    "huggingface_hub.errors.FileMetadataError",
+    "concurrent.futures.process.BrokenProcessPool",
 }
+
+_WRONG_ADDRESS = {
+    "requests.exceptions.MissingSchema",
+    "requests.exceptions.InvalidSchema",
+    "requests.exceptions.InvalidURL",
+    "aiohttp.client_exceptions.InvalidURL",
+    "urllib3.exceptions.LocationValueError",
+}
+"""What HTTP clients say of an address that nobody could reach, though they count it as trouble on the way."""
 
 _MACHINES_ERRNO = {
     errno.EIO,
@@ -215,7 +237,23 @@ _MACHINES_ERRNO = {
     errno.ENETDOWN,
     errno.ENETRESET,
     errno.ENETUNREACH,
+    errno.ENONET,
+    errno.ECOMM,
+    errno.EPROTO,
+    errno.EADDRNOTAVAIL,
+    errno.ENOBUFS,
+    errno.ENOLCK,
+    errno.EKEYEXPIRED,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.ENODATA,
+    errno.ETIME,
+    errno.ENOMEDIUM,
+    errno.EBUSY,
+    errno.ENFILE,
+    errno.EAGAIN,
 }
+"""What a mount, a disk, a network or a whole machine fails with, and no process by its own limits and rights."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -225,9 +263,12 @@ _WORDS: tuple[tuple[FailureClass, re.Pattern[str]], ...] = (
     (
         "infrastructure",
         re.compile(
-            r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket timeout|timed? ?out waiting|"
-            r"nccl|gloo|cuda error|cublas_status|cudnn_status|uncorrectable ecc|unspecified launch failure|"
-            r"failed writing file|no route to host|network is unreachable",
+            r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket (has )?timed? ?out|"
+            r"timed? ?out waiting|waiting for send/recv|no route to host|network is unreachable|"
+            r"nccl|gloo|cuda error|hip error|cublas_status|cudnn_status|uncorrectable ecc|unspecified launch failure|"
+            r"no (cuda|hip) gpus|cuda driver|cuda unknown error|nvml|"
+            r"failed writing file|unexpected pos|iostream error|no space left|quota exceeded|input/output error|"
+            r"stale (nfs )?file handle|read-only file system",
             re.I,
         ),
     ),

@@ -131,9 +131,13 @@ _FAILING_OVER = (
     redis.exceptions.TryAgainError,
 )
 _FAIL_OVER_WORDS = re.compile(
-    r"\b(READONLY|MISCONF|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|LOADING|TRYAGAIN|UNBLOCKED|BUSY)\b"
+    r"\b(READONLY|MISCONF|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|LOADING|TRYAGAIN|UNBLOCKED|BUSY|INPROG|OOM)\b"
+    r"|(?i:connection (timed out|refused|reset)|upstream failure|no upstream host)"
 )
-"""What a server says that will take the same command later; inside the message where it comes out of a script."""
+"""What a server says that will take the same command later; inside the message where it comes out of a script.
+
+The small letters are those of proxies before a server that is away.
+"""
 
 
 def channel_names(address: RedisAddress, *, password: SecretStr | None, ca: Path | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +15,7 @@ import redis
 import requests
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from disagg_core.channel.redis.address import answered
 from disagg_core.errors import (
@@ -58,6 +60,19 @@ def raised(error: BaseException, cause: BaseException) -> BaseException:
         OSError(errno.ETIMEDOUT, "Connection timed out"),
         ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
         socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+        OSError(errno.ENOLCK, "No locks available"),
+        OSError(errno.EUCLEAN, "Structure needs cleaning"),
+        OSError(errno.ENFILE, "Too many open files in system"),
+        OSError(errno.EBUSY, "Device or resource busy"),
+        torch.AcceleratorError("HIP error: an illegal memory access was encountered"),
+        RuntimeError("No CUDA GPUs are available"),
+        RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu."),
+        RuntimeError("unable to write to file </torch_7>: No space left on device (28)"),
+        RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0"),
+        RuntimeError("The client socket has timed out after 60s while trying to connect to (10.0.0.1, 29500)"),
+        LocalEntryNotFoundError("Cannot find the requested files in the disk cache; outgoing traffic is disabled"),
+        redis.exceptions.ReadOnlyError("You can't write against a read only replica."),
         TimeoutError("no answer"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         httpx.ConnectError("refused"),
@@ -92,6 +107,10 @@ def test_what_machines_networks_and_mounts_do_is_infrastructure_and_tried_again(
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "bug"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), "bug"),
         (PermissionError(errno.EACCES, "Permission denied"), "bug"),
+        (OSError(errno.EMFILE, "Too many open files"), "bug"),
+        (requests.exceptions.MissingSchema("No scheme supplied"), "bug"),
+        (aiohttp.InvalidURL("hub:x"), "bug"),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), "bug"),
         (KeyError("x"), "bug"),
         (BadInput("no"), "bad_input"),
         (StoreUnavailable("no"), "store_lost"),
@@ -121,6 +140,13 @@ def test_an_http_answer_is_the_servers_trouble_or_our_mistake(status: int, expec
         redis.ResponseError("NOREPLICAS Not enough good replicas to write."),
         redis.ResponseError("UNBLOCKED force unblock from blocking operation, instance state changed"),
         redis.ResponseError("ERR Error running script (call to f_1): @user_script:4: -READONLY You can't write"),
+        redis.ResponseError("ERR Error running script (call to f_1): @user_script:4: -OOM command not allowed"),
+        redis.exceptions.TryAgainError("Multiple keys request during rehashing of slot"),
+        redis.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL"),
+        redis.ResponseError("ERR upstream failure"),
+        redis.exceptions.MaxConnectionsError("max number of clients reached"),
+        redis.ConnectionError("Connection reset by peer"),
+        redis.TimeoutError("Timeout reading from socket"),
     ],
     ids=lambda error: str(error)[:20],
 )
@@ -133,9 +159,19 @@ def test_a_redis_that_fails_over_is_away_and_not_wrong(error: Exception) -> None
     assert classify(away.value) in RETRIED
 
 
-def test_a_redis_that_cannot_hold_a_channel_is_still_bad_input() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.ResponseError("unknown command 'XADD'"),
+        redis.AuthenticationError("Authentication required."),
+        redis.exceptions.NoPermissionError("this user has no permissions to run the 'xadd' command"),
+        redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_a_redis_that_cannot_hold_a_channel_is_still_bad_input(error: Exception) -> None:
     def command() -> None:
-        raise redis.ResponseError("unknown command 'XADD'")
+        raise error
 
     with pytest.raises(BadInput):
         answered("redis://h:1/0", command)
