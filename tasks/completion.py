@@ -5,6 +5,7 @@ The figures are found out first and judged when the draft is exported and archiv
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 
@@ -217,6 +218,10 @@ class _Rejected(msgspec.Struct):
 
 
 def _rejections(plan: RunPlan, attempt: int) -> list[_Rejected]:
+    """Return what was rejected; lines that cannot be read are passed over, as a restarted producer does."""
     path = plan.dir.attempt(attempt).state / "rejected.jsonl"
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [msgspec.json.decode(line, type=_Rejected) for line in lines if line]
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            found.append(msgspec.json.decode(line, type=_Rejected))
+    return found

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from disagg_core.errors import PromptError
+from disagg_core.errors import PromptError, classify
 from disagg_core.processes.retry import Retry
 from disagg_core.prompts.content import BOM, Content
 from disagg_core.prompts.json_values import decode_json
@@ -117,12 +117,9 @@ def _index(content: Content) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     return starts[numbers], numbers + 1
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """Return what is raised where a dataset cannot be read for the moment."""
-    import aiohttp
-    import httpx
-
-    return OSError, aiohttp.ClientError, httpx.HTTPError
+def _may_pass(error: BaseException) -> bool:
+    """Tell whether a dataset that was read with `error` may be read again a little later."""
+    return isinstance(error, OSError) or classify(error) == "infrastructure"
 
 
 @dataclass(frozen=True)
@@ -205,10 +202,10 @@ class DatasetStream:
         for a moment, which is waited for.
 
         Raises:
-            OSError, aiohttp.ClientError, httpx.HTTPError: it still failed after ten minutes.
+            Exception: of the network or mount, if it still failed after ten minutes; any other at once.
         """
         patiently = Retry(
-            _network_errors(), budget_s=_AWAY_S, every_s=_PAUSE_S, longest_s=_LONGEST_PAUSE_S, what=self.name.name
+            _may_pass, budget_s=_AWAY_S, every_s=_PAUSE_S, longest_s=_LONGEST_PAUSE_S, what=self.name.name
         )
         with self._lock:
             return patiently(self._read, (epoch, seed, skip, shuffle), position)

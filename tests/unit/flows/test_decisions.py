@@ -166,6 +166,15 @@ def test_the_report_lists_why_prompts_were_rejected(plan: RunPlan) -> None:
     assert completion.rejected_reasons == {"too long": 2, "empty": 1}
 
 
+def test_a_torn_line_of_the_rejected_prompts_costs_no_run(plan: RunPlan) -> None:
+    rejections(plan, "rejected", "refused")
+    with (plan.dir.attempt(1).state / "rejected.jsonl").open("ab") as file:
+        file.write(b'{"reason": "to\n\xff\n\n{"reason"')
+    completion = complete(plan, 1, done(**PRODUCED), done(**TRAINED), keys_left=0)
+    assert completion.rejected_reasons == {"why rejected": 1, "why refused": 1}
+    assert completion.refused_reasons == {"why refused": 1}
+
+
 def rejections(plan: RunPlan, *kinds: str) -> None:
     state = plan.dir.attempt(1).state
     state.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import resource
 from pathlib import Path
 
 import aiohttp
+import httpx
 import pytest
+import requests
+import urllib3
+from huggingface_hub.errors import HfHubHTTPError
 from pydantic import ValidationError
 
 from disagg_core.contracts import PromptTask
@@ -530,12 +535,31 @@ def test_a_stream_has_the_rows_it_has_whatever_its_card_says(tmp_path, chatty, m
     assert resumed == {ordinal: whole[ordinal] for ordinal in range(90, 120)}
 
 
-def test_a_network_that_fails_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+def wrapped(error):
+    """An error as a library wraps it."""
+    try:
+        raise RuntimeError("cannot read shard 3") from error
+    except RuntimeError as whole:
+        return whole
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (aiohttp.ClientPayloadError("cut"), ConnectionResetError("reset")),
+        (httpx.ReadTimeout("slow"), requests.exceptions.ChunkedEncodingError("cut")),
+        (urllib3.exceptions.ProtocolError("cut"), http.client.IncompleteRead(b"")),
+        (HfHubHTTPError("gone", response=httpx.Response(503, request=httpx.Request("GET", "http://hub"))), OSError(5)),
+        (wrapped(aiohttp.ServerDisconnectedError()), TimeoutError()),
+    ],
+    ids=["aiohttp", "httpx and requests", "urllib3 and http", "hub and mount", "wrapped"],
+)
+def test_a_network_that_fails_for_a_moment_is_waited_for(tmp_path, monkeypatch, errors):
     write(tmp_path / "train.jsonl", conversations(30))
     stream = DatasetStream(DatasetName.parse(f"hf:{tmp_path}"))
     options = {"seed": 1, "skip": 2, "shuffle": True}
     undisturbed = [stream.read(0, position, **options) for position in range(29)]
-    rows, failures = stream._dataset.skip, iter([aiohttp.ClientPayloadError("cut"), ConnectionResetError("reset")])
+    rows, failures = stream._dataset.skip, iter(errors)
 
     class Cut:
         """The rows, of which the tenth cannot be read at first, and then not even the first."""
