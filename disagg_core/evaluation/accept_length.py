@@ -68,6 +68,37 @@ class AcceptLength:
         return {**asdict(self), "interval": list(self.interval)}
 
 
+@dataclass(frozen=True)
+class PlainDecoding:
+    """What the target says without a draft, and how long it took."""
+
+    generations: list[Generation]
+    seconds: float
+
+
+def decode_plainly(
+    target: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    eos_token_ids: Collection[int] = (),
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> PlainDecoding:
+    """Decode `prompts` greedily without a draft; `target` is in eval mode."""
+    started = time.perf_counter()
+    generations = generate_all(
+        target,
+        None,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return PlainDecoding(generations, time.perf_counter() - started)
+
+
 def measure_accept_length(
     target: nn.Module,
     draft: DraftModel,
@@ -78,11 +109,13 @@ def measure_accept_length(
     eos_token_ids: Collection[int] = (),
     batch_size: int = 16,
     compare_with_plain: bool = True,
+    plain: PlainDecoding | None = None,
     progress: Progress | None = None,
 ) -> AcceptLength:
     """Decode `prompts` greedily with `draft` and, to compare, without; `target` is in eval mode.
 
-    `progress` is called with the number of finished prompts and of all, twice as many when plain decoding is compared.
+    What `plain` has of the same prompts and lengths is not decoded again. `progress` is called with the number of
+    finished prompts and of all, twice as many when they are decoded without the draft too.
 
     Raises:
         BadInput: no prompts, an empty one, fewer than 2 new tokens (the first needs no pass of its own), or more draft
@@ -95,36 +128,40 @@ def measure_accept_length(
             "evaluation: expected at least one prompt and max_new_tokens of at least 2, "
             f"found {len(prompts)} prompts and {max_new_tokens}"
         )
-    total = len(prompts) * (2 if compare_with_plain else 1)
-
-    def generate(with_draft: DraftModel | None, *, finished: int) -> tuple[list[Generation], float]:
-        started = time.perf_counter()
-        generations = generate_all(
+    again = compare_with_plain and plain is None
+    total = len(prompts) * (2 if again else 1)
+    started = time.perf_counter()
+    speculative = generate_all(
+        target,
+        draft,
+        prompts,
+        draft_tokens=draft_tokens,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        batch_size=batch_size,
+        progress=(lambda done, _: progress(done, total)) if progress else None,
+    )
+    seconds = time.perf_counter() - started
+    if again:
+        plain = decode_plainly(
             target,
-            with_draft,
             prompts,
-            draft_tokens=draft_tokens,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
             batch_size=batch_size,
-            progress=(lambda done, _: progress(finished + done, total)) if progress else None,
+            progress=(lambda done, _: progress(len(prompts) + done, total)) if progress else None,
         )
-        return generations, time.perf_counter() - started
-
-    speculative, seconds = generate(draft, finished=0)
     divergences: list[Divergence] = []
-    plain_seconds = None
-    if compare_with_plain:
-        plain, plain_seconds = generate(None, finished=len(prompts))
-        divergences = _divergences(target, prompts, plain, speculative)
+    if plain is not None:
+        divergences = _divergences(target, prompts, plain.generations, speculative)
         for divergence in divergences:
             logger.warning("speculative decoding differs from plain decoding: %s", divergence)
     return summarise(
         [generation.accepted for generation in speculative],
         draft_tokens=draft_tokens,
         seconds=seconds,
-        plain_seconds=plain_seconds,
-        lossless=all(divergence.tie for divergence in divergences) if compare_with_plain else None,
+        plain_seconds=plain.seconds if plain is not None else None,
+        lossless=all(divergence.tie for divergence in divergences) if plain is not None else None,
         divergences=divergences,
     )
 

@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError
-from disagg_core.evaluation.accept_length import AcceptLength, measure_accept_length
+from disagg_core.evaluation.accept_length import AcceptLength, decode_plainly, measure_accept_length
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.files import write_atomically
 from disagg_core.prompts.pinned import PinnedFile
@@ -125,12 +126,19 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     target = load_target(plan.spec.target, plan.target, dtype=dtype)
     progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
+
+    def report(done: int, total: int, name: str) -> None:
+        progress.update(draft=name, done=done, total=total)
+
+    plain = decode_plainly(
+        target,
+        prompts,
+        max_new_tokens=section.max_new_tokens,
+        eos_token_ids=plan.target.eos_token_ids,
+        progress=partial(report, name="none"),
+    )
     results = []
     for name, checkpoint, draft in drafts:
-
-        def report(done: int, total: int, name: str = name) -> None:
-            progress.update(draft=name, done=done, total=total)
-
         result = measure_accept_length(
             target,
             attached(draft, target),
@@ -138,7 +146,8 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
             draft_tokens=section.draft_tokens,
             max_new_tokens=section.max_new_tokens,
             eos_token_ids=plan.target.eos_token_ids,
-            progress=report,
+            plain=plain,
+            progress=partial(report, name=name),
         )
         logger.info("%s: accept length %.3f over %d passes", name, result.accept_length, result.target_passes)
         output = request.outputs.get(name, result_file(plan, name))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from disagg_core.contracts import PromptTask
+from disagg_core.drafts.vocab import version_of
 from disagg_core.engines.contract import Generated
 from disagg_core.errors import BadInput, TargetUnavailable
 from disagg_core.prompts.pinned import PinnedData, PinnedFile
@@ -16,6 +17,7 @@ from disagg_core.prompts.pool import GivenTasks
 from disagg_core.rollout import vocab_counts as module
 from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.run.plan import RunPlan, make_plan
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
 
@@ -144,3 +146,25 @@ def test_nothing_to_count_is_named(tmp_path: Path, prompts: Path) -> None:
             cache=tmp_path / "cache",
             progress=lambda done, total: None,
         )
+
+
+def test_the_tokens_of_several_drafts_are_counted_once(tmp_path: Path, prompts: Path) -> None:
+    plan, seen = a_plan(tmp_path, prompts, "several"), []
+    sections = [{"name": "four", "vocab_size": 4}, {"name": "whole"}, {"name": "two", "vocab_size": 2}]
+    spec = RunSpec.model_validate(plan.spec.model_dump(mode="json") | {"draft": None, "drafts": sections})
+
+    maps = vocab_maps_of(
+        plan.model_copy(update={"spec": spec}),
+        tasks([5, 5, 7, 7, 7], [300, 300, 300, 300, 2]),
+        Untouched(),
+        cache=tmp_path / "cache",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+
+    assert [known.d2t.numel() for known in maps] == [4, 1024, 2]
+    assert maps[0].target_ids.tolist() == [2, 5, 7, 300]
+    assert maps[2].target_ids.tolist() == [7, 300]
+    assert seen == [(2, 2)]
+    assert all((plan.root / f"drafts/{name}/vocab_map.safetensors").is_file() for name in ("four", "whole", "two"))
+    assert version_of(maps[:1]) == maps[0].version
+    assert version_of(maps) != version_of(maps[::-1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disagg_core.errors import SpecError, TargetError
+from disagg_core.errors import BadInput, SpecError, TargetError
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
@@ -66,6 +66,17 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         (MINIMAL | {"channel": {"url": "redis://h/0?channel=x"}}, [], "every attempt gets a channel of its own"),
         (MINIMAL | {"store": {"master_address": "h:1"}}, [], "store: expected no addresses with mode: managed"),
         (MINIMAL | {"draft": {"init_from": "./d", "fc_norm": True}}, [], "no sizes beside init_from.*found fc_norm"),
+        (MINIMAL | {"draft": {}, "drafts": [{}, {}]}, [], "expected draft, or drafts for several, found both"),
+        (MINIMAL | {"drafts": [{}, {}]}, [], "expected a name for each draft, found eagle3 more than once"),
+        (MINIMAL | {"drafts": [{}, {"method": "dflash", "name": "a/b"}]}, [], r"drafts\.1\.name: .*found 'a/b'"),
+        (
+            MINIMAL | {"drafts": [{}, {"method": "dflash", "block": 8}]},
+            [],
+            r"drafts\.1\.block: .*did you mean block_size",
+        ),
+        (MINIMAL | {"drafts": [{}, {"method": "dflash"}]}, ["drafts.dspark.anchors=8"], "one of eagle3, dflash, found"),
+        (MINIMAL | {"drafts": [{}, {"method": "dflash"}]}, ["drafts.dflash=8"], r"expected drafts\.<name>\.key=value"),
+        (MINIMAL | {"drafts": {"method": "dflash"}}, [], "drafts: Input should be a valid tuple"),
         (MINIMAL, ["target.servers=2"], "target: expected backend: sglang.*found servers"),
         (MINIMAL, ["target.backend=sglang", "target.server_urls=[http://h]", "target.servers=2"], "found server_urls"),
     ],
@@ -133,3 +144,69 @@ def plan_with(**changes: dict[str, object]) -> RunPlan:
 def test_numbers_that_cannot_work_together_are_refused(changes: dict, complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         plan_with(**changes)
+
+
+SEVERAL = [
+    {"method": "eagle3"},
+    {"method": "dflash", "mask_token_id": 3, "block_size": 8, "num_layers": 2},
+    {"method": "dflash", "name": "early", "aux_layers": [0, 1], "mask_token_id": 3, "block_size": 8, "num_layers": 2},
+]
+
+
+def demo_with(drafts: list[dict[str, object]], *overrides: str) -> RunPlan:
+    document = yaml.safe_load((RUNS / "demo.yaml").read_text())
+    del document["draft"]
+    for section, key in (("target", "model"), ("data", "prompts"), ("data", "holdout")):
+        document[section][key] = str((RUNS / document[section][key]).resolve())
+    spec = RunSpec.model_validate(document | {"drafts": drafts})
+    return make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2400)
+
+
+def test_a_list_of_one_draft_is_that_draft() -> None:
+    alone = {"method": "dflash", "block_size": 8}
+    assert RunSpec.model_validate(MINIMAL | {"drafts": [alone]}) == RunSpec.model_validate(MINIMAL | {"draft": alone})
+    assert RunSpec.model_validate(MINIMAL) == RunSpec.model_validate(MINIMAL | {"drafts": [{"method": "eagle3"}]})
+
+
+def test_several_drafts_have_names_and_come_back_as_they_were(tmp_path: Path) -> None:
+    document = MINIMAL | {"drafts": [{}, {"method": "dflash", "init_from": "old/export", "learning_rate": 2e-3}]}
+    spec = load_spec(write(tmp_path, document), ["drafts.eagle3.ttt_length=3"])
+
+    assert [draft.label for draft in spec.all_drafts] == ["eagle3", "dflash"]
+    assert spec.all_drafts[0].model_dump()["ttt_length"] == 3
+    assert spec.all_drafts[1].init_from == str(tmp_path / "old/export")
+    assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_what_is_captured_is_what_any_draft_reads() -> None:
+    plan = demo_with(SEVERAL)
+
+    assert [draft.capture.layers for draft in plan.drafts] == [(0, 1, 2), (0, 2), (0, 1)]
+    assert plan.capture.layers == (0, 1, 2)
+    assert plan.capture.last_hidden_state
+    assert [draft.capture.last_hidden_state for draft in plan.drafts] == [True, False, False]
+    assert plan.bytes_per_token == 4 + 1 + 4 * 128 * 4
+    assert plan.identity(1, "v").strategy == "eagle3+dflash+early:dflash"
+
+
+def test_the_files_of_several_drafts_lie_in_folders_of_their_names() -> None:
+    one, several = demo_with(SEVERAL[:1]), demo_with(SEVERAL)
+
+    (alone,) = one.drafts
+    assert (alone.dir.vocab_map, alone.dir.export) == (one.dir.vocab_map, one.dir.export)
+    assert alone.checkpoint_in(one.dir.checkpoints / "step-3") == one.dir.checkpoints / "step-3"
+    assert alone.result_name("after") == "after"
+    early = several.draft("early")
+    assert early.dir.export == several.root / "drafts" / "early" / "export"
+    assert early.checkpoint_in(several.dir.checkpoints / "step-3") == several.dir.checkpoints / "step-3" / "early"
+    assert early.result_name("after") == "early-after"
+    with pytest.raises(BadInput, match=r"one of its drafts \(eagle3, dflash, early\), found None"):
+        several.draft(None)
+
+
+def test_every_draft_that_does_not_fit_the_target_is_named() -> None:
+    small = {"mask_token_id": 3, "block_size": 4}
+    with pytest.raises(BadInput) as complaint:
+        demo_with([{}, {"method": "dflash", **small}, {"method": "dspark", **small}])
+    assert "dflash: evaluation.draft_tokens: expected at most draft.block_size - 1 (3), found 5" in str(complaint.value)
+    assert "dspark: evaluation.draft_tokens: expected at most draft.block_size (4), found 5" in str(complaint.value)

@@ -8,6 +8,7 @@ from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.training import observers
 from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
 from disagg_core.training.progress import TrainingProgress
+from flows.cli.run_view import _training_detail
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +45,26 @@ def test_every_step_is_a_metric_line_and_the_progress_file_holds_the_last(tmp_pa
     both.on_phase("finished", TrainingProgress(step=4, samples=32))
     state = read_progress(tmp_path / "consumer.json")
     assert (state["phase"], state["trained"]) == ("finished", 32)
+
+
+def test_each_of_several_drafts_has_its_own_metrics_and_its_loss_in_the_progress(tmp_path):
+    progress = ProgressFile(tmp_path / "consumer.json", interval_s=0.0)
+    files = {name: tmp_path / name / "train.jsonl" for name in ("eagle3", "dflash")}
+    all_of_them = Observers(
+        ProgressObserver(progress, 10), *(MetricsObserver(path, name) for name, path in files.items())
+    )
+
+    all_of_them.on_step(RECORD | {"draft": "eagle3"})
+    all_of_them.on_step(RECORD | {"draft": "dflash", "loss": 4.5})
+
+    assert [record["loss"] for record in read_metrics(files["eagle3"])] == [2.5]
+    (record,) = read_metrics(files["dflash"])
+    assert record["loss"] == 4.5
+    assert "draft" not in record
+    state = read_progress(tmp_path / "consumer.json")
+    assert (state["loss eagle3"], state["loss dflash"], state["step"]) == (2.5, 4.5, 3)
+    shown = _training_detail("Running", {}, state)
+    assert "loss eagle3 2.500, loss dflash 4.500" in shown
 
 
 def test_progress_is_written_at_most_once_a_second(tmp_path):
