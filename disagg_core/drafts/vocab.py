@@ -36,8 +36,10 @@ class VocabMap:
         return self.d2t + torch.arange(self.d2t.numel())
 
     @classmethod
-    def from_counts(cls, counts: Tensor, draft_vocab_size: int, inputs_version: str = "") -> VocabMap:
-        """Return the map of the `draft_vocab_size` most frequent tokens.
+    def from_counts(
+        cls, counts: Tensor, draft_vocab_size: int, inputs_version: str = "", always: Sequence[int] = ()
+    ) -> VocabMap:
+        """Return the map of the `draft_vocab_size` most frequent tokens, those in `always` before all others.
 
         Equal counts are decided by the smaller id, which also fills up with the smallest unused ids when fewer tokens
         were seen.
@@ -46,6 +48,7 @@ class VocabMap:
             counts: ``[V]`` occurrences of each target token where the loss mask is 1.
             draft_vocab_size: K.
             inputs_version: hash of what was counted.
+            always: ids of tokens that a draft must be able to propose, such as those that end a turn.
 
         Raises:
             BadInput: K is not between 1 and V.
@@ -54,7 +57,9 @@ class VocabMap:
             raise BadInput(
                 f"draft.vocab_size: expected 1 to {counts.numel()} (the target's vocabulary), found {draft_vocab_size}"
             )
-        order = torch.sort(counts.cpu(), descending=True, stable=True).indices
+        ranked = counts.cpu().clone()
+        ranked[list(always)] = ranked.max() + 1
+        order = torch.sort(ranked, descending=True, stable=True).indices
         return cls._of_ids(order[:draft_vocab_size].sort().values, counts.numel(), inputs_version)
 
     @classmethod
@@ -132,7 +137,13 @@ def count_tokens(
 
 
 def derive_vocab_map(
-    path: Path, counts: Callable[[], Tensor], *, vocab_size: int, draft_vocab_size: int, inputs_version: str
+    path: Path,
+    counts: Callable[[], Tensor],
+    *,
+    vocab_size: int,
+    draft_vocab_size: int,
+    inputs_version: str,
+    always: Sequence[int] = (),
 ) -> VocabMap:
     """Return the map at `path` if it was derived from the same inputs, else derive it, write it and return it.
 
@@ -142,6 +153,7 @@ def derive_vocab_map(
         vocab_size: V.
         draft_vocab_size: K.
         inputs_version: hash of everything that `counts` depends on.
+        always: ids of tokens that are in the map however rare they are.
 
     Raises:
         BadInput: the file at `path` is damaged, or K is not between 1 and V.
@@ -153,7 +165,7 @@ def derive_vocab_map(
             return known
     whole = draft_vocab_size == vocab_size
     found = torch.zeros(vocab_size, dtype=torch.int64) if whole else counts()
-    vocab_map = VocabMap.from_counts(found, draft_vocab_size, inputs_version)
+    vocab_map = VocabMap.from_counts(found, draft_vocab_size, inputs_version, always)
     vocab_map.save(path)
     return vocab_map
 

@@ -69,6 +69,7 @@ def _vocab_map_of(draft: PlannedDraft, plan: RunPlan, counting: _Counting, cache
         vocab_size=plan.target.vocab_size,
         draft_vocab_size=size,
         inputs_version=inputs,
+        always=_stops(plan),
     )
     vocab_map.save(draft.dir.vocab_map)
     log.info("vocabulary map %s: %d of %d tokens", vocab_map.version, vocab_map.d2t.numel(), vocab_map.t2d.numel())
@@ -119,6 +120,11 @@ class _Counting:
 def _sampled_prompts(plan: RunPlan) -> int:
     """Return over how many prompts' continuations the drafts' vocabularies are counted."""
     return max(draft.vocabulary.sampled_prompts for draft in plan.drafts)
+
+
+def _stops(plan: RunPlan) -> list[int]:
+    """Return the tokens at which the target stops: a draft without them can never propose the end of a turn."""
+    return [token for token in plan.target.eos_token_ids if 0 <= token < plan.target.vocab_size]
 
 
 def _tasks(pool: PromptPool) -> Iterator[PromptTask]:
@@ -187,6 +193,7 @@ def _inputs_version(plan: RunPlan, draft_vocab_size: int) -> str:
         str(plan.spec.run.seed),
         str(_sampled_prompts(plan)),
         str(draft_vocab_size),
+        str(_stops(plan)),
     )
     content = plan.run_id if plan.data is None else plan.data.model_dump_json()  # not pinned: nobody else's counts
     return hashlib.sha256("\n".join((*parts, content)).encode()).hexdigest()[:16]

@@ -41,6 +41,13 @@ def test_any_counts(counts: list[int], data: st.DataObject) -> None:
     assert vocab_map.t2d.nonzero().flatten().tolist() == expected
 
 
+def test_tokens_that_must_be_proposable_are_kept_however_rare_they_are() -> None:
+    counts = torch.tensor([4, 9, 0, 4, 7, 1])
+    assert VocabMap.from_counts(counts, 3, always=[2, 5]).target_ids.tolist() == [1, 2, 5]
+    assert VocabMap.from_counts(counts, 2, always=[2, 5, 5]).target_ids.tolist() == [2, 5]
+    assert counts.tolist() == [4, 9, 0, 4, 7, 1]
+
+
 def test_the_version_is_the_content() -> None:
     counts = torch.tensor([1, 5, 3, 0])
     assert VocabMap.from_counts(counts, 2, "a").version == VocabMap.from_counts(counts * 2, 2, "b").version
