@@ -36,7 +36,7 @@ from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
 from disagg_core.target.facts import TargetFacts, read_target_facts
-from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
+from disagg_core.target.tokenizer import load_tokenizer, version_in_use
 
 
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
@@ -151,7 +151,7 @@ def _resolved(
     def plan() -> RunPlan:
         version = ""
         if tokenizer is not None:
-            version = tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template))
+            version = version_in_use(tokenizer, spec.data)
         return make_plan(
             _pinned(spec, facts),
             facts,

@@ -82,7 +82,7 @@ def validate_prompts(
         held_out = read_held_out(spec, order, pinned)
         bad = _check_records(spec, order, held_out)
         if tokenizer is not None:
-            encoder = PromptEncoder(spec, tokenizer)
+            encoder = PromptEncoder(spec, tokenizer, facts)
             _probe(spec, order, encoder)
             lines = _evaluated(spec, encoder, held_out)
         rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows

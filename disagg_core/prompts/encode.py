@@ -9,6 +9,7 @@ from disagg_core.drafts.together import untrainable
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.chat import ChatTemplate
 from disagg_core.prompts.loss_mask import MaskRules, conversation_spans, end_tokens_of, mask_of_spans
+from disagg_core.prompts.offsets import OffsetTokenizer
 from disagg_core.prompts.shapes import (
     Conversation,
     PlainText,
@@ -19,6 +20,7 @@ from disagg_core.prompts.shapes import (
     context_length,
 )
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.target.facts import TargetFacts
 from disagg_core.target.tokenizer import template_text
 
 
@@ -31,16 +33,26 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Turns records into token ids and masks by the rules of a run's document. Safe from several threads."""
+    """Turns records into token ids and masks by the rules of a run's document. Safe from several threads.
 
-    def __init__(self, spec: RunSpec, tokenizer: Any) -> None:
+    With the target's `facts` the tokens at which it stops, and how many it has, are known beside the tokenizer's.
+
+    Raises:
+        PromptError: the chat template in force cannot be read, or does not read one of ``data.chat_template_kwargs``.
+    """
+
+    def __init__(self, spec: RunSpec, tokenizer: Any, facts: TargetFacts | None = None) -> None:
         self._data = data = spec.data
         self._drafts = spec.all_drafts
         self.tokenizer = tokenizer
         self._end_tokens = end_tokens_of(tokenizer)
-        self._vocab_size = len(tokenizer)
+        self._target_vocab = None if facts is None else facts.vocab_size
         source = template_text(tokenizer, data.chat_template)
-        self.chat = ChatTemplate(tokenizer, source) if source else None
+        stops = facts.eos_token_ids if facts is not None else ()
+        self.chat = ChatTemplate(tokenizer, source, data.chat_template_kwargs, stops) if source else None
+        if self.chat is None and data.chat_template_kwargs:
+            raise PromptError("data.chat_template_kwargs: expected a chat template, found none; leave them out")
+        self._offsets = OffsetTokenizer(tokenizer)
         self._rules = MaskRules(
             last_only=data.loss_on == "last_assistant",
             thinking=data.train_on_thinking,
@@ -54,12 +66,13 @@ class PromptEncoder:
         sample with its mask.
 
         Raises:
-            PromptRejected: too long, or nothing in it to train on.
+            PromptRejected: too long, nothing in it to train on, or a token that the target does not have.
             PromptError: conversations, and the tokenizer has no chat template.
         """
         if self._data.generate is not None:
             return self._room_to_continue(self.encode_prompt(record))
         encoded = self._whole(record)
+        self._check_ids(encoded.input_ids)
         if len(encoded.input_ids) > self._data.max_tokens:
             encoded = self._truncated(encoded)
         if (reason := untrainable(self._drafts, encoded.loss_mask)) is not None:
@@ -72,15 +85,20 @@ class PromptEncoder:
         Running text without an answer is its own prompt.
 
         Raises:
-            PromptRejected: the template refuses it.
+            PromptRejected: the template refuses it, or the target has no such token.
             PromptError: as for `encode`.
         """
+        ids = self._prompt(record)
+        self._check_ids(ids)
+        return ids
+
+    def _prompt(self, record: Record) -> list[int]:
         match record:
-            case Conversation(messages, tools):
+            case Conversation(messages, tools, _, kwargs):
                 asked = messages[: context_length(messages)]
                 if not asked:
                     raise PromptRejected("there is no message before the assistant's to continue from")
-                return self._ids(self._template().render(asked, tools, generation_prompt=True))
+                return self._ids(self._template().render(asked, tools, generation_prompt=True, kwargs=kwargs))
             case PromptResponse(prompt):
                 if self.chat is None:
                     return self._plain_ids(prompt)
@@ -88,7 +106,6 @@ class PromptEncoder:
             case PlainText(text):
                 return self._plain_ids(text)
             case Tokenized(input_ids, loss_mask):
-                self._check_ids(input_ids)
                 return input_ids[: answer_start(loss_mask)]
 
     def _room_to_continue(self, prompt: list[int]) -> EncodedPrompt:
@@ -122,7 +139,6 @@ class PromptEncoder:
                 ids = self._plain_ids(text)
                 return EncodedPrompt(ids, [1] * len(ids))
             case Tokenized(input_ids, loss_mask):
-                self._check_ids(input_ids)
                 return EncodedPrompt(input_ids, loss_mask)
         raise AssertionError(f"no such record: {record!r}")
 
@@ -133,8 +149,8 @@ class PromptEncoder:
                 f"{type(self.tokenizer).__name__}; give pretokenised input_ids and loss_mask instead"
             )
         text, spans = conversation_spans(chat, record, self._rules, self._end_tokens)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return EncodedPrompt(encoding["input_ids"], mask_of_spans(encoding["offset_mapping"], spans))
+        ids, offsets = self._offsets(text)
+        return EncodedPrompt(ids, mask_of_spans(offsets, spans))
 
     def _pair(self, prompt: str, response: str) -> EncodedPrompt:
         """Return prompt and response as running text, for tokenizers without a chat template."""
@@ -153,9 +169,11 @@ class PromptEncoder:
         return ids
 
     def _check_ids(self, ids: list[int]) -> None:
-        highest = max(ids)
-        if highest >= self._vocab_size:
-            raise PromptRejected(f"token id {highest} is not of the tokenizer, which has {self._vocab_size} tokens")
+        highest, tokens = max(ids, default=0), len(self.tokenizer)
+        if highest >= tokens:
+            raise PromptRejected(f"token id {highest} is not of the tokenizer, which has {tokens} tokens")
+        if self._target_vocab is not None and highest >= self._target_vocab:
+            raise PromptRejected(f"token id {highest} is not of the target, which has {self._target_vocab} tokens")
 
     def _template(self) -> ChatTemplate:
         if self.chat is None:

@@ -1,14 +1,16 @@
 """Which tokens of a conversation are trained on: the assistant's words, as exact character spans of the rendered text.
 
 A span begins where the assistant begins to generate (after the turn's header) and ends with the token that ends its
-turn: what a serving engine would see the target emit. Three ways to find it, the first that applies:
+turn: what a serving engine would see the target emit. That token is trained on however the span was found, also where
+the template writes it behind a generation block, or where it is the first of the next turn's header (GLM stops at the
+user's). Three ways to find a span, the first that applies:
 
 1. the template's ``{% generation %}`` blocks;
 2. by prefix: the text of the messages before the turn, with the opening of an assistant turn, and the text of the
    messages up to the turn are prefixes of the whole text; between them lies the turn;
 3. by a stand-in: where earlier turns are rendered differently once others follow (a thinking template drops old
    thoughts, some templates move the tools), the turn's content is replaced by a marker, and what surrounds the
-   marker is found again around the turn.
+   marker is found again around the turn. The end of a turn that has calls is found before the content that follows it.
 
 A template that allows none of them is refused by name; guessing would train on the user's words.
 """
@@ -25,7 +27,12 @@ from disagg_core.prompts.chat import ChatTemplate, Span
 from disagg_core.prompts.shapes import Conversation, Message
 
 _MARKER = "\u2402stand-in\u2403"
-_THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+_THOUGHT_TAGS = (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+)  # fmt: skip
+_CHANNEL = ("<|channel|>analysis<|message|>", "<|end|>")
+"""A thought whose closing token ends other things, too."""
 _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*(?:</think(?:ing)?>\s*)?$|\[THINK\]\s*$")
 
 
@@ -54,17 +61,21 @@ def conversation_spans(
         PromptRejected: the template refuses the conversation.
     """
     messages = conversation.messages
+    tools, kwargs = conversation.tools, conversation.template_kwargs
     wanted = _wanted_turns(conversation, rules)
     if not wanted:
-        return chat.render(messages, conversation.tools), []
+        return chat.render(messages, tools, kwargs=kwargs), []
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    ends = TurnEnds(chat, end_tokens)
+    spans: list[Span] | None = None
     if chat.marks_generation:
-        text, blocks = chat.render_marked(messages, conversation.tools)
+        text, blocks = chat.render_marked(messages, tools, kwargs=kwargs)
+        blocks = [(start, ends.after_block(text, start, stop)) for start, stop in blocks]
         spans = _blocks_of_turns(blocks, turns, wanted)
     else:
-        text, spans = chat.render(messages, conversation.tools), None
+        text = chat.render(messages, tools, kwargs=kwargs)
     if spans is None:
-        finder = _TurnFinder(chat, conversation, text, tuple(end_tokens))
+        finder = _TurnFinder(chat, conversation, text, ends)
         spans = [finder.span(position) for position in wanted]
     if not rules.thinking:
         spans = [part for span in spans for part in without_thoughts(text, span)]
@@ -95,9 +106,11 @@ def without_thoughts(text: str, span: Span) -> list[Span]:
     """
     start, stop = span
     parts: list[Span] = []
-    for opening, closing in _THOUGHT_TAGS:
+    for opening, closing in (*_THOUGHT_TAGS, _CHANNEL):
         while (end := text.find(closing, start, stop)) >= 0:
             begin = text.find(opening, start, end)
+            if begin < 0 and closing == _CHANNEL[1]:
+                break
             if begin > start:
                 parts.append((start, begin))
             start = end + len(closing)
@@ -107,15 +120,66 @@ def without_thoughts(text: str, span: Span) -> list[Span]:
     return parts
 
 
+class TurnEnds:
+    """Tells where a turn ends from the tokens around: the target's own stops, and any added token of no header."""
+
+    def __init__(self, chat: ChatTemplate, added: Sequence[str]) -> None:
+        self._stops = tuple(chat.stops)
+        self._added = tuple(sorted({*added, *chat.stops}, key=len, reverse=True))
+        self._openings = {token for token in self._added if token in chat.header}
+
+    def at(self, text: str, stop: int) -> int:
+        """Return `stop` without the white space that the template puts after the token that ends the turn.
+
+        Where no token ends it, and the next one is a stop of the target, the turn ends with that.
+        """
+        bare = len(text[:stop].rstrip())
+        if text.endswith(self._stops, 0, bare):
+            return bare
+        if token := self._token_at(text, stop, self._stops):
+            return stop + len(token)
+        return bare if text.endswith(self._added, 0, bare) else stop
+
+    def after_block(self, text: str, start: int, stop: int) -> int:
+        """Return the end of the turn whose generation block is ``text[start:stop]``."""
+        if text.endswith(self._stops, start, len(text[:stop].rstrip())):
+            return stop
+        token = self._token_at(text, stop, self._added)
+        if token and token not in self._openings:
+            return stop + len(token)
+        return self._behind_space(text, stop, self._stops)
+
+    def after_content(self, text: str, stop: int) -> int:
+        """Return the end of the turn whose content ends at `stop`."""
+        return self._behind_space(text, stop, [token for token in self._added if token not in self._openings])
+
+    def last_before(self, text: str, start: int, stop: int, like: str) -> int | None:
+        """Return the end of the last token in ``text[start:stop]`` that also ends the text `like`."""
+        bare = like.rstrip()
+        token = next((token for token in self._added if bare.endswith(token)), None)
+        found = -1 if token is None else text.rfind(token, start, stop)
+        return None if token is None or found < 0 else found + len(token)
+
+    def _behind_space(self, text: str, stop: int, tokens: Sequence[str]) -> int:
+        first = len(text) - len(text[stop:].lstrip())
+        token = self._token_at(text, first, tokens)
+        return first + len(token) if token else stop
+
+    @staticmethod
+    def _token_at(text: str, place: int, tokens: Sequence[str]) -> str:
+        return next((token for token in tokens if text.startswith(token, place)), "")
+
+
 class _TurnFinder:
     """Finds assistant turns of one conversation in its rendered text, without generation blocks."""
 
-    def __init__(self, chat: ChatTemplate, conversation: Conversation, text: str, end_tokens: tuple[str, ...]) -> None:
+    def __init__(self, chat: ChatTemplate, conversation: Conversation, text: str, ends: TurnEnds) -> None:
         self._chat = chat
         self._messages = conversation.messages
         self._tools = conversation.tools
+        self._kwargs = conversation.template_kwargs
         self._text = text
-        self._end_tokens = end_tokens
+        self._ends = ends
 
     def span(self, position: int) -> Span:
         """Return the characters of the assistant message at `position`, the token that ends its turn included."""
@@ -124,6 +188,8 @@ class _TurnFinder:
             marked = self._around_stand_in(position)
             start = marked[0] if start is None and marked else start
             stop = marked[1] if stop is None and marked else stop
+        if start is not None and stop is None:
+            stop = self._stop_by_next(position, start)
         if start is None or stop is None or start > stop:
             raise UnmaskableTemplate(
                 f"the assistant turn at message {position} cannot be found in the text of the chat template: its text "
@@ -136,27 +202,37 @@ class _TurnFinder:
         if position == 0:
             return None
         try:
-            opened = self._chat.render(self._messages[:position], self._tools, generation_prompt=True)
+            opened = self._render(self._messages[:position], generation_prompt=True)
         except PromptRejected:
             return None
-        for before in (opened, _OPEN_THOUGHT.sub("", opened)):
+        for before in (opened, _OPEN_THOUGHT.sub("", opened), opened.rstrip()):
             if self._text.startswith(before):
                 return len(before)
         return None
 
     def _stop_by_prefix(self, position: int) -> int | None:
         if position == len(self._messages) - 1:
-            return self._end_of_turn(0, len(self._text))
+            return self._ends.at(self._text, len(self._text))
         try:
-            upto = self._chat.render(self._messages[: position + 1], self._tools)
+            upto = self._render(self._messages[: position + 1])
         except PromptRejected:
             return None
-        return self._end_of_turn(0, len(upto)) if self._text.startswith(upto) else None
+        return self._ends.at(self._text, len(upto)) if self._text.startswith(upto) else None
 
-    def _end_of_turn(self, start: int, stop: int) -> int:
-        """Return `stop` without the white space that the template puts after the token that ends the turn."""
-        bare = len(self._text[start:stop].rstrip()) + start
-        return bare if self._text[start:bare].endswith(self._end_tokens) else stop
+    def _stop_by_next(self, position: int, start: int) -> int | None:
+        """Return the end of a turn as the last of its kind before the content of the next message."""
+        following = self._messages[position + 1 : position + 2]
+        if not following or not following[0]["content"]:
+            return None
+        replaced = [*self._messages[: position + 1], {**following[0], "content": _MARKER}]
+        try:
+            upto = self._render(self._messages[: position + 1])
+            before, found, _ = self._render([*replaced, *self._messages[position + 2 :]]).partition(_MARKER)
+        except PromptRejected:
+            return None
+        if not (found and self._text.startswith(before)):
+            return None
+        return self._ends.last_before(self._text, start, len(before), upto)
 
     def _around_stand_in(self, position: int) -> Span | None:
         message = self._messages[position]
@@ -164,30 +240,26 @@ class _TurnFinder:
         if not content or message.get("tool_calls"):
             return None
         replaced: list[Message] = list(self._messages)
-        replaced[position] = {**message, "content": _MARKER}
+        thought = content.rfind("</think>") + len("</think>") if "</think>" in content else 0
+        replaced[position] = {**message, "content": content[:thought] + _MARKER}
         try:
-            before, found, after = self._chat.render(replaced, self._tools).partition(_MARKER)
+            before, found, after = self._render(replaced).partition(_MARKER)
         except PromptRejected:
             return None
         if not (found and self._text.startswith(before) and self._text.endswith(after)):
             return None
-        stop = len(self._text) - len(after)
-        return len(before), stop + self._closing_token(after)
+        return len(before), self._ends.after_content(self._text, len(self._text) - len(after))
 
-    def _closing_token(self, after: str) -> int:
-        """Return the length of the token that ends the turn, with white space before it, at the start of `after`."""
-        bare = after.lstrip()
-        for token in sorted(self._end_tokens, key=len, reverse=True):
-            if bare.startswith(token):
-                return len(after) - len(bare) + len(token)
-        return 0
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        return self._chat.render(messages, self._tools, generation_prompt=generation_prompt, kwargs=self._kwargs)
 
 
 def mask_of_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """Return 1 for each token whose first character lies in one of `spans` (ascending, disjoint), 0 for the others.
 
     `offsets` are the character spans of the tokens, ascending. A token that begins before a span and reaches into it
-    stays 0: the target never had to predict it as the assistant. Tokens without characters are 0.
+    stays 0: the target never had to predict it as the assistant. Tokens without characters are 1 between two tokens
+    of the same span.
     """
     mask = [0] * len(offsets)
     position = 0
@@ -196,7 +268,21 @@ def mask_of_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
             position += 1
         if position < len(spans) and first < last and spans[position][0] <= first:
             mask[token] = 1
+    _fill_empty(mask, offsets, spans)
     return mask
+
+
+def _fill_empty(mask: list[int], offsets: Sequence[Span], spans: Sequence[Span]) -> None:
+    """Set the tokens without characters that stand between two tokens of one span."""
+    live = -1  # the last token before that is trained on
+    for token, (first, last) in enumerate(offsets):
+        if first == last:
+            continue
+        if mask[token] and live >= 0 and token - live > 1:
+            gap = offsets[live][0], first
+            inside = any(start <= gap[0] and gap[1] < stop for start, stop in spans)
+            mask[live + 1 : token] = [int(inside)] * (token - live - 1)
+        live = token if mask[token] else -1
 
 
 def end_tokens_of(tokenizer: Any) -> list[str]:

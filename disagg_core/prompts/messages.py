@@ -18,6 +18,7 @@ from disagg_core.prompts.json_values import (
     kind_of,
 )
 from disagg_core.prompts.shapes import Conversation, Message
+from disagg_core.run_spec.data import OF_THE_RENDERING
 
 ROLES = {
     **dict.fromkeys(("system", "context", "instructions"), "system"),
@@ -90,6 +91,8 @@ def parse_kwargs(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(kwargs, Mapping):
         raise RecordError(f"chat_template_kwargs: expected an object, found {kind_of(kwargs)}")
     given = {str(name): value for name, value in kwargs.items() if value is not None}
+    if found := sorted(OF_THE_RENDERING & set(given)):
+        raise RecordError(f"chat_template_kwargs: expected variables of the template's own, found {', '.join(found)}")
     checked_depth(given, "chat_template_kwargs")
     return given or None
 

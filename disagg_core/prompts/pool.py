@@ -27,6 +27,7 @@ from disagg_core.prompts.record_files import RecordFile, open_records
 from disagg_core.prompts.records import parse_record
 from disagg_core.prompts.shapes import Record, prompt_key
 from disagg_core.run_spec.document import DataSection, RunSpec
+from disagg_core.target.facts import TargetFacts
 
 log = logging.getLogger(__name__)
 
@@ -300,9 +301,15 @@ class EncodedPrompts:
         DataChanged: they are not what was `pinned`.
     """
 
-    def __init__(self, spec: RunSpec, tokenizer: Any, pinned: PinnedData | None = None) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        tokenizer: Any,
+        pinned: PinnedData | None = None,
+        facts: TargetFacts | None = None,
+    ) -> None:
         self.order = open_order(spec, pinned)
-        self.encoder = PromptEncoder(spec, tokenizer)
+        self.encoder = PromptEncoder(spec, tokenizer, facts)
         self._data: DataSection = spec.data
         self._bad = BadRecords(spec.data, spec.data.prompts)
         self._seen = 0

@@ -45,7 +45,7 @@ from disagg_core.run.plan import RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile, ProgressValue
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
-from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
+from disagg_core.target.tokenizer import load_tokenizer, version_in_use
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _assemble(
 def _open_prompts(plan: RunPlan, stack: contextlib.ExitStack) -> EncodedPrompts:
     tokenizer = load_tokenizer(plan.spec.target)
     _check_tokenizer(plan, tokenizer)
-    pool = EncodedPrompts(plan.spec, tokenizer, plan.data)
+    pool = EncodedPrompts(plan.spec, tokenizer, plan.data, plan.target)
     stack.callback(pool.close)
     return pool
 
@@ -224,7 +224,7 @@ def _open_source(
 
 
 def _check_tokenizer(plan: RunPlan, tokenizer: Any) -> None:
-    found = tokenizer_version(tokenizer, template_text(tokenizer, plan.spec.data.chat_template))
+    found = version_in_use(tokenizer, plan.spec.data)
     if plan.tokenizer_version and found != plan.tokenizer_version:
         raise IdentityMismatch(
             f"expected tokenizer and chat template {plan.tokenizer_version}, as the plan of {plan.run_id} says, found "

@@ -16,6 +16,7 @@ from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.pool import EncodedPrompts, GivenTasks, PromptPool, RejectedPrompt
 from disagg_core.rollout.leases import Lease, LeaseBook
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.target.facts import TargetFacts
 
 EncodedGroup = dict[int, PromptTask | RejectedPrompt | None]
 """The prompts of one group by ordinal; None where the order has ended."""
@@ -93,14 +94,16 @@ class PromptSource:
         """Prompts of this attempt that were leased or rejected, those of an earlier producer process not counted."""
 
     @classmethod
-    def from_spec(cls, spec: RunSpec, tokenizer: Any, **options: Any) -> PromptSource:
-        """Return the source of a run document; `options` as for the class.
+    def from_spec(
+        cls, spec: RunSpec, tokenizer: Any, *, facts: TargetFacts | None = None, **options: Any
+    ) -> PromptSource:
+        """Return the source of a run document; `facts` are the target's, `options` as for the class.
 
         Raises:
             PromptError: the prompts are missing or empty.
         """
         options.setdefault("max_attempts", spec.rollout.max_prompt_attempts)
-        return cls(EncodedPrompts(spec, tokenizer), **options)
+        return cls(EncodedPrompts(spec, tokenizer, facts=facts), **options)
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[PromptTask], **options: Any) -> PromptSource:

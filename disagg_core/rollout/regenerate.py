@@ -30,7 +30,7 @@ from disagg_core.prompts.record_files import open_records
 from disagg_core.rollout.prompt_source import PromptBatch, PromptSource, Rejection
 from disagg_core.run_spec.document import DataSection, RunSpec
 from disagg_core.target.facts import TargetFacts
-from disagg_core.target.tokenizer import load_tokenizer, template_text, tokenizer_version
+from disagg_core.target.tokenizer import load_tokenizer, version_in_use
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,18 @@ def regenerate(
     if spec.data.generate is None:
         raise BadInput("regenerate needs a data.generate section: how long and how the target continues the prompts")
     tokenizer = load_tokenizer(spec.target)
-    version = tokenizer_version(tokenizer, template_text(tokenizer, spec.data.chat_template))
+    version = version_in_use(tokenizer, spec.data)
     _check_origin(out, _origin(spec, facts, version))
     known = _repair(out)
     rejections: list[Rejection] = []
-    source = PromptSource.from_spec(spec, tokenizer, group=target.batch_size, skip=known, on_reject=rejections.append)
+    source = PromptSource.from_spec(
+        spec,
+        tokenizer,
+        facts=facts,
+        group=target.batch_size,
+        skip=known,
+        on_reject=rejections.append,
+    )
     target.prepare(_identity(spec, facts, version))
     with out.open("ab", buffering=0) as file:
         writer = _ContinuationWriter(

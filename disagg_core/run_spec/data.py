@@ -15,7 +15,7 @@ FieldName = Literal[
     "input_ids", "loss_mask", "tools", "chosen", "role", "content",
 ]  # fmt: skip
 
-_OF_THE_RENDERING = {
+OF_THE_RENDERING = {
     "messages", "conversations", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
     "return_assistant_tokens_mask",
 }  # fmt: skip
@@ -68,7 +68,7 @@ class DataSection(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _leaves_the_rendering_alone(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if found := sorted(_OF_THE_RENDERING & set(given)):
+        if found := sorted(OF_THE_RENDERING & set(given)):
             raise ValueError(f"expected variables of the template's own, found {', '.join(found)}: these are set here")
         return given
 

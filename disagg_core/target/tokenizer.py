@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from disagg_core.errors import PromptError, TargetError
-from disagg_core.run_spec.document import TargetSection
+from disagg_core.run_spec.document import DataSection, TargetSection
 from disagg_core.run_spec.section import is_local
 
 
@@ -36,11 +37,11 @@ def template_text(tokenizer: Any, override: str | None) -> str | None:
     return None if template is None else str(template)
 
 
-def tokenizer_version(tokenizer: Any, template: str | None) -> str:
+def tokenizer_version(tokenizer: Any, template: str | None, kwargs: Mapping[str, Any] | None = None) -> str:
     """Return the fingerprint of a tokenizer and the chat template in force (16 hex digits).
 
-    Covers the vocabulary, the added and special tokens, the way text is split (a fast tokenizer's own document) and
-    the template's source.
+    Covers the vocabulary, the added and special tokens, the way text is split (a fast tokenizer's own document), the
+    template's source and what the run document gives it (`kwargs`).
     """
     digest = hashlib.sha256()
     if tokenizer.is_fast:
@@ -52,7 +53,18 @@ def tokenizer_version(tokenizer: Any, template: str | None) -> str:
         digest.update(msgspec.json.encode(tokenizer.get_vocab(), order="sorted"))
     digest.update(msgspec.json.encode(tokenizer.special_tokens_map, order="sorted", enc_hook=str))
     digest.update((template or "").encode())
+    if kwargs:
+        digest.update(msgspec.json.encode(kwargs, order="sorted"))
     return digest.hexdigest()[:16]
+
+
+def version_in_use(tokenizer: Any, data: DataSection) -> str:
+    """Return the fingerprint of a tokenizer with the chat template, and what it is given, of a run document.
+
+    Raises:
+        PromptError: as for `template_text`.
+    """
+    return tokenizer_version(tokenizer, template_text(tokenizer, data.chat_template), data.chat_template_kwargs)
 
 
 def load_tokenizer(section: TargetSection) -> Any:

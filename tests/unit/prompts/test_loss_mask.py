@@ -204,5 +204,5 @@ def test_a_template_that_cannot_be_masked_is_named(tokenizer):
 
 def test_a_token_that_begins_before_a_span_is_not_trained_on():
     offsets = [(0, 4), (4, 9), (9, 12), (12, 12), (12, 15)]
-    assert mask_of_spans(offsets, [(6, 13)]) == [0, 0, 1, 0, 1]
+    assert mask_of_spans(offsets, [(6, 13)]) == [0, 0, 1, 1, 1]
     assert mask_of_spans(offsets, [(4, 9), (12, 15)]) == [0, 1, 0, 0, 1]

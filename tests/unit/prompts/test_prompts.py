@@ -29,10 +29,13 @@ from disagg_core.prompts.records import parse_record
 from disagg_core.prompts.shapes import Conversation, PlainText, PromptResponse, Tokenized, prompt_key
 from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.target.facts import read_target_facts
 from disagg_core.target.tokenizer import template_text, tokenizer_version
 from tests.unit.prompts import templates
 
 pytestmark = pytest.mark.unit
+
+DEMO_TARGET = Path(__file__).resolve().parents[3] / "infra" / "demo" / "target"
 
 
 @pytest.fixture
@@ -582,3 +585,16 @@ def test_a_network_that_fails_for_a_moment_is_waited_for(tmp_path, monkeypatch, 
     stream.close()
     assert [stream.read(0, position, **options) for position in range(29)] == undisturbed
     assert len(seen) == 3, "it was begun again twice"
+
+
+def test_tokens_that_the_target_does_not_have_are_rejected(tmp_path, chatty):
+    facts = read_target_facts(RunSpec.model_validate(
+        {"target": {"model": str(DEMO_TARGET)}, "data": {"prompts": "p"}}
+    ).target).model_copy(update={"vocab_size": len(chatty) - 1})  # fmt: skip
+    last = {"input_ids": [1, 2, 3, len(chatty) - 1], "loss_mask": [0, 0, 1, 1]}
+    spec = spec_of(write(tmp_path / "p.jsonl", [*conversations(8), last]), evaluation={"prompts": 0})
+    pool = EncodedPrompts(spec, chatty, facts=facts)
+    outcomes = [pool.task(ordinal) for ordinal in range(9)]
+    assert sum(isinstance(outcome, PromptTask) for outcome in outcomes) == 8
+    [rejected] = [outcome for outcome in outcomes if not isinstance(outcome, PromptTask)]
+    assert rejected.reason == f"token id {len(chatty) - 1} is not of the target, which has {len(chatty) - 1} tokens"
