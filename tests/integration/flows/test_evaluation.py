@@ -210,6 +210,26 @@ def test_the_evaluation_of_a_good_draft_reaches_the_archive(
     assert_archived(report, ["evaluation/before.json", "evaluation/after.json"])
 
 
+def test_a_run_that_fails_before_its_end_is_archived_too(
+    spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def does_not_add_up(*_: object, **__: object) -> None:
+        raise AccountingError("3 samples are unaccounted for; see redis://:hunter2@host")
+
+    monkeypatch.setattr(parent, "verify_completion", does_not_add_up)
+    with pytest.raises(AccountingError, match="3 samples are unaccounted for"):
+        asyncio.run(parent.online_disagg_training(spec))
+    report = report_in(tmp_path)
+    assert report.state == "failed"
+    assert report.export is None
+    assert report.archive is not None
+    assert verify_archive(report.archive.url) > 3
+    archive = Path(report.archive.url)
+    assert json.loads((archive / MANIFEST).read_text())["about"]["complete"] is False
+    assert "unaccounted for; see redis://:***@host" in (archive / "report.json").read_text()
+    assert json.loads((archive / "environment.json").read_text())["packages"]["prefect"]
+
+
 def test_another_try_only_evaluates_and_reports_the_whole_run(
     spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
