@@ -69,6 +69,42 @@ class DraftFigures(_Part):
     evaluation: EvaluationFigures | None = None
 
 
+class Criterion(_Part):
+    """One bound of the gate, what was found, and whether it is kept; `suite` is None for all prompts together."""
+
+    name: Literal["lossless", "min_accept_length", "min_gain", "max_regression"]
+    suite: str | None
+    bound: float
+    estimate: float
+    interval: tuple[float, float] | None
+    verdict: Literal["kept", "uncertain", "missed"]
+
+
+class SuiteFigures(_Part):
+    """Accept lengths of candidate and incumbent on the same prompts; `gain` is a part of the incumbent's."""
+
+    suite: str
+    prompts: int
+    candidate: float
+    candidate_interval: tuple[float, float]
+    incumbent: float | None
+    gain: float | None
+    gain_interval: tuple[float, float] | None
+
+
+class GateFigures(_Part):
+    """What the gate decided about a draft, and why; `suites` has all prompts together first, as ``all``."""
+
+    decision: Literal["promoted", "rejected", "needs_approval"]
+    reasons: list[str]
+    criteria: list[Criterion]
+    suites: list[SuiteFigures]
+    candidate: str
+    incumbent: str | None
+    confidence: float
+    seed: int
+
+
 class RoleFigures(_Part):
     """The flow run in which a role ended the run; `restarts` are those of all attempts."""
 
@@ -138,6 +174,7 @@ class RunReport(_Part):
     training: TrainingFigures | None
     evaluation: EvaluationFigures | None
     drafts: list[DraftFigures] = []
+    gate: GateFigures | None = None
     roles: dict[Literal["producer", "consumer"], RoleFigures]
     archive: ArchiveFigures | None
     attempts: list[AttemptFigures]

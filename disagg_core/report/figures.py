@@ -31,7 +31,7 @@ class Figure:
 
 def figures_of(report: RunReport) -> list[Figure]:
     """Return the figures of a run in the order in which they are shown."""
-    parts = (_progress, _accounting, _training, _evaluation, _drafts, _end, _places)
+    parts = (_progress, _accounting, _training, _evaluation, _drafts, _gate, _end, _places)
     return [figure for part in parts for figure in part(report)]
 
 
@@ -110,6 +110,16 @@ def _drafts(report: RunReport) -> Iterator[Figure]:
         yield Figure(f"draft {draft.name}", said, "strong", brief=brief if lengths else {})
         if draft.evaluation is not None and not draft.evaluation.lossless:
             yield Figure("lossless", f"no, {draft.name} changes the output", "alarm")
+
+
+def _gate(report: RunReport) -> Iterator[Figure]:
+    g = report.gate
+    if g is None:
+        return
+    against = f"{g.candidate} against {g.incumbent}" if g.incumbent else f"{g.candidate}, without a champion"
+    yield Figure("gate", f"{g.decision.replace('_', ' ')}: {against}", "strong")
+    for reason in g.reasons:
+        yield Figure("because", reason)
 
 
 def _end(report: RunReport) -> Iterator[Figure]:

@@ -170,6 +170,26 @@ class EvaluationSection(Section):
         return self.at_end and self.prompts > 0
 
 
+class GateSection(Section):
+    """When a draft may take the champion's place. Each bound is compared with an estimate and its interval.
+
+    A bound that the whole interval keeps is kept; one that the estimate misses is missed; between the two it is
+    uncertain. Gains and regressions are parts of the champion's accept length, prompt by prompt.
+    """
+
+    min_accept_length: float | None = Field(None, ge=1, description="Accept length that a draft needs.")
+    min_gain: float | None = Field(0.0, description="Gain over the champion that it needs; 0.02 is 2 %.")
+    max_regression: float | None = Field(
+        0.05, ge=0, description="Loss against the champion that no suite may have; 0.05 is 5 %."
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the intervals.")
+    suites: tuple[str, ...] = Field((), description="Suites of prompts that count; default: all that were measured.")
+    approval: Literal["never", "uncertain", "always"] = Field(
+        "uncertain",
+        description="When a person decides: never (uncertain is rejected), in doubt, or on every promotion.",
+    )
+
+
 class RetentionSection(Section):
     """Which archives stay: those that are young or among the newest of their run's name, and those of kept drafts."""
 
@@ -258,6 +278,7 @@ class RunSpec(Section):
     channel: ChannelSection = Field(default_factory=ChannelSection, description="The reference channel.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="The consumer.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
+    gate: GateSection = Field(default_factory=GateSection, description="When a draft is promoted.")
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
     registry: RegistrySection = Field(default_factory=RegistrySection, description="Versions of the draft.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
