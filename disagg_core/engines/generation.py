@@ -67,7 +67,9 @@ def continue_tasks(
     """
     rooms = [sampling.room(task) for task in tasks]
     draws = _draws(tasks, rooms, sampling) if sampling.temperature > 0 else None
-    with torch.inference_mode():
+    from disagg_core.engines.decoding import attention_by_groups
+
+    with torch.inference_mode(), attention_by_groups(model):
         prompts = [task.input_ids for task in tasks]
         return _decode(model, prompts, rooms, draws, sampling, eos_token_ids, device, on_step)
 
@@ -91,12 +93,12 @@ def _decode(
     device: torch.device,
     on_step: Callable[[], None],
 ) -> list[list[int]]:
-    from transformers import DynamicCache
+    from disagg_core.engines.decoding import cache_for
 
     ids, mask = _pad_left(prompts, max(rooms), device)  # [rows, prompt], [rows, prompt + longest room]
     width = ids.shape[1]
     positions = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
+    cache = cache_for(model.config, max(rooms))
     alive = list(range(len(prompts)))
     kept = list(alive)  # the rows that are in the batch, finished or not
     tokens: list[list[int]] = [[] for _ in prompts]

@@ -47,6 +47,7 @@ def load_target(
     except (OSError, ValueError) as error:
         raise TargetError(f"target.model: cannot load {section.model!r}: {str(error).splitlines()[0]}") from error
     placed: nn.Module = model if placement == "spread" else model.to(placement)
+    _let_the_head_take_slices(model)
     return placed.eval().requires_grad_(False)
 
 
@@ -71,6 +72,16 @@ def model_class(config: Any) -> Any:
         f"target.model: expected a language model of transformers, found {config.model_type}, for which the installed "
         "release has no class with an LM head"
     )
+
+
+def _let_the_head_take_slices(model: Any) -> None:
+    """Have the head copy its input where that has gaps: the last position of each row of a batch of prompts.
+
+    torch multiplies such a slice with a frozen weight row by row, each with a copy of the weight: 3.6 GB for 64 rows
+    and a head of 49,152 x 576 in bf16.
+    """
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(), *arguments[1:]))
 
 
 def _placement(section: TargetSection, facts: TargetFacts, dtype: torch.dtype) -> str:
