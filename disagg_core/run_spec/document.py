@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from disagg_core.run_spec.data import DataSection as DataSection
 from disagg_core.run_spec.data import GenerateSection as GenerateSection
 from disagg_core.run_spec.draft import DraftSection, draft_field
+from disagg_core.run_spec.recurring import RecurringSection
 from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RegistryName, RunName, SecretFreeUrl, Section
 
 Devices = tuple[Annotated[int, Field(ge=0)], ...]
@@ -281,6 +282,7 @@ class RunSpec(Section):
     gate: GateSection = Field(default_factory=GateSection, description="When a draft is promoted.")
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
     registry: RegistrySection = Field(default_factory=RegistrySection, description="Versions of the draft.")
+    recurring: RecurringSection | None = Field(None, description="Go on from the champion on what is new; default: no.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
 
     @model_validator(mode="before")
@@ -293,6 +295,12 @@ class RunSpec(Section):
         names = [draft.label for draft in self.all_drafts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"drafts: expected a name for each draft, found {', '.join(twice)} more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _nights_fit(self) -> RunSpec:
+        if self.recurring is not None:
+            _check_nights(self)
         return self
 
     @model_validator(mode="after")
@@ -335,6 +343,21 @@ def _with_drafts(document: dict[str, Any]) -> dict[str, Any]:
     if draft is not None or (drafts and not alone):
         return document
     return {**document, "draft": drafts[0] if drafts else {}, "drafts": ()}
+
+
+def _check_nights(spec: RunSpec) -> None:
+    """Check what is the same in every night of recurring training.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if len(spec.all_drafts) > 1:
+        raise ValueError("recurring: expected one draft, which the registry's champion is, found several")
+    if spec.evaluation.measured and spec.data.holdout is None:
+        raise ValueError(
+            "recurring: expected data.holdout, a file of held-out prompts: what one night would keep out of its own "
+            "prompts, another one has trained on"
+        )
 
 
 def _check_devices(spec: RunSpec) -> None:

@@ -12,7 +12,7 @@ from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from disagg_core.run_spec.section import Layers, Section
 
@@ -49,11 +49,27 @@ class DraftSection(Section):
         """What the draft is called."""
         return self.name or self.method
 
-    def given_beside_init_from(self, sizes: Iterable[str]) -> list[str]:
-        """Return which of the options `sizes` have another value than by default although `init_from` is given."""
+    @classmethod
+    def own_options(cls) -> frozenset[str]:
+        """Return the options that say how a fresh draft is built; one that is continued has its own."""
+        return frozenset()
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Return which of the options `names` have another value than by default."""
         fields = type(self).model_fields
-        given = [name for name in sizes if getattr(self, name) != fields[name].default]
-        return sorted(given) if self.init_from is not None else []
+        return sorted(name for name in names if getattr(self, name) != fields[name].default)
+
+    @model_validator(mode="after")
+    def _sizes_come_with_init_from(self) -> DraftSection:
+        if self.init_from is not None and (found := self.given(self.own_options())):
+            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
+        return self
+
+    def continuing(self, draft: str) -> DraftSection:
+        """Return the section of a run that continues `draft`, with its sizes and vocabulary, as this one says."""
+        own = self.own_options() | ({"vocab_size"} & type(self).model_fields.keys())
+        kept = {name: value for name, value in self.model_dump().items() if name not in own}
+        return type(self).model_validate({**kept, "init_from": draft})
 
 
 class ReducedVocabulary(Section):

@@ -89,15 +89,10 @@ class BlockShapeSection(OwnRope, DraftSection):
             raise ValueError("sliding_window takes effect beside sliding layer_types only, all layers are full")
         return self
 
-    @model_validator(mode="after")
-    def _sizes_come_with_init_from(self) -> BlockShapeSection:
-        if found := self.given_beside_init_from(SIZES):
-            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
-        return self
-
-
-SIZES = frozenset(BlockShapeSection.model_fields) - frozenset(DraftSection.model_fields) - {"anchors", "noise"}
-"""Options that say how a fresh draft is built."""
+    @classmethod
+    def own_options(cls) -> frozenset[str]:
+        """Return the options that say how a fresh draft is built."""
+        return frozenset(BlockShapeSection.model_fields) - frozenset(DraftSection.model_fields) - {"anchors", "noise"}
 
 
 class BlockDraftSection(BlockShapeSection):

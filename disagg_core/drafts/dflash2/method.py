@@ -48,7 +48,7 @@ class DFlash2(DFlash):
         assert isinstance(options, DFlash2Section)
         assert isinstance(config, DFlashConfig)
         if isinstance(config, DFlash2Config):
-            given = options.given_beside_init_from(DFlash2Config.own_keys)
+            given = options.given(DFlash2Config.own_keys)
             if found := [name for name in given if getattr(options, name) != getattr(config, name)]:
                 raise IncompatibleDraft(f"draft.init_from: the draft has its own {', '.join(found)}; leave them out")
             return config, dict(state)

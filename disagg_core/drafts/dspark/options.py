@@ -58,10 +58,13 @@ class DSparkSection(BlockShapeSection):
     )
     loss: DSparkLossSection = Field(default_factory=DSparkLossSection, description="Loss options.")
 
+    @classmethod
+    def own_options(cls) -> frozenset[str]:
+        """Return the options that say how a fresh draft is built."""
+        return super().own_options() | frozenset(HEAD_OPTIONS)
+
     @model_validator(mode="after")
     def _heads_fit(self) -> DSparkSection:
-        if found := self.given_beside_init_from(HEAD_OPTIONS):
-            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         if self.enable_confidence_head and self.loss.confidence == 0:
             raise ValueError(
                 "loss.confidence: expected more than 0 beside a confidence head, which would stay untrained; "

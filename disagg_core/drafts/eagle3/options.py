@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from disagg_core.run_spec.draft import DraftSection, OwnRope, ReducedVocabulary
 from disagg_core.run_spec.section import Section
@@ -38,8 +38,7 @@ class Eagle3Section(ReducedVocabulary, OwnRope, DraftSection):
     fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
     loss: LossSection = Field(default_factory=LossSection, description="Loss options.")
 
-    @model_validator(mode="after")
-    def _sizes_come_with_init_from(self) -> Eagle3Section:
-        if found := self.given_beside_init_from(_SIZES):
-            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
-        return self
+    @classmethod
+    def own_options(cls) -> frozenset[str]:
+        """Return the options that say how a fresh draft is built."""
+        return frozenset(_SIZES)

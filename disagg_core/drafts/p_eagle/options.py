@@ -39,10 +39,13 @@ class PEagleSection(ReducedVocabulary, OwnRope, DraftSection):
     )
     least_retention: float = Field(0.2, ge=0, le=1, description="Share of the positions at every depth at least.")
 
+    @classmethod
+    def own_options(cls) -> frozenset[str]:
+        """Return the options that say how a fresh draft is built."""
+        return frozenset(_SIZES)
+
     @model_validator(mode="after")
     def _options_fit(self) -> PEagleSection:
         if self.sliding_window is not None and self.sliding_window <= self.depths:
             raise ValueError(f"sliding_window: expected more than depths ({self.depths}), found {self.sliding_window}")
-        if found := self.given_beside_init_from(_SIZES):
-            raise ValueError(f"expected no sizes beside init_from, whose draft has its own, found {', '.join(found)}")
         return self
