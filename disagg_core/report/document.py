@@ -153,7 +153,9 @@ EndState = Literal["completed", "failed", "cancelled", "crashed"]
 """How a run ended. `crashed`: its process was killed, or it lost its Prefect server."""
 
 
-HOW_TO_RESUME = "Retry on its page in the Prefect UI resumes from its newest checkpoint"
+HOW_TO_RESUME = (
+    "Retry on its page in the Prefect UI, or `prefect flow-run retry {flow_run_id}`, resumes from its newest checkpoint"
+)
 REST = "the training is complete: Retry on its page in the Prefect UI does what is left, archive and evaluation; "
 MEASURE = "draftline evaluate {run_id} measures the draft here, or with --server on an SGLang server"
 
@@ -200,7 +202,7 @@ class RunReport(_Part):
     def way_on(self) -> str | None:
         """How a run goes on that was cut off from outside, or whose training is complete and its draft not measured."""
         if self.state in ("cancelled", "crashed"):
-            return HOW_TO_RESUME
+            return HOW_TO_RESUME.format(flow_run_id=self.flow_run_id)
         if self.state != "failed" or self.failure is None or self.accounting is None or self.measured:
             return None
         return ("" if self.failure.judged else REST) + MEASURE.format(run_id=self.run_id)
