@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.kit import ChaosRun
 from tests.chaos.platform import ChaosPlatform, platform_in
-from tests.chaos.record import Record, write_document, write_record
+from tests.chaos.record import Record, write_record
 
 Start = Callable[..., ChaosRun]
 
@@ -51,8 +51,3 @@ def start(request: pytest.FixtureRequest, keep: Callable[[Record], None]) -> Sta
         return run
 
     return begin
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Put the records together."""
-    write_document()

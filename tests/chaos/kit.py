@@ -42,6 +42,8 @@ END_S = 600.0
 """From the disturbance to the end of a run."""
 DETECTION_S = 300.0
 POLL_S = 0.05
+GONE_S = 60.0
+"""The process of a flow run ends after the server has heard how; on a busy machine many seconds after."""
 CANCELLED_S = 60.0
 """From the wish to cancel a run until it is cancelled and nothing of it is left."""
 
@@ -165,6 +167,11 @@ class ChaosRun:
         self._disturbed_at = time.time()
         act()
 
+    def wait_out(self, seconds: float) -> None:
+        """Let so many seconds pass since the disturbance began: it is to last so long."""
+        assert self._disturbed_at is not None
+        time.sleep(max(0.0, self._disturbed_at + seconds - time.time()))
+
     def detects(self, condition: Callable[[], Any], sign: str) -> Any:
         """Wait for a sign that the product took note, and keep how long that took."""
         found = self.await_(condition, f"a sign of detection ({sign})", DETECTION_S, ended_too=True)
@@ -179,9 +186,18 @@ class ChaosRun:
             f"the {role}'s flow run ended",
         )
 
-    def detects_in_log(self, words: str, *names: str) -> None:
-        """Wait until a log of the run's roles has these words."""
-        self.detects(lambda: any(words in self.log(name) for name in names), f'"{words}" in the log')
+    def detects_in_log(self, *words: str) -> None:
+        """Wait until a log of the run's roles has some of these words."""
+
+        def said() -> str | None:
+            logs = self.log("producer") + self.log("consumer")
+            return next((text for text in words if text in logs), None)
+
+        self.detects(said, "a role's log says so")
+
+    def detects_that_the_channel_is_away(self) -> None:
+        """Wait until a role has missed a heartbeat, or an operation."""
+        self.detects_in_log("did not get through", "the channel is away")
 
     def log(self, name: str) -> str:
         """Return what the process `name` has logged in all attempts."""
@@ -230,13 +246,14 @@ class ChaosRun:
         assert found == list(attempts), self._told(f"expected attempts {list(attempts)}")
         assert _restarts(report) == restarts, self._told(f"expected {restarts} restarts")
         self._check_samples(report)
+        wait_until(lambda: not self.left(), timeout_s=GONE_S, every_s=0.5)
         left = self.left()
-        assert left == [], self._told("something is left")
+        assert left == [], self._told(f"left: {left}")
         self._write(self._record(report, found, left))
         return report
 
     def left(self) -> list[str]:
-        """Return what the run has left behind: kind and name of each."""
+        """Return what is there of the run now: kind and name of each."""
         left = [f"{kind}: {item}" for kind, items in self.footprint.left().items() for item in items]
         return left + [f"slot: {name}" for name in self.platform.taken_slots()]
 

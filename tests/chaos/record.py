@@ -46,16 +46,16 @@ class Record(BaseModel):
 
 
 def write_record(record: Record, name: str) -> None:
-    """Keep a record beside those of the other scenarios, in place of an older one of its own."""
+    """Keep a record in place of an older one of its scenario, and write docs/reliability.md from all that there are."""
     RECORDS.mkdir(parents=True, exist_ok=True)
     (RECORDS / f"{name}.json").write_text(record.model_dump_json(indent=2) + "\n")
+    DOCUMENT.write_text(as_markdown(read_records()))
 
 
-def write_document() -> None:
-    """Write docs/reliability.md from the records that there are."""
-    records = [Record.model_validate_json(path.read_bytes()) for path in sorted(RECORDS.glob("*.json"))]
-    records.sort(key=lambda record: (record.group, record.place))
-    DOCUMENT.write_text(as_markdown(records))
+def read_records() -> list[Record]:
+    """Return the records that there are, in the order of their scenarios."""
+    records = (Record.model_validate_json(path.read_bytes()) for path in RECORDS.glob("*.json"))
+    return sorted(records, key=lambda record: (record.group, record.place, record.title))
 
 
 def as_markdown(records: Iterable[Record]) -> str:

@@ -68,5 +68,5 @@ def test_a_server_of_the_target_is_killed(start: Start) -> None:
     run.train_until(step=6, within_s=600)
     server = run.process("server")
     run.disturb(server.kill)
-    run.detects_in_log("killed by SIGKILL", "producer")
+    run.detects_in_log("killed by SIGKILL")
     run.completes(within_s=900)

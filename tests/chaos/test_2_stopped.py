@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -18,12 +16,11 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 STOPPED_S = 30.0
 
 
-def stop_for(seconds: float, find: Callable[[], psutil.Process]) -> None:
-    """Stop a process (SIGSTOP) and let it go on."""
-    process = find()
-    process.suspend()
+def stopped(run: ChaosRun, process: psutil.Process, seconds: float = STOPPED_S) -> None:
+    """Stop a process (SIGSTOP) in mid-training and let it go on."""
+    run.disturb(process.suspend)
     try:
-        time.sleep(seconds)
+        run.wait_out(seconds)
     finally:
         with suppress(psutil.NoSuchProcess):
             process.resume()
@@ -34,14 +31,14 @@ def test_a_role_is_stopped(start: Start, role: str) -> None:
     named = {"consumer": "trainer", "owner": "store's owner", "master": "store's master"}.get(role, role)
     run = start(f"SIGSTOP of the {named} for 30 s")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(STOPPED_S, lambda: run.process(role)))
+    stopped(run, run.process(role))
     run.completes()
 
 
 def test_a_rank_of_two_is_stopped(start: Start) -> None:
     run = start("SIGSTOP of rank 1 of two for 30 s", "training.processes=2", "training.accumulation_steps=1")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(STOPPED_S, lambda: run.process("consumer", rank=1)))
+    stopped(run, run.process("consumer", rank=1))
     run.completes()
 
 
@@ -49,21 +46,21 @@ def test_a_rank_of_two_is_stopped(start: Start) -> None:
 def test_the_flow_run_of_a_role_is_stopped(start: Start, role: str) -> None:
     run = start(f"SIGSTOP of the {role}'s flow run for 30 s")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(STOPPED_S, lambda: run.watcher(role)))
+    stopped(run, run.watcher(role))
     run.completes()
 
 
 def test_the_parent_is_stopped(start: Start) -> None:
     run = start("SIGSTOP of the parent for 30 s")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(STOPPED_S, run.parent))
+    stopped(run, run.parent())
     run.completes()
 
 
 def test_the_worker_of_the_pools_is_stopped(start: Start, shared: ChaosPlatform) -> None:
     run = start("SIGSTOP of the pools' worker for 30 s")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(STOPPED_S, shared.workers))
+    stopped(run, shared.workers())
     run.completes()
 
 
@@ -71,5 +68,5 @@ def test_the_worker_of_the_pools_is_stopped(start: Start, shared: ChaosPlatform)
 def test_the_prefect_server_is_stopped(start: Start, shared: ChaosPlatform, seconds: int) -> None:
     run: ChaosRun = start(f"SIGSTOP of the Prefect server for {seconds} s")
     run.train_until(step=6)
-    run.disturb(lambda: stop_for(seconds, shared.server))
+    stopped(run, shared.server(), seconds)
     run.completes()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,9 +41,9 @@ def test_the_channel_is_not_there(start: Start) -> None:
     run.train_until(step=6)
     aside = channel_of(run).with_name("aside")
     run.disturb(lambda: channel_of(run).rename(aside))
-    time.sleep(AWAY_S)
+    run.detects_that_the_channel_is_away()
+    run.wait_out(AWAY_S)
     aside.rename(channel_of(run))
-    run.detects_in_log("the channel is away", "consumer", "producer")
     run.completes()
 
 
@@ -52,12 +51,10 @@ def test_the_channel_is_hidden_by_another_mount(start: Start) -> None:
     run = start("channel directory empty for 20 s, as when its mount is lost")
     run.train_until(step=6)
 
-    def hidden() -> None:
-        with mounted(channel_of(run)):
-            time.sleep(AWAY_S)
-
-    run.disturb(hidden)
-    run.detects_in_log("the channel is away", "consumer", "producer")
+    with ExitStack() as mounts:
+        run.disturb(lambda: mounts.enter_context(mounted(channel_of(run))))
+        run.detects_that_the_channel_is_away()
+        run.wait_out(AWAY_S)
     run.completes()
 
 
