@@ -260,6 +260,8 @@ class ServerPool:
 
         wait_until(decided, timeout_s=self._start_timeout_s, every_s=_POLL_S, sleep=self._stop.wait)
         if healthy:
+            if member.managed is not None:
+                member.managed.became_healthy()
             return self._checked(member)
         if (ended := _exit_reason(member)) is not None:
             return f"did not start: {ended}"

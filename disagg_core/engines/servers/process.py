@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from disagg_core.processes.shared_memory import SharedMemory
 from disagg_core.processes.shutdown import SERVER_S
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 
@@ -59,6 +60,7 @@ class ManagedServer:
         self.name = f"{launch.engine}-{index}"
         self.log = log_dir / f"{self.name}.log"
         self.port = 0
+        self._memory = SharedMemory(log_dir / f"{self.name}.shared-memory")
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -81,10 +83,17 @@ class ManagedServer:
         with self._lock:
             if self._closed:
                 return
+            self._memory.free()  # of a server that died, or was killed together with an earlier process of ours
             self.port = free_port(self._launch.host)
             command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.gpus)
             logger.info("starting %s: %s", self.name, " ".join(command))
             self._process = spawn(command, self.log, environment=environment, death_signal=signal.SIGKILL)
+
+    def became_healthy(self) -> None:
+        """Take note of what the server holds and would leave behind if it was killed."""
+        with self._lock:
+            if self._process is not None:
+                self._memory.note(self._process)
 
     def exit_reason(self) -> str | None:
         """Return how the server ended, with the end of its log; None while it runs."""
@@ -101,7 +110,9 @@ class ManagedServer:
         with self._lock:
             if self._process is not None:
                 first = signal.SIGKILL if at_once else signal.SIGTERM
+                self._memory.note(self._process)
                 stop_tree(self._process, grace_s=SERVER_S, first=first)
+                self._memory.free()
                 self._process = None
 
     def close(self) -> None:

@@ -214,3 +214,46 @@ def test_every_server_gets_a_port_for_nccl_that_is_not_its_own(section: TargetSe
     first, second = (launch(section, facts).command(port=30000, base_gpu=gpu) for gpu in (0, 1))
     ports = {value(first, "--nccl-port"), value(second, "--nccl-port"), "30000"}
     assert len(ports) == 3
+
+
+class Holding(ServerLaunch):
+    """Launches a process with a child that has mapped a file in shared memory."""
+
+    def command(self, *, port: int, base_gpu: int) -> list[str]:
+        return [sys.executable, "-c", HOLD, f"/dev/shm/sgl_shm_test_{port}_{os.getpid()}"]
+
+
+HOLD = """
+import mmap, os, sys
+os.fork()
+with open(sys.argv[1], "a+b") as file:
+    file.truncate(4096)
+    held = mmap.mmap(file.fileno(), 4096)
+import signal
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed", "killed with its producer"])
+def test_a_server_leaves_no_shared_memory_behind(
+    end: str, section: TargetSection, facts: TargetFacts, tmp_path: Path
+) -> None:
+    launch = Holding(Path(sys.executable), section, facts, CAPTURE, longest=32, cpu=True, host="127.0.0.1")
+    server = ManagedServer(launch, index=0, log_dir=tmp_path)
+    server.start()
+    held = Path(f"/dev/shm/sgl_shm_test_{server.port}_{os.getpid()}")
+    await_true(held.is_file, "the server holds shared memory")
+    await_true(lambda: len(list(tmp_path.glob("*.shared-memory"))) or server.became_healthy(), "which was noted")
+    if end != "stopped":
+        assert server.pid is not None
+        os.killpg(server.pid, signal.SIGKILL)
+        await_true(lambda: server.exit_reason() is not None, "it is dead")
+    if end == "killed with its producer":
+        server = ManagedServer(launch, index=0, log_dir=tmp_path)
+        server.start()
+
+    server.close()
+
+    assert not held.exists()
+    assert not list(Path("/dev/shm").glob(f"sgl_shm_test_*_{os.getpid()}"))
+    assert not list(tmp_path.glob("*.shared-memory"))
