@@ -10,27 +10,35 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from disagg_core.errors import PromptError
-from disagg_core.prompts.pinned import PinnedFile
+from disagg_core.prompts.pinned import DataChanged, PinnedFile
 
 BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 64 * 1024
 _CHUNK_BYTES = 16 * 1024**2
+BLOCK_BYTES = 64 * 1024
+"""What is compared at a read with what was there when the file was opened."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 
 
 @dataclass(frozen=True)
 class Content:
-    """`size` bytes of records in an open file at `path`, or unpacked from it, and the pin of `path`."""
+    """`size` bytes of records in an open file at `path`, or unpacked from it, and the pin of `path`.
+
+    `sums` are CRC-32s of its blocks when it was opened; there are none of an unpacked copy, which nobody else has.
+    """
 
     path: Path
     file: BinaryIO
     size: int
     pin: PinnedFile
+    sums: Sequence[int] = ()
 
     @classmethod
     def open(cls, path: Path, pinned: PinnedFile | None = None) -> Content:
@@ -47,13 +55,13 @@ class Content:
         except OSError as error:
             raise PromptError(f"data.prompts: {path}: {error.strerror}") from error
         try:
-            pin = _hash(file, os.fstat(file.fileno()).st_size if pinned is None else pinned.size)
+            pin, sums = _hash(file, os.fstat(file.fileno()).st_size if pinned is None else pinned.size)
             if pinned is not None:
                 pinned.check(pin, path)
             start = os.pread(file.fileno(), 4, 0)
             packed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
             if packed is None:
-                return cls(path, file, pin.size, pin)
+                return cls(path, file, pin.size, pin, sums)
             unpacked = _unpack(path, packed)
         except PromptError:
             file.close()
@@ -62,8 +70,23 @@ class Content:
         return cls(path, unpacked, os.fstat(unpacked.fileno()).st_size, pin)
 
     def part(self, start: int, stop: int) -> bytes:
-        """Return a part of the content. Safe from several threads."""
-        return os.pread(self.file.fileno(), stop - start, start)
+        """Return a part of the content. Safe from several threads.
+
+        Raises:
+            DataChanged: it, or what stands around it, is not what it was when the file was opened.
+        """
+        if not self.sums or stop <= start:
+            return os.pread(self.file.fileno(), stop - start, start)
+        first = start // BLOCK_BYTES
+        begin, end = first * BLOCK_BYTES, min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self.size)
+        raw = os.pread(self.file.fileno(), end - begin, begin)
+        sums = _checksums(raw)
+        if len(raw) != end - begin or sums != self.sums[first : first + len(sums)]:
+            raise DataChanged(
+                f"{self.path}: bytes {begin} to {end} were changed while the run read them; put the file back as it "
+                "was (lines may be appended), or start a new run with what it is now"
+            )
+        return raw[start - begin : stop - begin]
 
     @property
     def head(self) -> bytes:
@@ -75,14 +98,21 @@ class Content:
         self.file.close()
 
 
-def _hash(file: BinaryIO, size: int) -> PinnedFile:
-    """Return the pin of the first `size` bytes of `file`, or of all that there are."""
-    digest, offset = hashlib.sha256(), 0
+def _hash(file: BinaryIO, size: int) -> tuple[PinnedFile, list[int]]:
+    """Return pin and checksums of the first `size` bytes of `file`, or of all that there are."""
+    digest, offset, sums = hashlib.sha256(), 0, list[int]()
     while chunk := file.read(min(_CHUNK_BYTES, size - offset)):
         digest.update(chunk)
+        sums += _checksums(chunk)
         offset += len(chunk)
     file.seek(0)
-    return PinnedFile(size=offset, sha256=digest.hexdigest())
+    return PinnedFile(size=offset, sha256=digest.hexdigest()), sums
+
+
+def _checksums(raw: bytes) -> list[int]:
+    """Return the CRC-32 of each block of `raw`."""
+    view = memoryview(raw)
+    return [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, len(raw), BLOCK_BYTES)]
 
 
 def _unpack(path: Path, packed: str) -> BinaryIO:

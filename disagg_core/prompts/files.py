@@ -27,6 +27,8 @@ from disagg_core.run_spec.section import is_local
 
 HF_PREFIX = "hf:"
 _CHUNK_BYTES = 16 * 1024**2
+_BLOCK_BYTES = 64 * 1024
+"""So many bytes share a checksum: whoever changes them while the file is read is noticed at the next read of them."""
 _SHUFFLE_BUFFER = 10_000
 _AWAY_S = 600.0
 _PAUSE_S = 1.0
@@ -58,7 +60,11 @@ class JsonlFile:
         return len(self._starts)
 
     def line(self, index: int) -> bytes:
-        """Return the bytes of the record at `index` (0-based, blank lines not counted)."""
+        """Return the bytes of the record at `index` (0-based, blank lines not counted).
+
+        Raises:
+            DataChanged: they, or their neighbours, are not those that were there when the file was opened.
+        """
         start = int(self._starts[index])
         stop = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._content.size
         return self._content.part(start, stop).split(b"\n", 1)[0].removeprefix(BOM)

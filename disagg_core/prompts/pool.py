@@ -22,7 +22,7 @@ from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import HF_PREFIX, DatasetName, DatasetStream
 from disagg_core.prompts.json_values import RecordError
 from disagg_core.prompts.order import SeededPermutation, seed_of
-from disagg_core.prompts.pinned import PinnedData, PinnedFile, PinnedStream
+from disagg_core.prompts.pinned import DataChanged, PinnedData, PinnedFile, PinnedStream
 from disagg_core.prompts.record_files import RecordFile, open_records
 from disagg_core.prompts.records import parse_record
 from disagg_core.prompts.shapes import Record, prompt_key
@@ -342,6 +342,8 @@ class EncodedPrompts:
             if self._held_out and prompt_key(record) in self._held_out:
                 return RejectedPrompt(placed.source, "asks the same as a held-out prompt")
             encoded = self.encoder.encode(record)
+        except DataChanged:
+            raise  # no fault of this one prompt
         except BadRecord as error:
             self._count(error)
             return RejectedPrompt(placed.source, error.reason)

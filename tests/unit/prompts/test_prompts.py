@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts import files
 from disagg_core.prompts.checks import heldout_prompts, validate_prompts
+from disagg_core.prompts.content import BLOCK_BYTES
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.files import DatasetName, DatasetStream, JsonlFile
 from disagg_core.prompts.json_values import RecordError
@@ -416,6 +418,38 @@ def test_a_file_that_is_not_the_planned_one_is_refused(tmp_path, chatty, change)
     ) as caught:
         EncodedPrompts(spec, chatty, planned)
     assert caught.value.failure_class == "bad_input"
+
+
+@pytest.mark.parametrize("change", ["edited", "cut", "emptied", "replaced", "touched", "appended to"])
+def test_a_file_that_changes_while_it_is_read_is_noticed_at_the_next_read_of_the_place(tmp_path, chatty, change):
+    records = conversations(2000)
+    path = write(tmp_path / "p.jsonl", records)
+    pool = EncodedPrompts(spec_of(path, evaluation={"prompts": 0}), chatty)
+    ordinals = range(len(records))
+    before = [pool.task(ordinal) for ordinal in ordinals]
+    assert path.stat().st_size > 3 * BLOCK_BYTES
+    if change == "edited":
+        place = path.read_bytes().rindex(b"answer")
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"ANSWER")
+    elif change in ("cut", "emptied"):
+        os.truncate(path, 0 if change == "emptied" else path.stat().st_size - 10)
+    elif change == "replaced":  # the old one is open, and stays what it is
+        (tmp_path / "new").write_bytes(b"{}\n")
+        (tmp_path / "new").replace(path)
+    elif change == "touched":
+        path.touch()
+    else:
+        with path.open("a") as file:
+            file.write(json.dumps(records[0]) + "\n")
+
+    if change in ("edited", "cut", "emptied"):
+        with pytest.raises(DataChanged, match=r"p\.jsonl: bytes \d+ to \d+ were changed while the run read them"):
+            [pool.task(ordinal) for ordinal in ordinals]
+    else:
+        assert [pool.task(ordinal) for ordinal in ordinals] == before
+    pool.close()
 
 
 def test_a_changed_holdout_file_is_refused(tmp_path, chatty):

@@ -167,7 +167,9 @@ def test_a_folder_of_files_by_date_grows_by_files(registry: Registry, tmp_path: 
     assert first.mark.newest == "2026-11-01.jsonl:20"
     publish(registry, "night-1", first.mark, tmp_path, promoted=True)
     (folder / "2026-11-02.jsonl.gz").write_bytes(
-        gzip.compress(b"".join(json.dumps({"prompt": f"q{n}", "response": "a"}).encode() + b"\n" for n in range(20, 35)))
+        gzip.compress(
+            b"".join(json.dumps({"prompt": f"q{n}", "response": "a"}).encode() + b"\n" for n in range(20, 35))
+        )
     )
     night, asked = tonight(registry, spec_of(folder), tmp_path)
     assert (night.new, night.replayed) == (15, 8)
