@@ -16,7 +16,7 @@ import psutil
 from disagg_core.errors import BadInput, RoleFailed
 from disagg_core.files import write_atomically
 from disagg_core.processes.retry import wait_until
-from disagg_core.processes.tree import free_port
+from disagg_core.processes.tree import free_port, host_port
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.settings import get_settings
 
@@ -34,8 +34,7 @@ def meet(assignment: RoleAssignment, node_rank: int, nodes: int) -> list[str]:
     place = assignment.dir.state / "rendezvous.json"
     host = get_settings().host
     if node_rank == 0:
-        named = f"[{host}]" if ":" in host else host
-        write_atomically(place, json.dumps({"endpoint": f"{named}:{free_port(host)}", "pid": os.getpid()}))
+        write_atomically(place, json.dumps({"endpoint": host_port(host, free_port(host)), "pid": os.getpid()}))
     timeout_s = assignment.plan.spec.orchestration.stall_timeout_s
     if not wait_until(place.is_file, timeout_s=timeout_s, every_s=_POLL_S):
         raise RoleFailed(

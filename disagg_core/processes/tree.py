@@ -117,6 +117,11 @@ def free_ports(host: str, count: int) -> list[int]:
         return [held.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(count)]
 
 
+def host_port(host: str, port: int) -> str:
+    """Return ``host:port`` as URLs and addresses have it, an IPv6 `host` in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_port(host: str, port: int, purpose: str) -> None:
     """Raise `PortTaken` if `port` cannot be bound on `host`."""
     try:

@@ -12,6 +12,7 @@ import msgspec
 
 from disagg_core.errors import BadInput, StoreUnavailable
 from disagg_core.processes.retry import Retry
+from disagg_core.processes.tree import host_port
 from disagg_core.store.endpoints import StoreEndpoints
 
 _METRIC = re.compile(r"^(master_\w+) (\S+)$", re.MULTILINE)
@@ -86,7 +87,7 @@ class MasterView:
         host, port = split_address(endpoints.metrics_address, "metrics_address")
         # Without kept connections there is nothing to close, and nothing that a forked child would share.
         self._http = httpx.Client(
-            base_url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            base_url=f"http://{host_port(host, port)}",
             timeout=HTTP_TIMEOUT_S,
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,

@@ -23,7 +23,7 @@ from disagg_core.errors import BadInput, PortTaken, StoreKilled, StoreTooLarge, 
 from disagg_core.processes.memory_kills import MemoryKills
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.shutdown import STORE_SERVICE_S
-from disagg_core.processes.tree import check_port, describe_exit, free_ports, spawn, stop_tree, tail
+from disagg_core.processes.tree import check_port, describe_exit, free_ports, host_port, spawn, stop_tree, tail
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import master_binary, require_mooncake
@@ -232,7 +232,7 @@ def _start_master(
     for _ in range(PORT_TRIES):
         free = free_ports(host, 2)
         ports = rpc_port or free[0], metrics_port or free[1]
-        endpoints = StoreEndpoints(master_address=_address(host, ports[0]), metrics_address=_address(host, ports[1]))
+        endpoints = StoreEndpoints(master_address=host_port(host, ports[0]), metrics_address=host_port(host, ports[1]))
         written = log_file.stat().st_size if log_file.exists() else 0
         master = spawner.start("mooncake_master", _master_command(host, *ports, client_ttl_s), log_file)
         with ExitStack() as undo:
@@ -312,7 +312,3 @@ def _owner_command(master_address: str, capacity: int, host: str, protocol: str,
         "--protocol", protocol,
         "--status", str(status),
     ]  # fmt: skip
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -31,7 +31,7 @@ from disagg_core.errors import BadInput, DraftlineError, FailureClass
 from disagg_core.files import write_atomically
 from disagg_core.processes.retry import wait_until
 from disagg_core.processes.shutdown import PLATFORM_S
-from disagg_core.processes.tree import check_port, free_port, tail
+from disagg_core.processes.tree import check_port, free_port, host_port, tail
 from disagg_core.settings import Settings
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 
@@ -85,12 +85,12 @@ class LocalPlatform(BaseModel):
     @property
     def api_url(self) -> str:
         """URL of the Prefect API."""
-        return f"http://{self.host}:{self.port}/api"
+        return f"{self.ui_url}/api"
 
     @property
     def ui_url(self) -> str:
         """URL of the Prefect UI."""
-        return f"http://{self.host}:{self.port}"
+        return f"http://{host_port(self.host, self.port)}"
 
     def run_url(self, flow_run_id: object) -> str:
         """URL of a flow run's page."""
@@ -130,8 +130,8 @@ def environment(settings: Settings, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_PROFILE": "ephemeral",
-        "PREFECT_API_URL": f"http://{settings.host}:{port}/api",
-        "PREFECT_UI_URL": f"http://{settings.host}:{port}",
+        "PREFECT_API_URL": f"http://{host_port(settings.host, port)}/api",
+        "PREFECT_UI_URL": f"http://{host_port(settings.host, port)}",
         "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from disagg_core.processes.shared_memory import SharedMemory
 from disagg_core.processes.shutdown import SERVER_S
-from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
+from disagg_core.processes.tree import describe_exit, free_port, host_port, spawn, stop_tree, tail
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class ManagedServer:
     def url(self) -> str:
         """Where the server answers; nobody does before the first start."""
         host = self._launch.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"http://{host_port(host, self.port)}"
 
     @property
     def pid(self) -> int | None:

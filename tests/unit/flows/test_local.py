@@ -151,6 +151,13 @@ def test_settings_of_another_prefect_server_do_not_reach_ours(tmp_path: Path, mo
     assert not set(FOREIGN.values()) & set(os.environ.values())
 
 
+def test_an_ipv6_host_is_written_in_brackets(tmp_path: Path) -> None:
+    environment = local.environment(Settings(home=tmp_path, host="::1"), 4321)
+    platform = local.LocalPlatform(host="::1", port=4321, members={})
+    assert environment["PREFECT_API_URL"] == platform.api_url == "http://[::1]:4321/api"
+    assert "::1" in environment["NO_PROXY"].split(",")
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -168,6 +175,7 @@ def test_our_own_hosts_go_around_a_proxy_and_the_users_list_stays(
     for name, value in {"http_proxy": "http://127.0.0.1:9", **given}.items():
         monkeypatch.setenv(name, value)
     environment = local.environment(Settings(home=tmp_path), 4321)
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     assert environment["NO_PROXY"] == environment["no_proxy"] == expected
 
     class Answer(BaseHTTPRequestHandler):
