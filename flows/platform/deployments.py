@@ -16,7 +16,7 @@ import psutil
 from prefect import State, get_client
 from prefect.automations import Automation, EventTrigger, Posture, ResourceSpecification
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
@@ -95,12 +95,10 @@ async def register_all(pools: PoolsSection) -> None:
     """Create or update everything on the server in PREFECT_API_URL, for these pools."""
     async with get_client() as client:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
-            try:
+            with contextlib.suppress(ObjectAlreadyExists):
                 await client.create_work_pool(
                     WorkPoolCreate(name=pool, type="process", base_job_template=_job_template())
                 )
-            except ObjectAlreadyExists:
-                await _correct_template(client, pool)
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
     for deployment in deployments(pools):
@@ -115,16 +113,6 @@ def _job_template() -> dict[str, Any]:
     template = deepcopy(ProcessWorker.get_default_base_job_template())
     template["variables"]["properties"]["stream_output"]["default"] = False
     return template
-
-
-async def _correct_template(client: PrefectClient, name: str) -> None:
-    """Have the runs of a pool that is there already not write to their worker; nothing else of it is changed."""
-    pool = await client.read_work_pool(name)
-    template = deepcopy(pool.base_job_template)
-    option = template.get("variables", {}).get("properties", {}).get("stream_output")
-    if pool.type == "process" and option is not None and option.get("default") is not False:
-        option["default"] = False
-        await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 async def _deploy(deployment: Deployment) -> None:

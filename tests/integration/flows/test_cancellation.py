@@ -64,7 +64,7 @@ def test_it_waits_for_the_end_of_those_that_it_cancelled(api: PrefectServer) -> 
             cancelling = asyncio.create_task(cancel_unfinished(client, "enough", wait_s=60, id=which))
             async with asyncio.timeout(60):
                 while await types_of(client, [running]) != [StateType.CANCELLING]:
-                    await asyncio.sleep(0.05)
+                    await asyncio.wait({cancelling}, timeout=0.05)
             assert not cancelling.done()
             await client.set_flow_run_state(running, Cancelled())  # its worker's word
             assert [run.id for run in await cancelling] == [running]

@@ -11,8 +11,6 @@ from uuid import UUID
 import pytest
 from prefect import get_client
 from prefect.automations import Automation, EventTrigger
-from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.workers.process import ProcessWorker
 
 from disagg_core.run_spec.document import PoolsSection
 from flows.platform.deployments import TAG, ZOMBIE_AUTOMATION, deployments, register, zombie_automation
@@ -49,20 +47,6 @@ def test_an_automation_of_an_older_version_is_brought_up_to_date(api: PrefectSer
     assert (updated.trigger, updated.actions) == (wanted.trigger, wanted.actions)
     register()
     assert automations(api) == [found], "another update would forget the runs that are watched"
-
-
-def test_a_pool_of_an_older_version_has_its_runs_write_to_no_pipe_of_their_worker(api: PrefectServer) -> None:
-    register()
-    name = PoolsSection().train
-    older = ProcessWorker.get_default_base_job_template()
-    older["variables"]["properties"]["stream_output"]["default"] = True
-    older["variables"]["properties"]["working_dir"]["default"] = "/somebody/set/this"
-    with get_client(sync_client=True) as client:
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=older))
-        register()
-        options = client.read_work_pool(name).base_job_template["variables"]["properties"]
-    assert options["stream_output"]["default"] is False
-    assert options["working_dir"]["default"] == "/somebody/set/this"
 
 
 def deployed(api: PrefectServer) -> dict[str, dict[str, object]]:

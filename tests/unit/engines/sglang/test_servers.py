@@ -101,8 +101,8 @@ class Stubborn(ServerLaunch):
     """Launches a process that never answers and that SIGTERM does not end."""
 
     def command(self, *, port: int, base_gpu: int) -> list[str]:
-        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
-        return [sys.executable, "-c", f"{code}; time.sleep(600)"]
+        code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+        return [sys.executable, "-c", f"{code}; signal.pause()"]
 
 
 @pytest.fixture
