@@ -11,6 +11,9 @@ speculators  vLLM (``vllm serve <directory>``)       the draft's sizes in ``tran
 Layer ids: ours and z-lab's id *k* is the output of decoder layer k. Speculators' counts the embedding as 0, so its id
 is k + 1. SGLang starts with random weights in place of a tensor that is missing and says nothing, so the check is ours:
 every difference between tensors and config is listed at once, by name.
+
+``sliding_window_non_causal`` of a speculators config is about sliding layers, but vLLM makes every layer causal unless
+it is true. So it is true where no layer slides, too; a draft with layers of both kinds is one that vLLM misreads.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ _SPECULATORS_VERSION = "0.9.0"
 """Version of the speculators library whose config schema is followed."""
 _LIFTED = ("block_size", "mask_token_id", "sample_from_anchor")
 """Keys that a speculators config has at the top and z-lab's among the draft's own."""
+_SLIDING = "sliding_attention"
 _KINDS = ("conv_", "selector_", "markov_", "confidence_", "enable_confidence_")
 """How the keys begin that only one kind of draft has; they move likewise."""
 
@@ -162,7 +166,7 @@ def _from_speculators(document: Mapping[str, Any]) -> dict[str, Any]:
         )
     ids = document.get("aux_hidden_state_layer_ids")
     own = {key: document[key] for key in _LIFTED if key in document}
-    if document.get("sliding_window_non_causal"):
+    if document.get("sliding_window_non_causal") and _SLIDING in layer["layer_types"]:
         layer["is_causal"] = False
     kind = {key: value for key, value in document.items() if key.startswith(_KINDS)}
     return {
@@ -184,6 +188,8 @@ def _speculators_config(
     unsaid = [name for name, given in shaped.items() if given]
     if unsaid:
         raise IncompatibleDraft(f"the speculators format cannot say {', '.join(unsaid)}; export in sglang format")
+    if config.is_causal is None and len(set(config.layer_types)) > 1:
+        logger.warning("vLLM runs the full layers of a draft in speculators format causally; export in sglang format")
     own = {"architectures", "dflash_config", "block_size", "num_target_layers", "is_causal", "dtype", "torch_dtype"}
     return {
         "architectures": [config.speculators_architecture],
@@ -210,7 +216,7 @@ def _speculators_config(
         "block_size": config.block_size,
         "aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.target_layer_ids],
         "mask_token_id": config.mask_token_id,
-        "sliding_window_non_causal": config.is_causal is False,
+        "sliding_window_non_causal": config.is_causal is False or _SLIDING not in config.layer_types,
         "sample_from_anchor": False,
         **{key: getattr(config, key) for key in config.own_keys},
         "tie_word_embeddings": False,

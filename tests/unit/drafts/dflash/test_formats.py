@@ -100,7 +100,7 @@ def test_the_speculators_format_counts_layers_one_higher_and_holds_the_targets_p
     assert document["speculators_model_type"] == "dflash"
     assert document["aux_hidden_state_layer_ids"] == [2, 4]
     assert (document["block_size"], document["mask_token_id"], document["draft_vocab_size"]) == (4, 39, 40)
-    assert document["sliding_window_non_causal"] is (kind == WINDOWS_BOTH_WAYS)
+    assert document["sliding_window_non_causal"] is (kind != SLIDING)
     assert document["sample_from_anchor"] is False
     proposal = document["speculators_config"]["proposal_methods"][0]
     assert (proposal["proposal_type"], proposal["speculative_tokens"]) == ("greedy", 3)
