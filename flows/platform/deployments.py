@@ -16,7 +16,7 @@ import psutil
 from prefect import State, get_client
 from prefect.automations import Automation, EventTrigger, Posture, ResourceSpecification
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
@@ -95,14 +95,24 @@ async def register_all(pools: PoolsSection) -> None:
     """Create or update everything on the server in PREFECT_API_URL, for these pools."""
     async with get_client() as client:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
-            with contextlib.suppress(ObjectAlreadyExists):
-                await client.create_work_pool(
-                    WorkPoolCreate(name=pool, type="process", base_job_template=_job_template())
-                )
+            await _ensure_pool(client, pool)
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
     for deployment in deployments(pools):
         await _deploy(deployment)
+
+
+async def _ensure_pool(client: PrefectClient, name: str) -> None:
+    """Create the pool; in the template of one that is there, runs must not write to their worker either."""
+    try:
+        await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=_job_template()))
+    except ObjectAlreadyExists:
+        pool = await client.read_work_pool(name)
+        template = deepcopy(pool.base_job_template)
+        streams = template.get("variables", {}).get("properties", {}).get("stream_output")
+        if pool.type == "process" and streams and streams.get("default"):
+            streams["default"] = False
+            await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 def _job_template() -> dict[str, Any]:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect import get_client
 from prefect.automations import Automation, EventTrigger
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.workers.process import ProcessWorker
 
 from disagg_core.run_spec.document import PoolsSection
-from flows.platform.deployments import TAG, ZOMBIE_AUTOMATION, deployments, register, zombie_automation
+from flows.platform.deployments import (
+    TAG,
+    ZOMBIE_AUTOMATION,
+    deployments,
+    register,
+    register_all,
+    zombie_automation,
+)
 from flows.platform.submission import DEPLOYMENT
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT
 from tests.integration.flows.conftest import PrefectServer
@@ -90,3 +101,22 @@ def test_what_prefect_deploy_registers_is_what_draftline_registers_and_finds(api
         timeout=120,
     )
     assert deployed(api) == registered
+
+
+def test_runs_on_a_pool_that_was_there_before_do_not_write_to_their_worker(api: PrefectServer) -> None:
+    """`prefect work-pool create --type process` makes runs that exit when their worker has died and they log a line."""
+    pools = PoolsSection(orchestrator="pool-a", rollout="pool-b", train="pool-c")
+    template = ProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["working_dir"]["default"] = "/theirs"
+
+    async def story() -> list[dict[str, Any]]:
+        async with get_client() as client:
+            await client.create_work_pool(WorkPoolCreate(name="pool-a", type="process", base_job_template=template))
+            await register_all(pools)
+            await register_all(pools)
+            read = [await client.read_work_pool(name) for name in ("pool-a", "pool-b", "pool-c")]
+            return [pool.base_job_template["variables"]["properties"] for pool in read]
+
+    found = asyncio.run(story())
+    assert [properties["stream_output"]["default"] for properties in found] == [False] * 3
+    assert found[0]["working_dir"]["default"] == "/theirs"
