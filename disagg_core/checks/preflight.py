@@ -8,11 +8,13 @@ the run's directory. Whatever is found is told at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from disagg_core.checks.draft import check_draft
 from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
 from disagg_core.checks.services import check_channel, check_external_store, check_servers
@@ -121,7 +123,10 @@ def _checked(
         findings.of(lambda: check_servers(plan))
         configs = findings.of(lambda: draft_configs(plan))
         if configs is not None:
-            findings.of(lambda: check_disk(plan, configs, archive))
+            findings.of(lambda: check_disk(plan, [config for _, config in configs], archive))
+            tokens = prompts.tokens if prompts is not None else frozenset()
+            for draft, config in configs:
+                findings.of(partial(check_draft, draft.method, config, spec, tokens))
     for check in also:
         findings.of(check)
     findings.raise_all()
@@ -197,14 +202,16 @@ def _find_warm_start(reference: str, spec: RunSpec, settings: Settings, known: W
     return WarmStart(reference=reference, pinned=draft.pinned, path=draft.path, draft_vocab_size=size)
 
 
-def draft_configs(plan: RunPlan) -> list[DraftConfig]:
-    """Return the config of each of the run's drafts, fresh or continued; without those whose start was not found.
+def draft_configs(plan: RunPlan) -> list[tuple[PlannedDraft, DraftConfig]]:
+    """Return the run's drafts, each with its config, fresh or continued; without those whose start was not found.
 
     Raises:
         IncompatibleDraft: a draft to continue from does not fit.
     """
     return [
-        _draft_config(draft) for draft in plan.drafts if draft.section.init_from is None or draft.warm_start is not None
+        (draft, _draft_config(draft))
+        for draft in plan.drafts
+        if draft.section.init_from is None or draft.warm_start is not None
     ]
 
 

@@ -297,6 +297,10 @@ class DraftMethod(ABC):
     def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
         """Return of how many rows at most the loss makes draft logits for a sample of `tokens` tokens."""
 
+    def mask_token(self, config: DraftConfig) -> int | None:
+        """Return the token that stands where one is to be drafted, and in no sample; None where there is none."""
+        return None
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     @abstractmethod

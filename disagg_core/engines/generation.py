@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from disagg_core.run_spec.document import GenerateSection
 _SAMPLING = 3
 
 
+Untrainable: TypeAlias = Callable[[Sequence[int]], str | None]
+"""Says why a sample with a loss mask teaches the run's draft nothing; None where it does."""
+
+
+def any_sample(loss_mask: Sequence[int]) -> None:
+    """Refuse no sample."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How continuations are drawn; `temperature` 0 is greedy. `seed` is the run's."""
@@ -31,9 +39,12 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    untrainable: Untrainable = any_sample
 
     @classmethod
-    def of(cls, generate: GenerateSection, *, max_tokens: int, seed: int) -> Sampling:
+    def of(
+        cls, generate: GenerateSection, *, max_tokens: int, seed: int, untrainable: Untrainable = any_sample
+    ) -> Sampling:
         """Return the sampling of a run document."""
         return cls(
             max_new_tokens=generate.max_new_tokens,
@@ -41,11 +52,16 @@ class Sampling:
             temperature=generate.temperature,
             top_p=generate.top_p,
             seed=seed,
+            untrainable=untrainable,
         )
 
     def room(self, task: PromptTask) -> int:
         """Return how many tokens the continuation of `task` may have."""
         return min(self.max_new_tokens, self.max_tokens - len(task.input_ids))
+
+    def refused(self, task: PromptTask, tokens: Sequence[int]) -> str | None:
+        """Return why `task` with the continuation `tokens` is no sample to train on, or None if it is one."""
+        return self.untrainable([0] * len(task.input_ids) + [1] * len(tokens))
 
     def seed_for(self, ordinal: int) -> int:
         """Return the seed of the continuation of the prompt at `ordinal` (63 bits)."""

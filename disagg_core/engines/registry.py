@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.together import untrainable
 from disagg_core.engines.contract import Target
 from disagg_core.engines.generation import Sampling
 from disagg_core.engines.transformers import TransformersTarget
@@ -30,6 +32,7 @@ def target_of(
     Its samples hold what `capture` says and are for `store`; without one it can only generate. Servers log to
     `log_dir`; `while_waiting` is called while they start, and raises what is to end that.
     """
+    refuses = partial(untrainable, spec.all_drafts)
     if spec.target.backend == "sglang":
         from disagg_core.engines.sglang.target import SGLangTarget
 
@@ -45,11 +48,14 @@ def target_of(
             settings=get_settings(),
             generate=spec.data.generate,
             seed=spec.run.seed,
+            untrainable=refuses,
             while_waiting=while_waiting,
         )
     sampling = None
     if spec.data.generate is not None:
-        sampling = Sampling.of(spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed)
+        sampling = Sampling.of(
+            spec.data.generate, max_tokens=spec.data.max_tokens, seed=spec.run.seed, untrainable=refuses
+        )
     return TransformersTarget(
         spec.target,
         facts,

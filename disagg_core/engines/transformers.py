@@ -135,10 +135,8 @@ class TransformersTarget:
             for outcome in self._generated(usable, self._sampling):
                 if isinstance(outcome, Failed):
                     yield outcome
-                elif len(outcome.task.input_ids) + len(outcome.tokens) < 3:
-                    yield Failed(
-                        outcome.task, "prompt and continuation have less than 3 tokens", retryable=False, own_form=True
-                    )
+                elif (reason := self._sampling.refused(outcome.task, outcome.tokens)) is not None:
+                    yield Failed(outcome.task, reason, retryable=False, own_form=True)
                 else:
                     continued.append(_with_continuation(outcome))
             usable = continued

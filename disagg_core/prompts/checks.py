@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from disagg_core.drafts.together import untrainable
 from disagg_core.errors import PromptError, PromptRejected
 from disagg_core.prompts.bad_records import BadRecord, BadRecords
 from disagg_core.prompts.encode import PromptEncoder
@@ -40,8 +41,8 @@ class PromptFacts:
     """What is known about a run's prompts before it starts; counts are None for streams that do not say.
 
     `count` is the number of prompts in an epoch after hold-out and limit, `total` that of all epochs; `bad` of the rows
-    looked at cannot be used and will be rejected. `evaluated` is what the evaluation decodes, as the lines of its file;
-    without a tokenizer there are none.
+    looked at cannot be used and will be rejected. `evaluated` is what the evaluation decodes, as the lines of its file,
+    and `tokens` are the ids that the first prompts have; without a tokenizer there are none.
     """
 
     rows: int | None
@@ -51,6 +52,7 @@ class PromptFacts:
     data: PinnedData
     bad: int = 0
     evaluated: bytes = field(default=b"", repr=False)
+    tokens: frozenset[int] = field(default=frozenset(), repr=False)
 
 
 def validate_prompts(
@@ -76,14 +78,15 @@ def validate_prompts(
             f"data.max_tokens: expected at most {facts.max_position_embeddings}, the longest context of "
             f"{facts.model}, found {spec.data.max_tokens}"
         )
+    _check_continuations(spec)
     order = open_order(spec, pinned)
-    lines = b""
+    lines, tokens = b"", frozenset[int]()
     try:
         held_out = read_held_out(spec, order, pinned)
         bad = _check_records(spec, order, held_out)
         if tokenizer is not None:
             encoder = PromptEncoder(spec, tokenizer, facts)
-            _probe(spec, order, encoder)
+            tokens = _probe(spec, order, encoder)
             lines = _evaluated(spec, encoder, held_out)
         rows = len(order.file) if isinstance(order, FileOrder) else order.stream.rows
         count = order.expected
@@ -93,9 +96,16 @@ def validate_prompts(
         raise PromptError(f"{spec.data.prompts}: no prompt is left to train on, {len(held_out.records)} are held out")
     total = None if count is None else count * spec.data.epochs
     data = PinnedData(prompts=order.pin, holdout=held_out.pin, evaluation=PinnedFile.of(lines) if lines else None)
-    return PromptFacts(
-        rows=rows, held_out=len(held_out.records), count=count, total=total, data=data, bad=bad, evaluated=lines
-    )
+    return PromptFacts(rows, len(held_out.records), count, total, data, bad=bad, evaluated=lines, tokens=tokens)
+
+
+def _check_continuations(spec: RunSpec) -> None:
+    """Check that the draft can be trained on a continuation of full length."""
+    if spec.data.generate is not None:
+        longest = spec.data.generate.max_new_tokens
+        mask = [0] * max(1, spec.data.max_tokens - longest) + [1] * longest
+        if (reason := untrainable(spec.all_drafts, mask)) is not None:
+            raise PromptError(f"data.generate.max_new_tokens: {longest} are too few to train on: {reason}")
 
 
 def _check_records(spec: RunSpec, order: FileOrder | StreamOrder, held_out: HeldOut) -> int:
@@ -152,24 +162,23 @@ def _check_twins(spec: RunSpec, twins: int, others: int) -> None:
         log.warning("%d of %d prompts ask the same as a held-out one and are not trained on", twins, others)
 
 
-def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder) -> None:
-    """Encode the first prompts of the order; some must be usable, and every one maskable."""
+def _probe(spec: RunSpec, order: FileOrder | StreamOrder, encoder: PromptEncoder) -> frozenset[int]:
+    """Encode the first prompts of the order and return the ids in them; some must be usable, and every one maskable."""
     reasons: list[str] = []
-    usable = 0
+    tokens: set[int] = set()
     for position in range(_PROBED):
         placed = order.place(0, position)
         if placed is None:
             break
         try:
-            encoder.encode(parse_placed(placed, spec.data))
+            tokens.update(encoder.encode(parse_placed(placed, spec.data)).input_ids)
         except UnmaskableTemplate as error:
             raise PromptError(f"{placed.source}: {error}") from error
         except (BadRecord, PromptRejected) as error:
             reasons.append(f"{placed.source}: {error}")
-        else:
-            usable += 1
-    if reasons and not usable:
+    if reasons and not tokens:
         raise PromptError(f"none of the first {len(reasons)} prompts can be trained on; {reasons[0]}")
+    return frozenset(tokens)
 
 
 def _evaluated(spec: RunSpec, encoder: PromptEncoder, held_out: HeldOut) -> bytes:

@@ -163,6 +163,11 @@ class DFlash(DraftMethod):
         assert isinstance(config, DFlashConfig)
         return sum(prod(shape) for shape in serving_format.expected_shapes(self.draft_type, config).values())
 
+    def mask_token(self, config: DraftConfig) -> int:
+        """Return the token of the slots to be filled."""
+        assert isinstance(config, DFlashConfig)
+        return config.mask_token_id
+
     def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
         """Return those of every block's proposals; a block begins at no more than all tokens but the last."""
         return min(_section(options).anchors, max(0, tokens - 1)) * self.most_draft_tokens(config)

@@ -135,6 +135,11 @@ class PEagle(DraftMethod):
         shapes = serving_format.expected_shapes(config)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in serving_format.MAPS)
 
+    def mask_token(self, config: DraftConfig) -> int:
+        """Return the token of the slots to be filled."""
+        assert isinstance(config, PEagleConfig)
+        return config.mask_token_id
+
     def logit_rows(self, options: DraftSection, config: DraftConfig, tokens: int) -> int:
         """Return those that the sampling keeps of all depths, of a sample that is trained on everywhere."""
         assert isinstance(options, PEagleSection)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from disagg_core.contracts import Capture, PromptTask, RunIdentity, SampleRef
 from disagg_core.engines.contract import CaptureOutcome, Failed, Generated, ServerHealth, Stored
-from disagg_core.engines.generation import Sampling
+from disagg_core.engines.generation import Sampling, Untrainable, any_sample
 from disagg_core.engines.servers.contract import (
     PromptRefused,
     ServerBusy,
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _REPLY_MARGIN_S = 5.0
 _SETTLE_TIMEOUT_S = 10.0
-_FEWEST_TOKENS = 3
 
 
 class SweepableStore(Protocol):
@@ -91,6 +90,7 @@ class ServedTarget(ABC):
         settings: Settings,
         generate: GenerateSection | None = None,
         seed: int = 0,
+        untrainable: Untrainable = any_sample,
         health_timeout_s: float = 20.0,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
@@ -110,7 +110,9 @@ class ServedTarget(ABC):
         self._max_tokens = max_tokens
         self._log_dir = log_dir
         self._settings = settings
-        self._sampling = None if generate is None else Sampling.of(generate, max_tokens=max_tokens, seed=seed)
+        self._sampling = None
+        if generate is not None:
+            self._sampling = Sampling.of(generate, max_tokens=max_tokens, seed=seed, untrainable=untrainable)
         self._seed = seed
         self._health_timeout_s = health_timeout_s
         self._while_waiting = while_waiting
@@ -321,9 +323,8 @@ class ServedTarget(ABC):
                 f"expected at most {sampling.room(task)} token ids of {self._facts.vocab_size} from {client.name}, "
                 f"found {len(tokens)} from {min(tokens)} to {max(tokens)}"
             )
-        if len(task.input_ids) + len(tokens) < _FEWEST_TOKENS:
-            few = f"prompt and continuation have less than {_FEWEST_TOKENS} tokens"
-            raise PromptRefused(few, retryable=False, own_form=True)
+        if (reason := sampling.refused(task, tokens)) is not None:
+            raise PromptRefused(reason, retryable=False, own_form=True)
         return tokens
 
     def _store_sample(

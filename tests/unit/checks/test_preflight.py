@@ -213,7 +213,7 @@ def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mo
 
 def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = check_run(a_spec(), settings)
-    (config,) = draft_configs(plan)
+    ((_, config),) = draft_configs(plan)
     parameters = method_of("eagle3").parameters(config)
     needed = (plan.spec.archive.keep + 2) * 12 * parameters + 2 * parameters  # of checkpoints and export
     needed += plan.spec.archive.keep * 12 * parameters + 2 * parameters  # of an archive on the same disk
