@@ -1,25 +1,12 @@
-"""One optimizer step of the P-EAGLE draft on CPU beside the plain eager formula: CPU time, peak memory, equal losses.
+"""One optimizer step of the P-EAGLE draft on CPU beside the plain eager formula.
 
     python -m tests.benchmarks.bench_p_eagle [--rounds 5] [--threads 1]
 
-fp32, H=256, V=4096 (the draft's vocabulary too), T=512, B=2, 4 layers, 8 depths. Two kinds of batches: "prompts" masks
-the first 3/8 of the tokens, and the second sample is a quarter shorter; "all live" has neither padding nor prompt. The
-eager formula takes one packed row of both samples, with a dense mask over all rows and the logits of all of them. Both
-step in turns in one process; time is CPU time of the process, so that other work on the machine counts for neither.
-Peak memory is measured in a process for each: the high-water mark of two steps above what the process held with model
-and batch.
+fp32, H=256, V=4096 (the draft's vocabulary too), T=512, B=2, 4 layers, 8 depths. The eager formula takes one packed row
+of both samples, with a dense mask over all rows and the logits of all of them. What is measured and how: `step_cost`.
 """
 
 from __future__ import annotations
-
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,50 +18,38 @@ from disagg_core.drafts.p_eagle.loss import PEagleLoss
 from disagg_core.drafts.p_eagle.model import PEagleDraft
 from disagg_core.drafts.p_eagle.options import PEagleSection
 from tests.benchmarks.baselines.eager_p_eagle import eager_p_eagle
+from tests.benchmarks.step_cost import Case, main, masks_of
 
 HIDDEN, VOCAB, TOKENS = 256, 4096, 512
 OPTIONS = PEagleSection(mask_token_id=VOCAB - 1)
 WANTED = "time <= 0.7, peak <= 0.3"
 
 
-class Case:
-    """A draft, its optimizer and a batch; `step` trains once and returns the loss."""
-
-    def __init__(self, kind: str, variant: str) -> None:
-        torch.manual_seed(0)
-        config = PEagleConfig.from_dict(
-            {
-                "hidden_size": HIDDEN,
-                "intermediate_size": 688,
-                "num_hidden_layers": OPTIONS.num_layers,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "vocab_size": VOCAB,
-                "max_position_embeddings": 2048,
-                "depths": OPTIONS.depths,
-                "mask_token_id": OPTIONS.mask_token_id,
-            }
-        )
-        self.draft = PEagleDraft(config)
-        parts = FrozenParts(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN) * 0.05)
-        self.draft.attach(parts)
-        batcher = PEagleBatcher(OPTIONS, config, seed=0)
-        self.batch = make_batch(batcher, kind)
-        self.normalisers = {name: torch.tensor(value) for name, value in batcher.normalisers(self.batch).items()}
-        self.fused = PEagleLoss(self.draft, parts.lm_head)
-        self.variant = variant
-        self.lm_head = parts.lm_head
-        self.optimizer = torch.optim.AdamW(self.draft.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step(self) -> float:
-        if self.variant == "eager":
-            loss = eager_p_eagle(self.draft, packed(self.batch, self.lm_head)).loss
-        else:
-            loss = self.fused(self.batch, self.normalisers).total
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+def make(kind: str, variant: str) -> Case:
+    torch.manual_seed(0)
+    config = PEagleConfig.from_dict(
+        {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 688,
+            "num_hidden_layers": OPTIONS.num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 2048,
+            "depths": OPTIONS.depths,
+            "mask_token_id": OPTIONS.mask_token_id,
+        }
+    )
+    draft = PEagleDraft(config)
+    parts = FrozenParts(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN) * 0.05)
+    draft.attach(parts)
+    batcher = PEagleBatcher(OPTIONS, config, seed=0)
+    batch = make_batch(batcher, kind)
+    if variant == "eager":
+        return Case(draft.parameters(), lambda: eager_p_eagle(draft, packed(batch, parts.lm_head)).loss)
+    normalisers = {name: torch.tensor(value) for name, value in batcher.normalisers(batch).items()}
+    fused = PEagleLoss(draft, parts.lm_head)
+    return Case(draft.parameters(), lambda: fused(batch, normalisers).total)
 
 
 def packed(batch: PEagleBatch, lm_head: Tensor) -> dict[str, Tensor]:
@@ -98,80 +73,16 @@ def packed(batch: PEagleBatch, lm_head: Tensor) -> dict[str, Tensor]:
 
 def make_batch(batcher: PEagleBatcher, kind: str) -> PEagleBatch:
     samples = []
-    for index, length in enumerate([TOKENS, TOKENS * 3 // 4] if kind == "prompts" else [TOKENS, TOKENS]):
-        mask = torch.ones(length, dtype=torch.uint8)
-        if kind == "prompts":
-            mask[: TOKENS * 3 // 8] = 0
+    for number, mask in enumerate(masks_of(kind, TOKENS)):
         tensors = {
-            "input_ids": torch.randint(0, VOCAB - 1, (length,), dtype=torch.int32),
+            "input_ids": torch.randint(0, VOCAB - 1, (len(mask),), dtype=torch.int32),
             "loss_mask": mask,
-            "aux_hidden_states": torch.randn(length, 3 * HIDDEN),
-            "last_hidden_state": torch.randn(length, HIDDEN),
+            "aux_hidden_states": torch.randn(len(mask), 3 * HIDDEN),
+            "last_hidden_state": torch.randn(len(mask), HIDDEN),
         }
-        samples.append(Sample(f"s{index}", tensors))
+        samples.append(Sample(f"s{number}", tensors))
     return batcher.collate(samples)
 
 
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-def measure_peak(kind: str, variant: str) -> int:
-    """Bytes of the high-water mark of two steps above model and batch; run in a process of its own."""
-    case = Case(kind, variant)
-    before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over
-    case.step()
-    case.step()
-    return status_bytes("VmHWM") - before
-
-
-def peak_of(kind: str, variant: str, threads: int) -> int:
-    command = [sys.executable, "-m", "tests.benchmarks.bench_p_eagle", "--threads", str(threads)]
-    found = subprocess.run([*command, "--peak", kind, variant], check=True, capture_output=True, text=True)
-    return int(json.loads(found.stdout.splitlines()[-1]))
-
-
-def cpu_seconds(action: Callable[[], object]) -> float:
-    began = time.process_time()
-    action()
-    return time.process_time() - began
-
-
-def bench(kind: str, rounds: int, threads: int) -> None:
-    cases = {variant: Case(kind, variant) for variant in ("eager", "fused")}
-    losses = {variant: case.step() for variant, case in cases.items()}  # and warm up
-    seconds: dict[str, list[float]] = {"eager": [], "fused": []}
-    for _ in range(rounds):
-        for variant, case in cases.items():
-            seconds[variant].append(cpu_seconds(case.step))
-    ratios = [fused / eager for fused, eager in zip(seconds["fused"], seconds["eager"], strict=True)]
-    time_of = {variant: statistics.median(values) for variant, values in seconds.items()}
-    peak = {variant: peak_of(kind, variant, threads) / 2**20 for variant in cases}
-    apart = abs(losses["fused"] - losses["eager"]) / losses["eager"]
-    print(
-        f"{kind:<9} {time_of['eager']:>8.3f} {time_of['fused']:>8.3f} {statistics.median(ratios):>7.2f}"
-        f" {peak['eager']:>9.0f} {peak['fused']:>9.0f} {peak['fused'] / peak['eager']:>7.2f} {apart:>12.1e}   {WANTED}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        print(json.dumps(measure_peak(*options.peak)))
-        return
-    print(f"torch {torch.__version__}, {options.threads} thread(s), median of {options.rounds} rounds")
-    print("          CPU seconds a step           MiB above model            loss apart")
-    print("batch        eager    fused   ratio     eager     fused   ratio   (relative)   wanted")
-    for kind in ("prompts", "all live"):
-        bench(kind, options.rounds, options.threads)
-
-
 if __name__ == "__main__":
-    main()
+    main("tests.benchmarks.bench_p_eagle", __doc__, {"p_eagle": make}, {"p_eagle": WANTED})

@@ -1,4 +1,4 @@
-"""DFlash's training step written down plainly in eager torch: the yardstick of the benchmarks and an oracle of tests.
+"""The steps of DFlash and DFlash2 written down plainly in eager torch: the yardstick of benchmarks, an oracle of tests.
 
 Every tensor is materialised: a dense mask of all slots by context and all slots, the scores of the attention under it,
 and the logits of all slots. It shares nothing with the fused implementation but the parameters.
@@ -6,7 +6,7 @@ and the logits of all slots. It shares nothing with the fused implementation but
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from disagg_core.drafts.dflash.config import LayerMask
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
+from disagg_core.drafts.dflash2.model import DFlash2Draft, DFlash2Layer, GroupedDynamicCausalConv
 from disagg_core.drafts.rope import inverse_frequencies
 
 
@@ -61,14 +62,24 @@ def dense_mask(anchors: Tensor, keep: Tensor, tokens: int, size: int, mask: Laye
     return torch.cat((far, near), dim=-1) & keep.repeat_interleave(size, 1)[:, :, None]
 
 
-def eager_dflash(
-    draft: DFlashDraft,
-    inputs: Mapping[str, Tensor],
-    *,
-    gamma: float | None = None,
-    by_anchor: bool = False,
-) -> EagerOutput:
-    """Return the loss of type dflash, with what it was made of for every slot [B, N, K]."""
+@dataclass
+class EagerBlocks:
+    """What every slot [B, N, K] is and sees."""
+
+    keep: Tensor
+    positions: Tensor
+    inside: Tensor  # the positions, those beyond the end moved to it
+    own: Tensor  # the slots' own tokens
+    hidden: Tensor  # [B, N, K, H] after the final norm
+
+    def at_slots(self, values: Tensor, ahead: int = 0) -> Tensor:
+        """Return values [B, T, ...] at the slots' positions, or further on, as [B, N, K, ...]."""
+        batch, blocks, size = self.positions.shape
+        places = (self.positions + ahead).clamp(max=values.shape[1] - 1).flatten(1)
+        return values[torch.arange(batch)[:, None], places].unflatten(1, (blocks, size))
+
+
+def eager_blocks(draft: DFlashDraft, inputs: Mapping[str, Tensor], *, by_anchor: bool = False) -> EagerBlocks:
     config, size = draft.config, draft.config.block_size
     ids, states, anchors, keep = (inputs[name] for name in ("input_ids", "hidden_states", "anchors", "block_keep"))
     batch, tokens = ids.shape
@@ -85,28 +96,98 @@ def eager_dflash(
         seen = dense_mask(anchors, keep, tokens, size, kind._replace(by_anchor=by_anchor))
         state = _layer(draft, layer, state, context, at, seen)
     hidden = rms_norm(state, draft.norm).view(batch, blocks, size, -1)
-    logits = F.linear(hidden, draft.lm_head) * config.output_multiplier
+    return EagerBlocks(keep, positions, inside, own, hidden)
+
+
+def eager_dflash(
+    draft: DFlashDraft,
+    inputs: Mapping[str, Tensor],
+    *,
+    gamma: float | None = None,
+    by_anchor: bool = False,
+) -> EagerOutput:
+    """Return the loss of type dflash, with what it was made of for every slot [B, N, K].
+
+    Of a DFlash2 draft the selector's loss is added; a label that is no candidate takes the last one's place.
+    """
+    config, size = draft.config, draft.config.block_size
+    blocks = eager_blocks(draft, inputs, by_anchor=by_anchor)
+    logits = F.linear(blocks.hidden, draft.lm_head) * config.output_multiplier
     if config.final_logit_softcapping is not None:
         logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
     mask = (
-        keep[:, :, None]
-        & (positions < tokens)
+        blocks.keep[:, :, None]
+        & (blocks.positions < inputs["input_ids"].shape[1])
         & (torch.arange(size) > 0)
-        & (inputs["loss_mask"] != 0)[:, :, None].expand(-1, -1, size).gather(1, inside)
+        & (inputs["loss_mask"] != 0)[:, :, None].expand(-1, -1, size).gather(1, blocks.inside)
     ).to(logits.dtype)
-    ce = -logits.log_softmax(-1).gather(3, own[..., None]).squeeze(3)
+    ce = -logits.log_softmax(-1).gather(3, blocks.own[..., None]).squeeze(3)
     slots = torch.arange(size).to(logits.dtype)
     weights = mask if gamma is None else mask * torch.exp(-(slots - 1) / gamma)
     loss = (weights * ce).sum() / weights.sum()
-    return EagerOutput(loss, ce.detach(), weights, mask, logits.argmax(-1), hidden)
+    if isinstance(draft, DFlash2Draft):
+        loss = loss + (weights * _selector_ce(draft, blocks, logits)).sum() / weights.sum()
+    return EagerOutput(loss, ce.detach(), weights, mask, logits.argmax(-1), blocks.hidden)
+
+
+def _selector_ce(draft: DFlash2Draft, blocks: EagerBlocks, logits: Tensor) -> Tensor:
+    """Return the cross entropy of each slot over its candidates, with the label before it as predecessor."""
+    selector, label = draft.candidate_selector, blocks.own[..., None]
+    ids = logits.topk(draft.config.selector_top_k).indices
+    found = (ids == label).any(-1, keepdim=True)
+    ids = torch.cat((ids[..., :-1], torch.where(found, ids[..., -1:], label)), dim=-1)
+    before = F.pad(blocks.own[..., :-1], (1, 0))
+    gate = selector.predecessor_codebook[before] * F.linear(blocks.hidden, selector.hidden_projection.weight)
+    scores = logits.gather(3, ids) + (selector.successor_codebook[ids] * gate[..., None, :]).sum(-1)
+    return -scores.log_softmax(-1).gather(3, (ids == label).int().argmax(-1, keepdim=True)).squeeze(3)
 
 
 def _layer(
     draft: DFlashDraft, layer: DecoderLayer, state: Tensor, context: Tensor, positions: Tensor, seen: Tensor
 ) -> Tensor:
-    config, attention, mlp = draft.config, layer.self_attn, layer.mlp
-    batch, slots = state.shape[:2]
-    normed = rms_norm(state, layer.input_layernorm)
+    mlp, size = layer.mlp, draft.config.block_size
+
+    def attention(x: Tensor) -> Tensor:
+        return _attention(draft, layer, x, context, positions, seen)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        gated = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+        return F.linear(gated, mlp.down_proj.weight)
+
+    if isinstance(layer, DFlash2Layer):
+        attention = _between_convolutions(layer.attention_conv, attention, size)
+        feed_forward = _between_convolutions(layer.mlp_conv, feed_forward, size)
+    state = state + attention(rms_norm(state, layer.input_layernorm))
+    return state + feed_forward(rms_norm(state, layer.post_attention_layernorm))
+
+
+def _between_convolutions(
+    conv: GroupedDynamicCausalConv, sublayer: Callable[[Tensor], Tensor], size: int
+) -> Callable[[Tensor], Tensor]:
+    """Return `sublayer` with a convolution over each block's slots before and after it."""
+    taps, width = conv.base_kernel.shape[1:]
+
+    def convolved(x: Tensor, kernels: Tensor) -> Tensor:
+        """x [B, N * K, H], kernels [B, N, K, taps, H]"""
+        blocks = x.unflatten(1, (-1, size))
+        shifted = [F.pad(blocks, (0, 0, tap, 0))[:, :, :size] for tap in range(taps)]
+        return (torch.stack(shifted, dim=3) * kernels).sum(3).flatten(1, 2)
+
+    def whole(normed: Tensor) -> Tensor:
+        corrections = F.linear(normed, conv.kernel_projection.weight).unflatten(1, (-1, size))
+        corrections = corrections.unflatten(-1, (2, taps, -1))
+        corrections = corrections.repeat_interleave(width // corrections.shape[-1], dim=-1)
+        before, after = (conv.base_kernel + corrections).unbind(3)
+        return convolved(sublayer(convolved(normed, before)), after)
+
+    return whole
+
+
+def _attention(
+    draft: DFlashDraft, layer: DecoderLayer, normed: Tensor, context: Tensor, positions: Tensor, seen: Tensor
+) -> Tensor:
+    config, attention = draft.config, layer.self_attn
+    batch, slots = normed.shape[:2]
     both = torch.cat((context, normed), dim=1)
 
     def heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -122,7 +203,4 @@ def _layer(
     scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
     attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
     attended = attended * seen.any(-1, keepdim=True)
-    state = state + F.linear(attended, attention.o_proj.weight)
-    normed = rms_norm(state, layer.post_attention_layernorm)
-    gated = F.silu(F.linear(normed, mlp.gate_proj.weight)) * F.linear(normed, mlp.up_proj.weight)
-    return state + F.linear(gated, mlp.down_proj.weight)
+    return F.linear(attended, attention.o_proj.weight)
