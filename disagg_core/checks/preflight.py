@@ -38,6 +38,7 @@ from disagg_core.settings import Settings
 from disagg_core.store import require_mooncake
 from disagg_core.store.capacity import check_capacity
 from disagg_core.target.facts import TargetFacts, read_target_facts
+from disagg_core.target.parts import check_target_parts
 from disagg_core.target.tokenizer import load_tokenizer, version_in_use
 
 
@@ -247,9 +248,10 @@ def _pinned(spec: RunSpec, facts: TargetFacts) -> RunSpec:
 
 
 def _check_weights(spec: RunSpec) -> None:
-    """Refuse a local target without weights, unless a server has them."""
+    """Refuse a local target without weights, or without what drafts need of them, unless a server has them."""
     model = spec.target.model
     if not is_local(model) or spec.target.server_urls:
         return
     if not any(Path(model).expanduser().glob("*.safetensors")):
         raise TargetError(f"target.model: {model} holds no *.safetensors weights; save the model in safetensors format")
+    check_target_parts(spec.target)

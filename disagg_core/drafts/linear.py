@@ -43,6 +43,11 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return product(a, b).to(dtype)
 
 
+def bounded_(logits: Tensor, cap: float | None) -> Tensor:
+    """Return `logits` of any shape as ``cap * tanh(logits / cap)``, in the same memory; without a cap as they are."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a.T @ b`` for ``[m, k]`` and ``[m, n]``; oneDNN copies the operand that it takes transposed, so the
     narrower one is."""

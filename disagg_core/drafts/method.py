@@ -43,7 +43,11 @@ class FrozenParts:
     """What a draft takes from its target and never trains."""
 
     embedding: Tensor  # [V, H_t]
-    lm_head: Tensor  # [V, H_t]; last hidden state @ lm_head.T are the target's logits
+    lm_head: Tensor  # [V, H_t]; last hidden state @ lm_head.T are the target's logits, but for their bound
+    logit_cap: float | None = None
+    """Bound c of the target's logits, which are ``c * tanh(z / c)``."""
+    logit_scale: float = 1.0
+    """Factor that `lm_head` holds and the target's own LM head, which an engine gives a draft, does not."""
 
 
 @dataclass(frozen=True)

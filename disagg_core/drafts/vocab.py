@@ -127,11 +127,13 @@ def count_tokens(
 ) -> Tensor:
     """Return how often each token occurs where the loss mask is 1, int64 ``[vocab_size]``.
 
-    `samples` are token ids and loss masks, both ``[tokens]``; `progress` is told how many were counted so far.
+    `samples` are token ids and loss masks, both ``[tokens]``; one with an id that is not the target's is left out, as
+    it is from the capture. `progress` is told how many went by so far.
     """
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for number, (ids, mask) in enumerate(samples, start=1):
-        counts += torch.bincount(ids[mask != 0].long(), minlength=vocab_size)
+        if not bool(((ids < 0) | (ids >= vocab_size)).any()):
+            counts += torch.bincount(ids[mask != 0].long(), minlength=vocab_size)
         progress(number)
     return counts
 

@@ -219,7 +219,8 @@ def _build_drafts(
     """Return the drafts, seeded or continued from their `init_from`, attached to the target's parts, and these."""
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     loaded = load_target_parts(plan.spec.target, dtype=dtype)
-    parts = FrozenParts(loaded.embedding.to(device), loaded.lm_head.to(device))
+    embedding, lm_head = loaded.embedding.to(device), loaded.lm_head.to(device)
+    parts = FrozenParts(embedding, lm_head, loaded.logit_cap, loaded.logit_scale)
     drafts = []
     for draft, vocab_map in zip(plan.drafts, maps, strict=True):
         model = _build_draft(draft, vocab_map, plan.spec.run.seed)

@@ -34,6 +34,7 @@ from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.loading import load_target
 from disagg_core.target.parts import parts_of
+from disagg_core.target.text_model import logit_scale
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ def read_draft(path: Path, plan: RunPlan) -> DraftModel:
 def attached(draft: DraftModel, target: nn.Module) -> DraftModel:
     """Give `draft` the frozen parts of the loaded `target`, and move it to the target's device and dtype."""
     embedding, lm_head = parts_of(target)
-    draft.attach(FrozenParts(embedding, lm_head))
+    model: Any = target
+    draft.attach(FrozenParts(embedding, lm_head, logit_scale=logit_scale(model.config)))
     return draft.to(device=embedding.device, dtype=embedding.dtype)
 
 

@@ -38,7 +38,9 @@ class RunSection(Section):
 class TargetSection(Section):
     """The frozen model whose drafts are trained."""
 
-    model: str = Field(description="Hugging Face id, or a directory (a path starts with ./, ../, / or ~).")
+    model: str = Field(
+        description="Hugging Face id, or a directory, by an absolute path or one relative to the document."
+    )
     config: str | None = Field(
         None, description="Directory with the target's config.json, for planning where the weights are not at hand."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -46,8 +47,8 @@ def _channel_of_every_attempt(url: str) -> str:
 
 
 def is_local(model: str) -> bool:
-    """Tell whether `model` names a directory rather than a Hugging Face id."""
-    return model.startswith(("./", "../", "/", "~"))
+    """Tell whether `model` names a directory rather than a Hugging Face id: by how it begins, or by there being one."""
+    return model.startswith(("./", "../", "/", "~")) or Path(model).is_dir()
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Reading a run document from YAML, with overrides, into a `RunSpec` whose paths are absolute.
 
-Relative paths mean relative to the document, so that it works from any directory and on any worker.
+Relative paths mean relative to the document, so that it works from any directory and on any worker. A model that may
+also be a Hugging Face id is a directory if there is one of that name beside the document, or where the caller is.
 """
 
 from __future__ import annotations
@@ -171,8 +172,13 @@ def _with_absolute_paths(spec: RunSpec, base: Path) -> RunSpec:
 
 
 def _absolute(value: str | None, base: Path, *, may_be_hub_id: bool) -> str | None:
-    if value is None or "://" in value or (may_be_hub_id and not is_local(value)):
+    if value is None or "://" in value:
         return value
+    if may_be_hub_id and not (base / value).is_dir():
+        if not is_local(value):
+            return value
+        beside_caller = not value.startswith((".", "/", "~"))
+        base = Path.cwd() if beside_caller else base
     prefix = ""
     if value.startswith("hf:"):
         if not is_local(value.removeprefix("hf:")):

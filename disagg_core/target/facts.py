@@ -16,7 +16,7 @@ from disagg_core.contracts import DTYPE_BYTES
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
-from disagg_core.target.text_model import logit_cap, sizes_of, text_config, token_ids, value_of
+from disagg_core.target.text_model import logit_cap, logit_scale, sizes_of, text_config, token_ids, value_of
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
@@ -25,7 +25,8 @@ class TargetFacts(BaseModel):
     """The sizes of a target's text model; `commit` is the hub's, None for a directory.
 
     `rope_parameters` are one flat set, empty for a target without RoPE; `eos_token_ids` are those of the config and of
-    the generation config together; logits z are capped as ``logit_cap * tanh(z / logit_cap)``.
+    the generation config together; logits are ``z = logit_scale * last_hidden_state @ lm_head.T``, capped as
+    ``logit_cap * tanh(z / logit_cap)``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +45,7 @@ class TargetFacts(BaseModel):
     rope_parameters: dict[str, Any]
     tie_word_embeddings: bool
     logit_cap: float | None = None
+    logit_scale: float = 1.0
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
@@ -67,6 +69,8 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
     """
     config = load_target_config(target)
     text = text_config(config)
+    if target.backend == "transformers":
+        model_class(config)
     eos = token_ids(*(getattr(part, "eos_token_id", None) for part in (config, text, _generation_config(target))))
     dtype: str = target.dtype
     if dtype == "auto":
@@ -80,6 +84,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         **sizes_of(text),
         tie_word_embeddings=is_tied(config),
         logit_cap=logit_cap(text),
+        logit_scale=logit_scale(config),
         bos_token_id=value_of(text, "bos_token_id"),
         eos_token_ids=eos,
         pad_token_id=value_of(text, "pad_token_id"),
@@ -130,6 +135,29 @@ def _generation_config(target: TargetSection) -> Any:
 def is_tied(config: Any) -> bool:
     """Tell whether embedding and LM head of a model of this `config`, wrapper and all, are one tensor."""
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that loads a model of this `config` with its LM head.
+
+    Of a multimodal model that has no class for its text alone it is the whole, of which only the text part is run.
+
+    Raises:
+        TargetError: transformers has none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
+    if known:
+        return known[0]
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    raise TargetError(
+        f"target.model: expected a language model of transformers, found {config.model_type}, for which the installed "
+        "release has no class with an LM head"
+    )
 
 
 def target_version(target: TargetSection, config: dict[str, Any], *, commit: str | None = None) -> str:

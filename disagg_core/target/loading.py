@@ -11,7 +11,8 @@ from torch import nn
 from disagg_core.errors import MissingLibrary, TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
-from disagg_core.target.facts import TargetFacts
+from disagg_core.target.facts import TargetFacts, model_class
+from disagg_core.target.weights import weight_bytes
 
 _USABLE_MEMORY = 0.8
 """Part of a GPU's free memory that weights may take; the rest is for activations."""
@@ -51,29 +52,6 @@ def load_target(
     return placed.eval().requires_grad_(False)
 
 
-def model_class(config: Any) -> Any:
-    """Return the class of transformers that loads a model of this `config` with its LM head.
-
-    Of a multimodal model that has no class for its text alone it is the whole, of which only the text part is run.
-
-    Raises:
-        TargetError: transformers has none.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    known = [
-        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
-    ]
-    if known:
-        return known[0]
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return AutoModelForCausalLM
-    raise TargetError(
-        f"target.model: expected a language model of transformers, found {config.model_type}, for which the installed "
-        "release has no class with an LM head"
-    )
-
-
 def _let_the_head_take_slices(model: Any) -> None:
     """Have the head copy its input where that has gaps: the last position of each row of a batch of prompts.
 
@@ -92,7 +70,7 @@ def _placement(section: TargetSection, facts: TargetFacts, dtype: torch.dtype) -
     if section.device == "cpu" or not available:
         return "cpu"
     free, _ = torch.cuda.mem_get_info()
-    if _weight_bytes(facts, dtype) <= free * _USABLE_MEMORY:
+    if weight_bytes(section, dtype) <= free * _USABLE_MEMORY:
         return "cuda"
     try:
         import accelerate  # type: ignore[import-not-found] # noqa: F401
@@ -102,11 +80,3 @@ def _placement(section: TargetSection, facts: TargetFacts, dtype: torch.dtype) -
             f"{torch.cuda.device_count()}: pip install accelerate"
         ) from error
     return "spread"
-
-
-def _weight_bytes(facts: TargetFacts, dtype: torch.dtype) -> int:
-    """Return an estimate of the weights' size from the config (dense layers)."""
-    heads = (2 * facts.num_attention_heads + 2 * facts.num_key_value_heads) * facts.head_dim
-    layer = facts.hidden_size * (heads + 3 * facts.intermediate_size)
-    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
-    return (facts.num_layers * layer + embeddings) * dtype.itemsize

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,14 @@ from disagg_core.target.text_model import logit_cap, logit_scale
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDING = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_EMBEDDING = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embeddings.weight",
+)
 _LM_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
 _FINAL_NORM = (
     "norm.weight",
@@ -52,6 +60,7 @@ _PREFIXES = (
     "thinker.",
     "transformer.",
     "gpt_neox.",
+    "backbone.",
     "model.decoder.",
     "decoder.",
 )
@@ -75,6 +84,11 @@ _UNIT_OFFSET = frozenset(
 """Model types whose RMSNorm multiplies by one plus the stored weight."""
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_SCALED = {"F8_E4M3", "F8_E5M2"}
+_SCALES = ("_scale_inv", "_scale")
+"""What is added to the name of a tensor in fp8; both names hold factors."""
+_SCALE_BLOCK = 128
+"""Rows and columns that share a scale, where there is one for each block."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ class TargetParts:
     tied: bool
     final_norm: FinalNorm | None
     logit_cap: float | None = None
+    logit_scale: float = 1.0  # factor that `lm_head` holds
 
     def logits(self, last_hidden_state: Tensor) -> Tensor:
         """Return the target's logits [..., V] of states after its final norm [..., H]."""
@@ -128,12 +143,44 @@ def load_target_parts(
     embedding too.
 
     Raises:
-        TargetError: no such directory or file, not safetensors, a tensor that is missing, ambiguous, of another
-            shape than the config says, quantised, or a head with a bias, which no draft's loss can express.
+        TargetError: no such directory or file, not safetensors, a tensor that is missing, ambiguous, of another width
+            than the config says or of fewer rows, quantised otherwise than to fp8, or a head with a bias, which no
+            draft's loss can express.
     """
     config = load_target_config(target)
+    text, checkpoint = config.get_text_config(), _Checkpoint.open(target)
+    embedding_name, head_name = _names_of(checkpoint, config)
+    norm_name = checkpoint.find(_FINAL_NORM, (text.hidden_size,))
+    raw = {
+        name: checkpoint.read(name, text.hidden_size if name == norm_name else text.vocab_size, dtype, device)
+        for name in (embedding_name, head_name, norm_name)
+        if name
+    }
+    embedding = raw[embedding_name or str(head_name)]
+    head = raw[head_name] if head_name else embedding
+    shared = is_tied(config) and (not head_name or not embedding_name or torch.equal(embedding, head))
+    return TargetParts(
+        embedding=embedding,
+        lm_head=_scaled(embedding if shared else head, config),
+        tied=shared,
+        final_norm=_final_norm(raw[norm_name], text) if norm_name else None,
+        logit_cap=logit_cap(text),
+        logit_scale=logit_scale(config),
+    )
+
+
+def check_target_parts(target: TargetSection) -> None:
+    """Check that the parts of `target` are there, from the headers of its files alone.
+
+    Raises:
+        TargetError: as `load_target_parts`, for what headers say.
+    """
+    _names_of(_Checkpoint.open(target), load_target_config(target))
+
+
+def _names_of(checkpoint: _Checkpoint, config: Any) -> tuple[str | None, str | None]:
+    """Return the names of embedding and LM head; of a tied target's, one may be None."""
     text = config.get_text_config()
-    checkpoint = _Checkpoint.open(target)
     shape = (text.vocab_size, text.hidden_size)
     tied = is_tied(config)
     embedding_name = checkpoint.find(_EMBEDDING, shape)
@@ -148,26 +195,40 @@ def load_target_parts(
             f"{checkpoint.source}: expected {what} of shape {list(shape)} whose name ends with one of {list(names)}, "
             f"found {checkpoint.similar(names) or 'none'}; the config says tie_word_embeddings={tied}"
         )
-    norm_name = checkpoint.find(_FINAL_NORM, (text.hidden_size,))
-    raw = checkpoint.read([name for name in (embedding_name, head_name, norm_name) if name], dtype, device)
-    embedding = raw[embedding_name or str(head_name)]
-    head = raw[head_name] if head_name else embedding
-    shared = tied and (not head_name or not embedding_name or torch.equal(embedding, head))
-    return TargetParts(
-        embedding=embedding,
-        lm_head=_scaled(embedding if shared else head, config),
-        tied=shared,
-        final_norm=_final_norm(raw[norm_name], text) if norm_name else None,
-        logit_cap=logit_cap(text),
-    )
+    return embedding_name, head_name
+
+
+def dequantised(weight: Tensor, scale: Tensor, *, whole_rows: int) -> Tensor:
+    """Return an fp8 `weight` [V, H], the first rows of `whole_rows`, in fp32.
+
+    `scale` is one for the whole tensor, one for each row, or one for each block: of 128 rows and columns where that
+    fits its shape, else of as many as it takes.
+
+    Raises:
+        TargetError: `scale` has another shape.
+    """
+    if scale.numel() == 1:
+        return weight.float() * scale.float().reshape(())
+    if scale.shape[0] == whole_rows and scale.numel() == whole_rows:
+        return weight.float() * scale.float().reshape(-1, 1)[: len(weight)]
+    if scale.dim() != 2:
+        raise TargetError(f"fp8 scales: expected one, one for each row or block, found shape {list(scale.shape)}")
+    for place, size in enumerate((whole_rows, weight.shape[1])):
+        blocks = scale.shape[place]
+        block = _SCALE_BLOCK if math.ceil(size / _SCALE_BLOCK) == blocks else math.ceil(size / blocks)
+        scale = scale.repeat_interleave(block, dim=place)
+    return weight.float() * scale.float()[: weight.shape[0], : weight.shape[1]]
 
 
 def parts_of(target: Any) -> tuple[Tensor, Tensor]:
     """Return embedding and LM head, each [V, H], of a loaded transformers causal language model, as `load_target_parts`
-    reads them; on the device of the embedding, and not copied unless the logits are scaled.
+    reads them; on the device of the embedding, and not copied unless the logits are scaled. Rows beyond the vocabulary
+    are left out.
     """
+    rows = target.config.get_text_config().vocab_size
     embedding: Tensor = target.get_input_embeddings().weight
     head: Tensor = target.get_output_embeddings().weight
+    embedding, head = (part if len(part) == rows else part[:rows] for part in (embedding, head))
     return embedding, _scaled(head.to(embedding.device), target.config)
 
 
@@ -219,16 +280,20 @@ class _Checkpoint:
         return name in self._files
 
     def similar(self, endings: Sequence[str]) -> list[str]:
-        """Return the names of all tensors with one of `endings`, whatever their shape or place."""
-        return sorted(name for name in self._files if name.endswith(tuple(endings)))[:8]
+        """Return names and shapes of all tensors with one of `endings`, whatever their place."""
+        names = sorted(name for name in self._files if name.endswith(tuple(endings)))[:8]
+        return [f"{name} {list(self._shape(name))}" for name in names]
 
     def find(self, endings: Sequence[str], shape: tuple[int, ...]) -> str | None:
-        """Return the text model's tensor with one of `endings` and this `shape`, or None.
+        """Return the text model's tensor with one of `endings` and this `shape`, or None; more rows do as well.
 
         Raises:
             TargetError: several fit and none lies in a usual place.
         """
-        fitting = [name for name in self._candidates(endings) if self._shape(name) == shape]
+        shapes = {name: self._shape(name) for name in self._candidates(endings)}
+        fitting = [name for name, found in shapes.items() if found == shape]
+        if not fitting:
+            fitting = [name for name, found in shapes.items() if found[1:] == shape[1:] and found[0] > shape[0]]
         for prefix in _PREFIXES:
             for ending in endings:
                 if prefix + ending in fitting:
@@ -252,16 +317,34 @@ class _Checkpoint:
         with safe_open(self._path(name), framework="pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
-    def read(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-        """Return the tensors of `names`, converted; only their bytes are read."""
-        tensors = {}
-        for name in names:
-            with safe_open(self._path(name), framework="pt") as opened:
-                kind = opened.get_slice(name).get_dtype()
-                if kind not in _FLOATS:
-                    raise TargetError(f"{self.source}: expected {name} in one of {sorted(_FLOATS)}, found {kind}")
-                tensors[name] = opened.get_tensor(name).to(device=device, dtype=dtype)
-        return tensors
+    def read(self, name: str, rows: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """Return the first `rows` of the tensor called `name`, converted; only their bytes are read."""
+        with safe_open(self._path(name), framework="pt") as opened:
+            part = opened.get_slice(name)
+            kind, found = part.get_dtype(), part.get_shape()[0]
+            if kind not in {*_FLOATS, *_SCALED}:
+                raise TargetError(
+                    f"{self.source}: expected {name} in one of {sorted(_FLOATS)}, or in fp8 with its "
+                    f"scales, found {kind}"
+                )
+            tensor: Tensor = part[:rows]
+        if found > rows:
+            logger.info("%s: %s has %d rows, of which the first %d are the vocabulary", self.source, name, found, rows)
+        if kind in _SCALED:
+            tensor = dequantised(tensor, self._scales(name), whole_rows=found)
+        return tensor.to(device=device, dtype=dtype)
+
+    def _scales(self, name: str) -> Tensor:
+        """Return the scales of the fp8 tensor called `name`."""
+        names = [name + ending for ending in _SCALES if self.has(name + ending)]
+        if not names:
+            raise TargetError(
+                f"{self.source}: expected the scales of {name}, which is in fp8, as {name}{' or '.join(_SCALES)}, "
+                "found none"
+            )
+        with safe_open(self._path(names[0]), framework="pt") as opened:
+            scales: Tensor = opened.get_tensor(names[0])
+        return scales
 
 
 class _HubFiles(Mapping[str, Path]):

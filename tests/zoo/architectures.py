@@ -13,6 +13,8 @@ class Architecture:
     model_type: str
     title: str
     changes: dict[str, Any] = field(default_factory=dict)
+    unfit: str | None = None
+    """Why its weights cannot be used, as the check of a run's target says it."""
     built: bool = True
     """Whether a tiny model can be built; where not, only the config is tried."""
 
@@ -49,9 +51,9 @@ ARCHITECTURES = (
     Architecture("gemma3", "Gemma 3"),
     Architecture("gemma3_text", "Gemma 3, text"),
     Architecture("gemma3n", "Gemma 3n", built=False),
-    Architecture("gemma4", "Gemma 4", {"num_kv_shared_layers": 0}),
+    Architecture("gemma4", "Gemma 4", {"num_kv_shared_layers": 0, "pad_token_id": 0}),
     Architecture("gemma4_text", "Gemma 4, text", GEMMA_4),
-    Architecture("phi", "Phi-2"),
+    Architecture("phi", "Phi-2", unfit="the LM head lm_head.weight has a bias; drafts of such targets cannot train"),
     Architecture(
         "phi3",
         "Phi-3, Phi-4",

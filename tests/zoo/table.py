@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from disagg_core.drafts.rope_parameters import ROPE_TYPES
 from disagg_core.errors import BadInput
 from disagg_core.evaluation.target_runner import config_rolls_back
 from disagg_core.run.plan import RunPlan
-from disagg_core.target.facts import load_target_config
-from disagg_core.target.loading import model_class
+from disagg_core.target.facts import load_target_config, model_class
 from disagg_core.target.text_model import logit_scale, mlp_width
 from tests.zoo.architectures import ARCHITECTURES, Architecture
 from tests.zoo.tiny import tiny_config
@@ -40,6 +40,8 @@ def _row(architecture: Architecture) -> str:
             plan = planned(tiny_config(architecture.model_type, **architecture.changes), Path(directory))[0]
         except BadInput as error:
             return f"{name} no: {str(error).removeprefix('target.model: ')} | | | | |"
+        if architecture.unfit:
+            return f"{name} no: {architecture.unfit} | | | | |"
         return f"{name} yes | {' | '.join(_cells(plan))} |"
 
 
@@ -51,9 +53,7 @@ def _cells(plan: RunPlan) -> tuple[str, ...]:
     logits += [f"at most {facts.logit_cap:g}"] if facts.logit_cap else []
     rope = facts.rope_parameters
     kind = "none" if not rope else "part of a head" if "partial_rotary_factor" in rope else rope["rope_type"]
-    rotation = (
-        "the target's" if kind in ("default", "llama3", "yarn", "linear", "dynamic") else f"plain (target: {kind})"
-    )
+    rotation = "the target's" if kind in ROPE_TYPES else f"plain (target: {kind})"
     again = not config_rolls_back(config, model_class(config)._model_mapping[type(config)])
     return (
         ", ".join(logits) or "plain",

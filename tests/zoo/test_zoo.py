@@ -5,21 +5,22 @@ The quick tier reads and plans all of them and takes a handful through everythin
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from disagg_core.contracts import Capture
-from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.registry import method_names
 from disagg_core.errors import TargetError
 from disagg_core.evaluation import generate_all
 from disagg_core.target.layers import LayerStates
+from disagg_core.target.parts import check_target_parts
 from tests.zoo import table
 from tests.zoo.architectures import ARCHITECTURES, Architecture
-from tests.zoo.tiny import HIDDEN, LAYERS, VOCAB, tiny_config
-from tests.zoo.trial import Trial, exported, planned
+from tests.zoo.tiny import HIDDEN, LAYERS, VOCAB, tiny_config, tiny_model
+from tests.zoo.trial import Trial, exported, planned, spec_of
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +32,9 @@ PROMPTS = [[5, 9, 11, 4, 30, 31, 32, 7, 8, 50, 51, 12], [6, 10, 12, 40, 41, 42, 
 
 def every(*, built: bool) -> list[object]:
     """All architectures of the table; the quick tier has those that are read only, and a handful that are built."""
-    chosen = [architecture for architecture in ARCHITECTURES if architecture.built or not built]
+    chosen = [
+        architecture for architecture in ARCHITECTURES if not built or (architecture.built and not architecture.unfit)
+    ]
     quick = [a for a in chosen if not built or a.model_type in HANDFUL]
     return [pytest.param(a, id=a.model_type, marks=[] if a in quick else [pytest.mark.slow]) for a in chosen]
 
@@ -59,6 +62,16 @@ def test_the_table_in_the_documents_is_what_is_so() -> None:
     assert table.committed() == table.table(), "write it again: python -m tests.zoo.table"
 
 
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.unfit], ids=lambda a: a.model_type)
+def test_weights_that_no_draft_can_be_trained_from_are_refused_by_name(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    tiny_model(tiny_config(architecture.model_type, **architecture.changes)).save_pretrained(tmp_path)
+
+    with pytest.raises(TargetError, match=re.escape(str(architecture.unfit))):
+        check_target_parts(spec_of(tmp_path).target)
+
+
 @pytest.mark.parametrize("architecture", every(built=True))
 def test_a_target_is_captured_as_transformers_has_it_and_gets_a_draft_of_every_method(
     architecture: Architecture, tmp_path: Path
@@ -72,7 +85,7 @@ def test_a_target_is_captured_as_transformers_has_it_and_gets_a_draft_of_every_m
         again = exported(draft, tmp_path / method)
         for name, tensor in draft.serving_state_dict().items():
             torch.testing.assert_close(again.serving_state_dict()[name], tensor, rtol=0, atol=0)
-        again.attach(FrozenParts(trial.parts.embedding, trial.parts.lm_head))
+        again.attach(trial.frozen)
         drafted = generate_all(trial.model, again, PROMPTS, draft_tokens=3, max_new_tokens=6)
         assert [generation.tokens for generation in drafted] == [greedy(trial, ids) for ids in PROMPTS], method
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from disagg_core.target.loading import model_class
+from disagg_core.target.facts import model_class
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 6
 
@@ -127,6 +127,8 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def tiny_model(config: PreTrainedConfig) -> nn.Module:
-    """A model of `config` with random fp32 weights, the same each time."""
+    """A model of `config` with random fp32 weights, the same each time; of a wrapper the whole, as it is published."""
     torch.manual_seed(0)
-    return model_class(config).from_config(config).float().eval().requires_grad_(False)
+    wrapped = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if wrapped else model_class(config)
+    return auto.from_config(config).float().eval().requires_grad_(False)

@@ -114,6 +114,12 @@ class Trial:
         target.close()
         return [samples[number] for number in range(len(prompts))]
 
+    @property
+    def frozen(self) -> FrozenParts:
+        """What a draft takes from the target."""
+        parts = self.parts
+        return FrozenParts(parts.embedding, parts.lm_head, parts.logit_cap, parts.logit_scale)
+
     def trained_draft(self, plan: RunPlan, samples: list[Sample]) -> DraftModel:
         """A draft after one step on `samples`; every weight that training touches is finite and has moved."""
         options = plan.spec.draft
@@ -121,7 +127,7 @@ class Trial:
         torch.manual_seed(3)
         config = method.config_for(options, self.facts, plan.capture, plan.drafts[0].vocabulary.size)
         draft = method.model(config)
-        parts = FrozenParts(self.parts.embedding, self.parts.lm_head)
+        parts = self.frozen
         draft.attach(parts, VocabMap.from_counts(torch.arange(VOCAB), plan.drafts[0].vocabulary.size))
         batcher = method.batcher(options, config, seed=1)
         module = method.loss(draft, parts, options, activation_checkpointing=False)

@@ -254,6 +254,7 @@ class DFlashConfig(BaseModel):
                 "mask_token_id": mask_token_id,
                 "target_layer_ids": list(capture.layers),
                 "num_target_layers": facts.num_layers,
+                "output_multiplier": facts.logit_scale if "output_multiplier" not in cls.required_values else None,
                 "bos_token_id": facts.bos_token_id,
                 "eos_token_id": facts.eos_token_ids[0]
                 if len(facts.eos_token_ids) == 1

@@ -100,7 +100,7 @@ def dflash_loss(
             `last_hidden_state` ``[batch, tokens, H]`` (after the target's final norm) for its labels.
         anchors: ``[batch, blocks]`` int64.
         block_keep: ``[batch, blocks]`` bool, False where no block is.
-        lm_head: the target's ``[V, H]``, if another than the attached one.
+        lm_head: the target's ``[V, H]``, if another tensor than the attached one.
         loss: options.
         gamma: in place of the options'; None weighs all slots alike.
         normaliser: what the window's sum is divided by; by default what the options say, of this batch.
@@ -151,6 +151,7 @@ class BlockStep:
         """
         config, device = draft.config, draft.fc.weight.device
         head = draft.attached_head() if lm_head is None else lm_head.detach()
+        scale = draft.head_scale
         expected, found = len(config.target_layer_ids) * config.hidden_size, batch.hidden_states.shape[-1]
         if expected != found:
             raise BadInput(f"batch and draft do not fit: hidden_states: expected {expected} wide, found {found}")
@@ -166,7 +167,7 @@ class BlockStep:
             batch=batch,
             plan=plan,
             labels=plan.labels if section.label == "data" else teacher_labels(plan, batch, head),
-            head=Head(head, config.output_multiplier, config.final_logit_softcapping),
+            head=Head(head, config.output_multiplier / scale, config.final_logit_softcapping),
             weights=SlotWeights(section.type, slots.to(device, work), section.dpace_alpha),
             divisor=whole.clamp(min=torch.finfo(work).tiny),
         )

@@ -117,6 +117,7 @@ class DFlashDraft(DraftModel):
         self.rotary = RotaryEmbedding(config)
         self.register_parameter("embed_tokens", None)
         self.register_parameter("lm_head", None)
+        self.head_scale = 1.0  # factor that the attached head holds and the one that an engine gives the draft does not
         self.add_parts()
         self.reset_parameters()
 
@@ -149,6 +150,7 @@ class DFlashDraft(DraftModel):
         self.embed_tokens = nn.Parameter(parts.embedding.detach(), requires_grad=False)
         shared = parts.lm_head is parts.embedding
         self.lm_head = self.embed_tokens if shared else nn.Parameter(parts.lm_head.detach(), requires_grad=False)
+        self.head_scale = parts.logit_scale
 
     def serving_state_dict(self) -> dict[str, Tensor]:
         """Return the draft's own tensors by serving name; nothing of the target."""
@@ -196,7 +198,7 @@ class DFlashDraft(DraftModel):
         Raises:
             IncompatibleDraft: nothing is attached.
         """
-        return capped(linear(hidden, self.attached_head().to(hidden.dtype)), self.config)
+        return capped(linear(hidden, self.attached_head().to(hidden.dtype)) / self.head_scale, self.config)
 
     def attached_head(self) -> Tensor:
         """Return the target's LM head ``[V, H]``.

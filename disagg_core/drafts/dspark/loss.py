@@ -47,6 +47,8 @@ class DSparkStep:
     divisor: Tensor  # scalar, of the window
     own_divisor: Tensor  # scalar, what the batch adds to it
     lm_head: Tensor  # [V, H]
+    head_scale: float
+    logit_cap: float | None
     section: DSparkLossSection
 
     @classmethod
@@ -57,6 +59,8 @@ class DSparkStep:
         lm_head: Tensor | None,
         section: DSparkLossSection,
         normaliser: Tensor | float | None = None,
+        *,
+        logit_cap: float | None = None,
     ) -> DSparkStep:
         """Return the step of `batch`; `normaliser` is the window's divisor, by default the batch's own.
 
@@ -79,6 +83,8 @@ class DSparkStep:
             divisor=whole.clamp(min=torch.finfo(work).tiny),
             own_divisor=own.to(device),
             lm_head=head,
+            head_scale=draft.head_scale,
+            logit_cap=logit_cap,
             section=section,
         )
 
@@ -92,6 +98,8 @@ class DSparkStep:
             weights=self.slot_weights() / self.divisor,
             cross_entropy=self.section.ce,
             distance=self.section.l1,
+            head_scale=self.head_scale,
+            logit_cap=self.logit_cap,
         )
 
     def teacher_states(self, places: Tensor) -> Tensor:
@@ -227,6 +235,7 @@ class DSparkLoss(nn.Module):
         super().__init__()
         self.draft = draft
         self.lm_head = nn.Parameter(parts.lm_head.detach(), requires_grad=False)
+        self.logit_cap = parts.logit_cap
         self.section = section
         self.activation_checkpointing = activation_checkpointing
 
@@ -242,7 +251,9 @@ class DSparkLoss(nn.Module):
 
         On a CPU activations are always computed again, as `disagg_core.drafts.dflash.loss.DFlashLoss` does.
         """
-        step = DSparkStep.of(self.draft, batch, self.lm_head, self.section, normalisers["loss"])
+        step = DSparkStep.of(
+            self.draft, batch, self.lm_head, self.section, normalisers["loss"], logit_cap=self.logit_cap
+        )
         on_cpu = step.plan.anchors.device.type == "cpu"
         terms = step.run(self.draft, checkpointing=self.activation_checkpointing or on_cpu)
         return LossOutput(terms.total, terms.ratios())

@@ -125,7 +125,7 @@ def _narrow(terms: DSparkTerms) -> dict[str, Any]:
 def _wide(draft: DSparkDraft, terms: DSparkTerms) -> dict[str, Any]:
     step, hidden = terms.step, terms.hidden
     head = step.lm_head.to(hidden.dtype)
-    base = linear(hidden, head)
+    base = linear(hidden, head) / step.head_scale
     states = step.teacher_states(step.plan.source_flat)
     walked = walk(draft, base, hidden, step.previous[:, 0], Sampler(0.0))
     return {

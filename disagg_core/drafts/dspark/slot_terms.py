@@ -1,6 +1,7 @@
 """Cross entropy and L1 distance of the trained slots over the vocabulary, with their gradient, a few slots at a time.
 
-A slot's logits are ``lm_head h + w2 m``, with its state h and the Markov head's vector m. With ``q`` their softmax and
+A slot's logits are ``lm_head h + w2 m``, with its state h and the Markov head's vector m (a factor that the target has
+on its logits, and that engines do not give a draft's, is taken out of ``lm_head h``). With ``q`` their softmax and
 ``p`` the target's, the gradient by the logits is ``q - onehot`` for the cross entropy, and for ``sum_v |q - p|`` with
 ``s = sign(q - p)`` it is ``q (s - sum_v s q)``. Draft's and target's logits of a slice of slots are made, reduced to
 figures, turned into the gradient in the same memory and reduced to the gradients of h, m and w2. Nothing that is V wide
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disagg_core.drafts.linear import outer, product, wide_product
+from disagg_core.drafts.linear import bounded_, outer, product, wide_product
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 1024**3}
 """Bytes of one slice's logits, the draft's and the target's, in fp32."""
@@ -31,6 +32,8 @@ class Teaching:
     weights: Tensor  # [R]
     cross_entropy: float  # weight of the term
     distance: float  # likewise
+    head_scale: float = 1.0  # factor of the LM head that is the target's logits' only
+    logit_cap: float | None = None  # bound of the target's logits
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,17 @@ class _SlotTerms(torch.autograd.Function):
         most = max(1, _SLICE_BYTES[hidden.device.type] // (8 * vocabulary))
         for start in range(0, rows, most):
             at = slice(start, start + most)
-            logits = wide_product(hidden[at], head.t(), work).add_(wide_product(vectors[at], matrix.t(), work))
+            logits = wide_product(hidden[at], head.t(), work).div_(teaching.head_scale)
+            logits.add_(wide_product(vectors[at], matrix.t(), work))
             target = wide_product(teaching.states[at].to(head.dtype), head.t(), work)
+            bounded_(target, teaching.logit_cap)
             cross_entropy[at], predicted[at] = _to_probabilities(logits, teaching.labels[at])
             _to_probabilities(target, teaching.labels[at])
             difference = target.sub_(logits)
             distance[at] = torch.linalg.vector_norm(difference, ord=1, dim=-1)
             if needed:
                 slope = _slope(logits, difference, teaching, at).to(hidden.dtype)
-                by_hidden[at], by_vectors[at] = product(slope, head), product(slope, matrix)
+                by_hidden[at], by_vectors[at] = product(slope, head).div_(teaching.head_scale), product(slope, matrix)
                 by_matrix += outer(slope, vectors[at])
         ctx.save_for_backward(by_hidden, by_vectors, by_matrix)
         ctx.mark_non_differentiable(cross_entropy, distance, predicted)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
 from disagg_core.drafts.eagle3.options import LossSection
-from disagg_core.drafts.linear import product, wide_product
+from disagg_core.drafts.linear import bounded_, product, wide_product
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
 """Bytes of one slice's draft logits in fp32."""
@@ -33,6 +33,7 @@ class Teacher:
     hidden: Tensor  # [batch * tokens, H_t], after the target's final norm
     lm_head: Tensor  # [V, H_t]
     draft_ids: Tensor | None  # [K] target ids of the draft tokens, ascending; None: the whole vocabulary
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class _Walk:
         plan, teacher = self._plan, self._teacher
         inside = plan.teacher_inside[at]
         hidden = teacher.hidden[plan.teacher_flat[at]].to(teacher.lm_head.dtype) * inside.unsqueeze(-1)
-        logits = wide_product(hidden, teacher.lm_head.t(), self._work)  # [n, V]
+        logits = bounded_(wide_product(hidden, teacher.lm_head.t(), self._work), teacher.logit_cap)  # [n, V]
         top, token = logits.max(dim=-1)
         token = torch.where(inside, token, 0)  # among equal logits `max` may name any; the shift's zeros mean token 0
         if teacher.draft_ids is None or self._draft_index is None:

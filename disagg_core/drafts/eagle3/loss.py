@@ -75,6 +75,7 @@ def training_time_test(
     batch: Eagle3Batch | Mapping[str, Tensor],
     *,
     lm_head: Tensor,
+    logit_cap: float | None = None,
     ttt_length: int,
     mask_mode: MaskMode | None = None,
     normalisation: Normalisation | None = None,
@@ -92,6 +93,7 @@ def training_time_test(
         batch: unshifted inputs: `input_ids`, `attention_mask`, `loss_mask` ``[batch, tokens]``, `aux_hidden_states`
             ``[batch, tokens, 3 * H_t]``, `last_hidden_state` ``[batch, tokens, H_t]``; a mapping or an `Eagle3Batch`.
         lm_head: the target's, ``[V, H_t]``; takes no gradient.
+        logit_cap: bound of the target's logits.
         ttt_length: L.
         mask_mode: ``aligned`` or ``compat``; by default as `loss` says.
         normalisation: ``valid`` or ``compat``; by default as `loss` says.
@@ -123,7 +125,7 @@ def training_time_test(
     states = run_steps(draft, batch, plan, kernel, checkpointing=activation_checkpointing)
     normed = [draft.norm(state) for state in states]
     objective = _objective(section, normalisation or section.normalisation, mask, plan, normaliser)
-    teacher = _teacher(draft, batch, lm_head)
+    teacher = _teacher(draft, batch, lm_head, logit_cap)
     total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
     output = TttOutput(
         total=total,
@@ -137,11 +139,11 @@ def training_time_test(
     return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
 
 
-def _teacher(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> Teacher:
+def _teacher(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor, logit_cap: float | None) -> Teacher:
     draft_ids = None
     if draft.config.draft_vocab_size != draft.config.vocab_size:
         draft_ids = draft.d2t + torch.arange(draft.d2t.numel(), device=draft.d2t.device)
-    return Teacher(batch.last_hidden_state.detach().flatten(0, 1), lm_head.detach(), draft_ids)
+    return Teacher(batch.last_hidden_state.detach().flatten(0, 1), lm_head.detach(), draft_ids, logit_cap)
 
 
 @torch.no_grad()
@@ -208,6 +210,7 @@ class Eagle3Loss(nn.Module):
         lm_head: the target's, ``[V, H_t]``, best in the dtype the target computes in; frozen.
         section: loss options.
         ttt_length: L.
+        logit_cap: bound of the target's logits.
         activation_checkpointing: compute activations again in the backward pass.
     """
 
@@ -218,11 +221,13 @@ class Eagle3Loss(nn.Module):
         section: LossSection,
         ttt_length: int,
         *,
+        logit_cap: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.draft = draft
         self.lm_head = nn.Parameter(lm_head.detach(), requires_grad=False)
+        self.logit_cap = logit_cap
         self.section = section
         self.ttt_length = ttt_length
         self.activation_checkpointing = activation_checkpointing
@@ -246,6 +251,7 @@ class Eagle3Loss(nn.Module):
             self.draft,
             batch,
             lm_head=self.lm_head,
+            logit_cap=self.logit_cap,
             ttt_length=self.ttt_length,
             loss=self.section,
             normaliser=normaliser,

@@ -181,6 +181,7 @@ class Eagle3(DraftMethod):
                 parts.lm_head,
                 options.loss,
                 options.ttt_length,
+                logit_cap=parts.logit_cap,
                 activation_checkpointing=activation_checkpointing,
             )
         )

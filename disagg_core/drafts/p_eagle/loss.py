@@ -90,9 +90,9 @@ def run_rows(draft: PEagleDraft, batch: PEagleBatch, plan: RowPlan, *, checkpoin
     )
 
 
-def _teacher(draft: PEagleDraft, batch: PEagleBatch, lm_head: Tensor | None) -> Teacher:
+def _teacher(draft: PEagleDraft, batch: PEagleBatch, lm_head: Tensor | None, logit_cap: float | None = None) -> Teacher:
     reduced = draft.config.draft_vocab_size != draft.config.vocab_size
-    return Teacher(batch.teacher.detach().flatten(0, 1), lm_head, draft.target_ids if reduced else None)
+    return Teacher(batch.teacher.detach().flatten(0, 1), lm_head, draft.target_ids if reduced else None, logit_cap)
 
 
 def _check_widths(draft: PEagleDraft, batch: PEagleBatch, lm_head: Tensor | None) -> None:
@@ -116,13 +116,22 @@ class PEagleLoss(nn.Module):
     Args:
         draft: the draft.
         lm_head: the target's, ``[V, H]``, best in the dtype the target computes in; frozen.
+        logit_cap: bound of the target's logits.
         activation_checkpointing: compute activations again in the backward pass.
     """
 
-    def __init__(self, draft: PEagleDraft, lm_head: Tensor, *, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        draft: PEagleDraft,
+        lm_head: Tensor,
+        *,
+        logit_cap: float | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.draft = draft
         self.lm_head = nn.Parameter(lm_head.detach(), requires_grad=False)
+        self.logit_cap = logit_cap
         self.activation_checkpointing = activation_checkpointing
         self._compiled = False
 
@@ -146,7 +155,7 @@ class PEagleLoss(nn.Module):
         states = run_rows(draft, batch, plan, checkpointing=self.activation_checkpointing)
         total, sums = row_loss(
             plan,
-            _teacher(draft, batch, self.lm_head),
+            _teacher(draft, batch, self.lm_head, self.logit_cap),
             draft.lm_head.weight,
             draft.norm(states),
             normalisers["rows"].clamp(min=1),

@@ -159,7 +159,9 @@ class PEagle(DraftMethod):
     ) -> PEagleLoss:
         """Return the loss of all depths over `draft`."""
         assert isinstance(draft, PEagleDraft)
-        return PEagleLoss(draft, parts.lm_head, activation_checkpointing=activation_checkpointing)
+        return PEagleLoss(
+            draft, parts.lm_head, logit_cap=parts.logit_cap, activation_checkpointing=activation_checkpointing
+        )
 
     def figures(self, ratios: Mapping[str, Ratio]) -> Figures:
         """Return loss, losses and accuracies by depth, and what they promise."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disagg_core.drafts.linear import product, wide_product
+from disagg_core.drafts.linear import bounded_, product, wide_product
 from disagg_core.drafts.p_eagle.batch import RowPlan
 
 _SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
@@ -31,13 +31,14 @@ class Teacher:
     states: Tensor  # [batch * tokens, H] after the final norm; without an LM head the logits [batch * tokens, V]
     lm_head: Tensor | None  # [V, H]
     draft_ids: Tensor | None  # [K] target ids of the draft's tokens, ascending; None: the whole vocabulary
+    logit_cap: float | None = None
 
     def logits(self, flat: Tensor, work: torch.dtype) -> Tensor:
         """Return logits ``[n, V]`` of dtype `work` at the indices `flat` ``[n]``, in memory of their own."""
         states = self.states[flat]
         if self.lm_head is None:
             return states.to(work)
-        return wide_product(states.to(self.lm_head.dtype), self.lm_head.t(), work)
+        return bounded_(wide_product(states.to(self.lm_head.dtype), self.lm_head.t(), work), self.logit_cap)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,24 @@ def test_paths_are_relative_to_the_document_and_hub_ids_are_left_alone(tmp_path:
     assert hub.target.model == "Qwen/Qwen3-8B"
 
 
+def test_a_model_that_is_a_directory_is_made_absolute_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "documents" / "models" / "beside").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "here").mkdir(parents=True)
+    document = tmp_path / "documents" / "run.yaml"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def model(name: str) -> str:
+        document.write_text(yaml.safe_dump({"target": {"model": name}, "data": {"prompts": "p.jsonl"}}))
+        return load_spec(document).target.model
+
+    assert model("models/beside") == str(tmp_path / "documents" / "models" / "beside")
+    assert model("here") == str(tmp_path / "elsewhere" / "here")
+    assert model("./here") == str(tmp_path / "documents" / "here")
+    assert model("org/model") == "org/model"
+
+
 def test_overrides_reach_any_depth(tmp_path: Path) -> None:
     spec = load_spec(
         write(tmp_path, MINIMAL),

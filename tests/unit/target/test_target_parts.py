@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.cohere import CohereConfig
+from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
@@ -175,11 +176,81 @@ def test_look_alikes_elsewhere_in_the_checkpoint_are_passed_over(tmp_path: Path)
     assert torch.equal(parts.lm_head, model.get_output_embeddings().weight)
 
 
+def test_rows_beyond_the_vocabulary_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    target = save(model, tmp_path)
+    wide = torch.cat((model.get_input_embeddings().weight.detach(), torch.ones(8, 32)))
+    rewrite(tmp_path, lambda t: t.update({"model.embed_tokens.weight": wide}))
+
+    with caplog.at_level("INFO"):
+        parts = load_target_parts(target)
+
+    assert torch.equal(parts.embedding, model.get_input_embeddings().weight)
+    assert torch.equal(parts.lm_head, model.get_output_embeddings().weight)
+    assert [r.getMessage() for r in caplog.records if "rows" in r.getMessage()] == [
+        f"{tmp_path}: model.embed_tokens.weight has 72 rows, of which the first 64 are the vocabulary"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scale", "ending"),
+    [
+        (torch.tensor(0.5), "_scale"),
+        (torch.rand(64, 1) + 0.5, "_scale"),
+        (torch.rand(64) + 0.5, "_scale"),
+        (torch.rand(1, 1) + 0.5, "_scale_inv"),
+        (torch.rand(4, 2) + 0.5, "_scale_inv"),
+    ],
+    ids=["one", "rows", "flat rows", "one block", "blocks"],
+)
+def test_an_lm_head_in_fp8_is_dequantised(tmp_path: Path, scale: torch.Tensor, ending: str) -> None:
+    target = save(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)), tmp_path)
+    small = torch.randn(64, 32).to(torch.float8_e4m3fn)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": small, f"lm_head.weight{ending}": scale}))
+
+    head = load_target_parts(target).lm_head
+
+    if scale.dim() == 2 and scale.shape[1] == 2:
+        factors = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    else:
+        factors = scale.reshape(-1, 1)
+    torch.testing.assert_close(head, small.float() * factors)
+
+
+def test_an_lm_head_in_fp8_without_scales_is_named(tmp_path: Path) -> None:
+    target = save(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)), tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.randn(64, 32).to(torch.float8_e4m3fn)}))
+
+    with pytest.raises(TargetError, match=r"scales of lm_head\.weight, which is in fp8"):
+        load_target_parts(target)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0),
+        GraniteConfig(**SIZES, logits_scaling=8.0),
+        CohereConfig(**SIZES, logit_scale=0.0625),
+    ],
+    ids=["gemma2", "granite", "cohere"],
+)
+def test_the_teacher_has_the_distribution_of_the_model_itself(tmp_path: Path, config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 40  # so that a bound of 5 is felt
+
+    parts = load_target_parts(save(model, tmp_path))
+
+    hidden, logits = last_states(model)
+    torch.testing.assert_close(parts.logits(hidden).softmax(-1), logits.softmax(-1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t: t.pop("lm_head.weight"), ["LM head", "lm_head.weight", "tie_word_embeddings=False"]),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(60, 32)}), ["[64, 32]", "lm_head.weight"]),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(60, 32)}), ["[64, 32]", "lm_head.weight [60, 32]"]),
         (lambda t: t.update({"lm_head.bias": torch.zeros(64)}), ["bias"]),
         (lambda t: t.update({"lm_head.weight": torch.zeros(64, 32, dtype=torch.int8)}), ["I8", "BF16"]),
         (
