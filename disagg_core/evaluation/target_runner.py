@@ -34,7 +34,8 @@ def rolls_back(target: nn.Module) -> bool:
 
 def config_rolls_back(config: Any, model: Any) -> bool:
     """Tell the same from a transformers `config` and the model or its class."""
-    return not getattr(model, "_is_stateful", False) and _kinds(config) <= _CROPPABLE
+    skips = getattr(config.get_text_config(), "cross_attention_layers", ())  # layers for pictures, without a cache here
+    return not skips and not getattr(model, "_is_stateful", False) and _kinds(config) <= _CROPPABLE
 
 
 def _kinds(config: Any) -> set[str]:

@@ -32,9 +32,7 @@ PROMPTS = [[5, 9, 11, 4, 30, 31, 32, 7, 8, 50, 51, 12], [6, 10, 12, 40, 41, 42, 
 
 def every(*, built: bool) -> list[object]:
     """All architectures of the table; the quick tier has those that are read only, and a handful that are built."""
-    chosen = [
-        architecture for architecture in ARCHITECTURES if not built or (architecture.built and not architecture.unfit)
-    ]
+    chosen = [a for a in ARCHITECTURES if not built or (a.built and not a.unfit)]
     quick = [a for a in chosen if not built or a.model_type in HANDFUL]
     return [pytest.param(a, id=a.model_type, marks=[] if a in quick else [pytest.mark.slow]) for a in chosen]
 
