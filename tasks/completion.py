@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from disagg_core.errors import RoleFailed, StoreError, TooManyLost
+from disagg_core.prompts.bad_records import count_reasons
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import DraftFigures, ServerFigures, TrainingFigures
 from disagg_core.run.directory import RunDir
@@ -147,8 +148,8 @@ def complete(
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
         first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
-        rejected_reasons=dict(Counter(record.reason for record in rejections)),
-        refused_reasons=dict(Counter(record.reason for record in rejections if record.kind != "rejected")),
+        rejected_reasons=count_reasons(record.reason for record in rejections),
+        refused_reasons=count_reasons(record.reason for record in rejections if record.kind != "rejected"),
         servers=made.servers,
     )
 

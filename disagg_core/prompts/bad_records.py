@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from disagg_core.errors import PromptError
@@ -27,6 +29,14 @@ class BadRecord(PromptError):
 def kind_of_reason(reason: str) -> str:
     """Return `reason` without what differs from record to record: numbers and quoted words."""
     return _PARTICULAR.sub("…", reason)
+
+
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """Return how often each kind of reason was given; a kind given in one wording only has that as its name."""
+    kinds: dict[str, Counter[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(kind_of_reason(reason), Counter())[reason] += 1
+    return {kind if len(wordings) > 1 else next(iter(wordings)): wordings.total() for kind, wordings in kinds.items()}
 
 
 @dataclass

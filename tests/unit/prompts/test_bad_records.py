@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from disagg_core.errors import PromptError
-from disagg_core.prompts.bad_records import Refusals
+from disagg_core.prompts.bad_records import Refusals, count_reasons
 from disagg_core.prompts.checks import validate_prompts
 from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.rollout.prompt_source import PromptSource
@@ -184,3 +184,8 @@ def test_reasons_are_counted_whatever_numbers_and_names_are_in_them():
         "9 x expected at most 64 tokens (data.max_tokens), found 0 (line 0, line 1, line 2, line 3, line 4, …); "
         "1 x unknown role 'narrator' (row 3)"
     )
+    lengths = [f"expected at most 64 tokens (data.max_tokens), found {number}" for number in range(70, 88)]
+    assert count_reasons([*lengths, "no JSON", "no JSON"]) == {
+        "expected at most … tokens (data.max_tokens), found …": 18,
+        "no JSON": 2,
+    }
