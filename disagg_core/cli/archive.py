@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
+from disagg_core.cli.tables import table_of, wide_console
 from disagg_core.errors import BadInput
 from disagg_core.report.archive import fetch_archive, verify_archive
+from disagg_core.report.differences import Difference
 from disagg_core.report.records import read_report
+from disagg_core.report.run_comparison import compare_runs
 from disagg_core.run.known import find_run, known_runs
 from disagg_core.settings import get_settings
-from disagg_core.storage.place import open_place
+from disagg_core.storage.place import LocalPlace, Place, open_place
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -76,6 +80,45 @@ def prune(
         console.print(f"{'would go' if dry_run else 'removed'}: {archive.place.url}, {freed}", soft_wrap=True)
     if not gone:
         console.print("nothing is old enough to go")
+
+
+def diff(
+    one: Annotated[
+        str, typer.Argument(metavar="A", help="Id of a run or the beginning of it, or where an archive is.")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="As A.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Show in what two runs differed (document, data, identity, versions), and what came of it."""
+    found = compare_runs(files_of_run(one), files_of_run(other))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    console = wide_console()
+    for kind in ("document", "data", "identity", "versions", "results"):
+        differences: list[Difference] = getattr(found, kind)
+        if differences:
+            console.print(table_of(differences, kind, [one, other]))
+        else:
+            console.print(f"{kind}: no difference")
+    if found.curves:
+        table = Table("figure", "step", one, other, title="curves", title_justify="left")
+        for point in found.curves:
+            values = ("" if value is None else f"{value:.4f}" for value in (point.one, point.other))
+            table.add_row(point.figure, str(point.step), *values)
+        console.print(table)
+
+
+def files_of_run(name: str) -> Place:
+    """Return where the files of a run are: its directory on this machine, or its archive.
+
+    Raises:
+        BadInput: `name` is neither an archive nor a run's id or the beginning of one.
+    """
+    runs = get_settings().runs_dir
+    if not any(run.run_id.startswith(name) for run in known_runs(runs)):
+        return open_place(archive_of(name))
+    return LocalPlace(find_run(runs, name).root)
 
 
 def archive_of(archived: str) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from disagg_core.cli.tables import table_of, wide_console
 from disagg_core.errors import BadInput
-from disagg_core.registry.comparison import Difference, compare
 from disagg_core.registry.registry import EXPORT, Registry, the_target_of, whoami
 from disagg_core.registry.versions import Event, Version
+from disagg_core.report.differences import compare
 from disagg_core.settings import get_settings
 from disagg_core.storage.place import open_place
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from disagg_core.registry.references import References
 
 app = typer.Typer(no_args_is_help=True)
-
-_WIDTH_IN_A_PIPE = 140
 
 Url = Annotated[
     str | None,
@@ -78,9 +76,9 @@ def list_versions(registry: Url = None, target: Target = None, as_json: Json = F
             _when(known.created),
             f"{version.bytes / 2**20:,.1f} MiB",
         )
-    _console().print(table)
+    wide_console().print(table)
     for number, run_id in unfinished.items():
-        _console().print(f"v{number} of run {run_id} was not finished; its run finishes it when it is retried")
+        wide_console().print(f"v{number} of run {run_id} was not finished; its run finishes it when it is retried")
 
 
 @app.command()
@@ -97,7 +95,7 @@ def show(name: Name, registry: Url = None, target: Target = None, as_json: Json 
         table.add_row(key, value if isinstance(value, str) else json.dumps(value))
     for event in moves:
         table.add_row(_when(event.at), _said(event))
-    _console().print(table)
+    wide_console().print(table)
 
 
 @app.command()
@@ -112,7 +110,12 @@ def diff(
     references = _references(_open(registry, target))
     found = [references.version(name) for name in (one, other)]
     differences = compare(*(_comparable(version) for version in found))
-    print_differences(differences, [version.label for version in found], as_json)
+    if as_json:
+        _print_json([difference.model_dump(mode="json") for difference in differences])
+    elif differences:
+        wide_console().print(table_of(differences, "", [version.label for version in found]))
+    else:
+        wide_console().print(f"{found[0].label} and {found[1].label} do not differ")
 
 
 @app.command()
@@ -139,7 +142,7 @@ def promote(
     if present is not None and present.number == number and instead_of is None:
         raise BadInput(f"{opened.place.url}: v{number} is the champion already")
     event = opened.promote(number, instead_of=present.number if present else None, by=whoami(), reason=reason)
-    _console().print(_said(event))
+    wide_console().print(_said(event))
 
 
 @app.command()
@@ -152,7 +155,7 @@ def rollback(
     """Make the champion before the present one the champion again."""
     opened = _open(registry, target)
     number = None if to is None else _references(opened).version(to).number
-    _console().print(_said(opened.rollback(by=whoami(), to=number, reason=reason)))
+    wide_console().print(_said(opened.rollback(by=whoami(), to=number, reason=reason)))
 
 
 @app.command()
@@ -165,7 +168,7 @@ def history(registry: Url = None, target: Target = None, as_json: Json = False) 
     table = Table("when", "what", "why")
     for event in events:
         table.add_row(_when(event.at), event.describe(), event.reason)
-    _console().print(table)
+    wide_console().print(table)
 
 
 @app.command()
@@ -192,20 +195,6 @@ def fetch(
     to.mkdir(parents=True, exist_ok=True)
     path = opened.fetch(version.number, f"{EXPORT}/{chosen}", to.absolute() / f"{opened.name}-{version.label}-{chosen}")
     typer.echo(path)
-
-
-def print_differences(differences: list[Difference], names: list[str], as_json: bool) -> None:
-    """Print what differs between two things called `names`."""
-    if as_json:
-        _print_json([difference.model_dump(mode="json") for difference in differences])
-        return
-    if not differences:
-        _console().print(f"{names[0]} and {names[1]} do not differ")
-        return
-    table = Table("", *names)
-    for difference in differences:
-        table.add_row(difference.what, *(_text(value) for value in (difference.one, difference.other)))
-    _console().print(table)
 
 
 def _open(url: str | None, target: str | None) -> Registry:
@@ -244,18 +233,9 @@ def _said(event: Event) -> str:
     return event.describe() + (f": {event.reason}" if event.reason else "")
 
 
-def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_IN_A_PIPE, soft_wrap=True)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from disagg_core.cli.archive import app as archive_app
+from disagg_core.cli.archive import diff, files_of_run
 from disagg_core.cli.channel import app as channel_app
 from disagg_core.cli.data import app as data_app
 from disagg_core.cli.doctor import doctor
@@ -41,6 +42,7 @@ app.command(name="doctor")(doctor)
 app.command(name="regenerate")(regenerate)
 app.command(name="export")(export)
 app.command(name="evaluate")(evaluate)
+app.command(name="diff")(diff)
 
 SpecFile = Annotated[Path, typer.Argument(help="Run document (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -116,14 +118,32 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def run(
-    spec: SpecFile,
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC|ARCHIVE",
+            help="Run document (YAML); or a run to repeat: its archive's directory or URL, its id or the start of it.",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave the platform running at the end.")] = False,
 ) -> None:
-    """Run one training from its document to its report; brings up what is missing and takes it down again."""
+    """Run one training from its document to its report; brings up what is missing and takes it down again.
+
+    Of an archive it runs the document again, with the draft that was continued then; a target, tokenizer or data that
+    is not what it was is refused, unless something is changed with --set.
+    """
+    from disagg_core.checks.repeat import archived_plan, repeated_spec
     from flows.cli.run import run_training
 
-    raise typer.Exit(run_training(load_spec(spec, overrides or ()), get_settings(), _console, keep_up=keep_up))
+    settings = get_settings()
+    if spec.endswith((".yaml", ".yml")) or Path(spec).is_file():
+        raise typer.Exit(run_training(load_spec(Path(spec), overrides or ()), settings, _console, keep_up=keep_up))
+    known = archived_plan(files_of_run(spec))
+    again = repeated_spec(known, overrides or ())
+    repeats = None if overrides else known
+    raise typer.Exit(run_training(again, settings, _console, keep_up=keep_up, repeats=repeats))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from disagg_core.checks.preflight import check_gpus, check_run
+from disagg_core.checks.repeat import check_repeats
 from disagg_core.report.document import EndState
 from disagg_core.report.records import read_report, report_interrupted
 from disagg_core.run.directory import RunDir
@@ -33,13 +34,20 @@ _SERVER_AWAY_S = 300.0
 INTERRUPTED = 130
 
 
-def run_training(spec: RunSpec, settings: Settings, console: Console, *, keep_up: bool) -> int:
+def run_training(
+    spec: RunSpec, settings: Settings, console: Console, *, keep_up: bool, repeats: RunPlan | None = None
+) -> int:
     """Run one training; return the exit code: 0 completed, 1 failed, 130 interrupted (Ctrl-C or SIGTERM).
+
+    With `repeats` it has to meet what that run was planned with.
 
     Raises:
         BadInput: something in the spec or its files is wrong; nothing was started.
+        NotRepeatable: target, tokenizer or data are not those of `repeats`.
     """
-    check_run(spec, settings)
+    planned = check_run(spec, settings)
+    if repeats is not None:
+        check_repeats(repeats, planned)
     check_gpus(spec)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run: _Submitted | None = None
