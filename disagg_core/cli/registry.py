@@ -15,6 +15,8 @@ from disagg_core.errors import BadInput
 from disagg_core.registry.registry import EXPORT, Registry, the_target_of, whoami
 from disagg_core.registry.versions import Event, Version
 from disagg_core.report.differences import compare
+from disagg_core.report.records import read_report
+from disagg_core.run.known import find_run, read_plan
 from disagg_core.settings import get_settings
 from disagg_core.storage.place import open_place
 
@@ -116,6 +118,35 @@ def diff(
         wide_console().print(table_of(differences, "", [version.label for version in found]))
     else:
         wide_console().print(f"{found[0].label} and {found[1].label} do not differ")
+
+
+@app.command()
+def publish(
+    run: Annotated[str, typer.Argument(help="Id of a run on this machine, or the beginning of it.")],
+    name: Annotated[
+        str | None, typer.Option("--draft", help="Name of one of the run's drafts; by default its only one.")
+    ] = None,
+) -> None:
+    """Keep the newest checkpoint of a run as a version of its registry, in every format; promotes nothing."""
+    from disagg_core.cli.drafts import newest_checkpoint
+    from disagg_core.registry.publishing import publish_draft
+    from disagg_core.registry.references import open_registry
+
+    settings = get_settings()
+    found = find_run(settings.runs_dir, run)
+    plan = read_plan(found)
+    draft = plan.draft(name)
+    report = read_report(found.report) if found.report.is_file() else None
+    measured = report.evaluations.get(draft.name) if report is not None else None
+    version = publish_draft(
+        open_registry(plan.spec, settings),
+        plan,
+        draft,
+        draft.checkpoint_in(newest_checkpoint(plan)),
+        accept_length=measured.accept_length_after if measured is not None else None,
+        archive=report.archive.url if report and report.archive else None,
+    )
+    wide_console().print(f"{version.label} of {version.provenance.target}: run {plan.run_id}, {version.files} files")
 
 
 @app.command()

@@ -10,11 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from disagg_core.checks.preflight import prepare_run
+from disagg_core.drafts.export import import_draft
+from disagg_core.drafts.warm_start import vocabulary_of
 from disagg_core.registry.registry import Registry
 from disagg_core.run.plan import RunPlan
+from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.yaml_file import load_spec
+from disagg_core.settings import Settings
+from disagg_core.training.checkpoint import (
+    CheckpointContent,
+    DataCursor,
+    DraftContent,
+    DraftProgress,
+    TrainerState,
+    save_checkpoint,
+)
 from flows.cli import app as cli
-from tests.unit.registry.conftest import publish
+from tests.unit.registry.conftest import DEMO, make_checkpoint, publish
 
 pytestmark = pytest.mark.unit
 
@@ -52,6 +68,40 @@ def nights(registry: Registry, plan: RunPlan, tmp_path: Path) -> Registry:
         publish(registry, plan, tmp_path, f"night-{night}", seed=night, accept_length=2 + night / 10, document=changed)
     registry.promote(1, instead_of=None, by="us")
     return registry
+
+
+def test_a_run_is_published_in_every_format(
+    drafts: Drafts, settings: Settings, registry: Registry, tmp_path: Path
+) -> None:
+    plan = prepare_run(load_spec(DEMO, ["data.limit=40"]), "night-1", settings)
+    first = make_checkpoint(tmp_path / "draft", plan)
+    tensors = load_file(first / "draft.safetensors")
+    config = json.loads((first / "config.json").read_text())
+    state = TrainerState(
+        step=3,
+        samples=9,
+        tokens=90,
+        seed=0,
+        total_steps=3,
+        identity={},
+        cursor=DataCursor(trained=[(0, 8)]),
+        drafts={"": DraftProgress(step=3)},
+    )
+    content = CheckpointContent(drafts={"": DraftContent(tensors, config, optimizer={}, rng={})}, state=state)
+    save_checkpoint(plan.dir.checkpoints, content, keep=1)
+    ended = drafts("publish", "night")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("v1 of ")
+    version = registry.verify(1)
+    known = version.provenance
+    assert known.formats == ("sglang", "hf", "speculators")
+    for layout in known.formats:
+        path = registry.fetch(1, f"export/{layout}", tmp_path / layout)
+        assert torch.equal(import_draft(path).state["d2t"], tensors["d2t"])
+    assert (known.run_id, known.tokenizer_version) == ("night-1", plan.tokenizer_version)
+    assert known.vocab_map_version == vocabulary_of(import_draft(first)).version
+    assert RunSpec.model_validate(known.document) == plan.spec
+    assert "optimizer.safetensors" not in str(registry.files_of(1, "checkpoint"))
 
 
 def test_versions_are_listed_with_the_champion(drafts: Drafts, nights: Registry) -> None:
