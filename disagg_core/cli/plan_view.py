@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from disagg_core.cli.plan_memory import memory_of
 from disagg_core.contracts import Capture
 from disagg_core.drafts.cost import DraftCost, cost_of
 from disagg_core.drafts.warm_start import first_config
@@ -23,7 +24,7 @@ def render(plan: RunPlan) -> Group:
     """Return what `draftline plan` prints. All of it was checked against each other by `make_plan`."""
     head = Text(f"{plan.spec.run.name}: {plan.spec.drafts_title} for {plan.target.describe()}")
     costs = [part for draft in plan.drafts for part in (Text(), _draft(plan, draft))]
-    return Group(head, Text(), _processes(plan), *costs, Text(), _numbers(plan))
+    return Group(head, Text(), _processes(plan), *costs, Text(), _numbers(plan), Text(), _memory(plan))
 
 
 def _processes(plan: RunPlan) -> Table:
@@ -140,6 +141,14 @@ def _numbers(plan: RunPlan) -> Table:
     )
     table.add_row("memory for transfers", _transfers(plan))
     table.add_row("reference channel", spec.channel.url or "files in the run's directory")
+    return table
+
+
+def _memory(plan: RunPlan) -> Table:
+    table = Table("process", "takes about", "of which", title="Memory, estimated", title_justify="left")
+    for process in memory_of(plan):
+        parts = ", ".join(f"{what} {_size(size)}" for what, size in process.parts)
+        table.add_row(process.process, _size(process.total), parts)
     return table
 
 

@@ -45,6 +45,11 @@ def group_for(batch_tokens: int) -> int:
     return min(_LARGEST_GROUP, max(1, batch_tokens // _TOKENS_PER_PLACE))
 
 
+def decode_budget(batch_tokens: int) -> int:
+    """Return how many tokens the cache of a decoded batch may hold, with captured batches of `batch_tokens`."""
+    return _DECODE_FACTOR * batch_tokens
+
+
 class TransformersTarget:
     """The `Target` that runs transformers itself. See `disagg_core.engines.contract` for the contract.
 
@@ -181,7 +186,7 @@ class TransformersTarget:
         tasks = [task for task in tasks if task.continuation is None]
         rooms = {task.ordinal: sampling.room(task) for task in tasks}
         room = max(rooms.values(), default=0)
-        for batch in token_batches(tasks, _DECODE_FACTOR * self._batch_tokens, room=room):
+        for batch in token_batches(tasks, decode_budget(self._batch_tokens), room=room):
             yield from self._decoded(batch, sampling)
 
     def _decoded(self, batch: list[PromptTask], sampling: Sampling) -> Iterator[Generated | Failed]:

@@ -127,6 +127,8 @@ def _assemble(
     def enter(phase: str, **fields: ProgressValue) -> None:
         stop.check()
         progress.update(phase=phase, **fields)
+        if not fields:  # a phase that has no news for long
+            progress.flush()
         channel.note_progress(f"{phase} {fields}" if fields else phase)
 
     def servers_start() -> None:  # for target.unavailable_timeout_s at most

@@ -98,6 +98,11 @@ def _number(state: RoleState, name: str) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
+def rollout_line(state: RoleState) -> str:
+    """Say in one line what a producer is doing, with rate and time left where they are known."""
+    return _rollout_detail("", state)
+
+
 def _rollout_detail(flow_state: str, state: RoleState) -> str:
     if not state:
         return flow_state

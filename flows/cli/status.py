@@ -10,8 +10,11 @@ from rich.table import Table
 
 from disagg_core.report.figures import BRIEF, brief_figures
 from disagg_core.report.records import read_report
+from disagg_core.run.directory import RunDir
 from disagg_core.run.known import OtherVersion, known_runs
+from disagg_core.run.progress import read_progress
 from disagg_core.settings import Settings
+from flows.cli.run_view import rollout_line
 from flows.platform.local import LocalPlatform, describe
 
 _LATEST = 10
@@ -37,9 +40,18 @@ def show(settings: Settings, platform: LocalPlatform | None, console: Console) -
 def _cells(path: Path) -> Sequence[str]:
     """Return what a report says, for the columns of the table; only a state where there is none to be read."""
     if not path.is_file():
-        return ("no report yet",)
+        doing = _doing(RunDir(path.parent))
+        return (f"no report yet; {doing}" if doing else "no report yet",)
     try:
         report = read_report(path)
     except OtherVersion:
         return ("report of another version of draftline",)
     return report.state, *brief_figures(report)
+
+
+def _doing(run: RunDir) -> str:
+    """Say what the producer of the run's last attempt is doing or did last; nothing where none has begun."""
+    attempts = run.begun_attempts()
+    if not attempts:
+        return ""
+    return rollout_line(read_progress(run.attempt(attempts[-1]).state / "producer.json"))

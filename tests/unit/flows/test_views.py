@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from disagg_core.cli.plan_memory import memory_of
 from disagg_core.cli.plan_view import render
 from disagg_core.report import plots
 from disagg_core.report.accounting import Accounting
@@ -33,7 +34,7 @@ from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
 from disagg_core.target.facts import read_target_facts
 from flows.cli import status as status_view
-from flows.cli.run_view import Bars, Lines, summary
+from flows.cli.run_view import Bars, Lines, rollout_line, summary
 
 pytestmark = pytest.mark.unit
 
@@ -273,6 +274,28 @@ def test_a_pipe_gets_lines_and_a_terminal_gets_bars() -> None:
             shown.show("Completed", None, producer, consumer)
         assert isinstance(console.file, io.StringIO)
         assert "loss 3.250" in console.file.getvalue()
+
+
+def test_the_counting_of_continuations_is_shown_with_rate_and_time_left() -> None:
+    phase = "continuing 256 of 512 prompts for the vocabulary map"
+    state = {"phase": phase, "counted": 256, "of": 512, "samples_per_s": 0.8, "left_s": 320}
+    assert rollout_line(state) == f"{phase}, 0.8/s, 5 min left"
+    assert rollout_line({**state, "left_s": 40}) == f"{phase}, 0.8/s, 40 s left"
+    assert rollout_line({**state, "samples_per_s": None, "left_s": None}) == phase
+
+
+def test_the_plan_says_what_memory_each_process_takes() -> None:
+    spec = load_spec(RUNS / "demo.yaml", [])
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2800)
+    producer, trainer = memory_of(plan)
+    assert dict(producer.parts)["target weights"] == pytest.approx(4 * 1.05e6, rel=0.05)
+    assert producer.total == sum(size for _, size in producer.parts)
+    half = plan.model_copy(update={"spec": load_spec(RUNS / "demo.yaml", ["rollout.batch_tokens=2048"])})
+    assert 2 * dict(memory_of(half)[0].parts)["batch"] == pytest.approx(dict(producer.parts)["batch"], rel=0.05)
+    shown = text_of(render(plan))
+    assert "Memory, estimated" in shown
+    assert "samples fetched ahead" in shown
+    assert dict(trainer.parts)["samples fetched ahead"] == spec.training.prefetch_samples * plan.max_sample_bytes
 
 
 def test_rates_are_shown_while_there_are_any() -> None:
