@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Record], None]:
 
     def write(record: Record) -> None:
         placed = record.model_copy(update={"group": group, "place": line or 0})
-        write_record(placed, request.node.name.removeprefix("test_"))
+        write_record(placed, re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-"))
 
     return write
 

@@ -179,12 +179,14 @@ class ChaosRun:
         self._detected = (time.time() - self._disturbed_at, sign)
         return found
 
-    def detects_end_of(self, role: str) -> None:
-        """Wait until the server knows that a flow run of the role has ended badly."""
-        self.detects(
-            lambda: any(child["state_type"] in FINAL[1:] for child in self.children(role)),
-            f"the {role}'s flow run ended",
-        )
+    def detects_end_of_a_role(self) -> None:
+        """Wait until the server knows that a flow run of a role has ended badly: the first that took note."""
+
+        def ended() -> str | None:
+            ends = (role for role in ("producer", "consumer") for child in self.children(role) if _ended_badly(child))
+            return next(ends, None)
+
+        self.detects(ended, "a role's flow run ended")
 
     def detects_in_log(self, *words: str) -> None:
         """Wait until a log of the run's roles has some of these words."""
@@ -308,6 +310,10 @@ class ChaosRun:
         logs = sorted(self.dir.root.glob("attempts/*/logs/*.log")) if self.id else []
         parts += [f"--- {path}\n{tail(path, 12)}" for path in logs if "mooncake" not in path.name]
         return "\n".join(parts)
+
+
+def _ended_badly(child: dict[str, Any]) -> bool:
+    return child["state_type"] in FINAL and child["state_type"] != "COMPLETED"
 
 
 def _restarts(report: RunReport) -> int:

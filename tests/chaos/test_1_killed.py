@@ -14,7 +14,7 @@ def test_the_producer_is_killed(start: Start) -> None:
     run = start("SIGKILL of the producer")
     run.train_until(step=6)
     run.disturb(run.process("producer").kill)
-    run.detects_end_of("producer")
+    run.detects_end_of_a_role()
     run.completes(restarts=1)
 
 
@@ -22,17 +22,17 @@ def test_the_trainer_is_killed(start: Start) -> None:
     run = start("SIGKILL of the trainer")
     run.train_until(step=6)
     run.disturb(run.process("consumer").kill)
-    run.detects_end_of("consumer")
+    run.detects_end_of_a_role()
     run.completes(["preempted", "finished"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_of_two_is_killed(start: Start, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "failure_class"), [(0, "preempted"), (1, "infrastructure")])
+def test_a_rank_of_two_is_killed(start: Start, rank: int, failure_class: str) -> None:
     run = start(f"SIGKILL of rank {rank} of two", "training.processes=2", "training.accumulation_steps=1")
     run.train_until(step=6)
     run.disturb(run.process("consumer", rank=rank).kill)
-    run.detects_end_of("consumer")
-    run.completes(["preempted", "finished"])
+    run.detects_end_of_a_role()
+    run.completes([failure_class, "finished"])
 
 
 @pytest.mark.parametrize("service", ["owner", "master"])
@@ -40,7 +40,7 @@ def test_a_process_of_the_store_is_killed(start: Start, service: str) -> None:
     run = start(f"SIGKILL of the store's {service}")
     run.train_until(step=6)
     run.disturb(run.process(service).kill)
-    run.detects_end_of("consumer")
+    run.detects_end_of_a_role()
     run.completes(["store_lost", "finished"])
 
 

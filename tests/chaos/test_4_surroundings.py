@@ -65,7 +65,7 @@ def test_the_disk_is_full_when_a_checkpoint_is_saved(start: Start) -> None:
         run.train_until(step=6)
         ballast = run.dir.checkpoints / "ballast"
         run.disturb(lambda: fill(ballast))
-        run.detects_end_of("consumer")
+        run.detects_end_of_a_role()
         ballast.unlink()
         run.completes(["infrastructure", "finished"])
         assert not list(run.dir.checkpoints.glob(".*"))
