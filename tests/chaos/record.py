@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -40,6 +41,8 @@ class Record(BaseModel):
     quarantined: int
     left: list[str]
     seconds: float
+    load: int | None = Field(default_factory=lambda: round(os.getloadavg()[1]))
+    """Processes that wanted to run, over the last five minutes; None where that was not looked at."""
     date: str = Field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     revision: str = Field(default_factory=lambda: _revision())
     machine: str = Field(default_factory=lambda: _machine())
@@ -85,6 +88,7 @@ def _row(record: Record) -> str:
         identity,
         ", ".join(record.left) or "nothing",
         f"{record.seconds:.0f}",
+        "" if record.load is None else str(record.load),
         f"{record.date}, {record.revision}",
     )
     return f"| {' | '.join(cells)} |"
@@ -92,7 +96,7 @@ def _row(record: Record) -> str:
 
 _COLUMNS = (
     "| disturbance | end | attempts | detected after, s | training again after, s | "
-    "trained + rejected + quarantined = prompts | left behind | whole run, s | measured |"
+    "trained + rejected + quarantined = prompts | left behind | whole run, s | load | measured |"
 )
 
 _HEAD = """# Reliability
@@ -110,7 +114,8 @@ some scenarios (`bash infra/test.sh --chaos -k redis`) replaces theirs.
 - *left behind*: processes, listening ports, shared memory, sample keys, temporary files and Prefect concurrency slots
   of the run, some seconds after its end.
 
-Times are those of two cores that other work shared; they are no benchmark. Measured on:
+Times are those of two cores that other work shared; they are no benchmark, and *load*, the processes that wanted to
+run meanwhile, says how little they had of them. Measured on:
 
 {machines}"""
 
