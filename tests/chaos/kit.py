@@ -222,6 +222,14 @@ class ChaosRun:
         assert self._detected is not None
         assert self._detected[0] < CANCELLED_S, self._told("it took too long")
 
+    def await_its_worker(self) -> None:
+        """Wait until the worker of a crashed run has done its hooks: it then says once more that the run is crashed."""
+
+        def done() -> bool:
+            return "infrastructure exited" in str(self.platform.get(f"flow_runs/{self.id}")["state"]["message"])
+
+        assert wait_until(done, timeout_s=DETECTION_S, every_s=0.5), self._told("the worker is not done with the run")
+
     def retry(self) -> None:
         """Press the button Retry on the run's page in the UI."""
         awaiting = {"type": "SCHEDULED", "name": "AwaitingRetry"}
