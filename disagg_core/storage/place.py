@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -33,6 +34,8 @@ from disagg_core.errors import BadInput, FailureClass, Transient
 BLOCK = 4 * 1024**2
 """Bytes that are held of a file at a time."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_HALF_A_URL = re.compile(r"\w*:/(?!/)|://")
+"""What would be taken for a directory, and is meant for a storage."""
 _MOUNT_AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN}
 """What a network mount says while its server is away."""
 _PROBE = b"draftline was here to see whether it can write"
@@ -303,15 +306,18 @@ def open_place(url: str) -> Place:
     Raises:
         StorageUnusable: there is no such protocol, or its driver is not installed.
     """
+    if _HALF_A_URL.match(url):
+        raise StorageUnusable(f"{url}: expected a directory, or a URL as s3://bucket/path")
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
         extra = _EXTRAS.get(url.partition("://")[0])
         way_out = f"pip install 'draftline[{extra}]'" if extra else "install it"
         raise StorageUnusable(f"{url}: the driver of this storage is missing ({error}); {way_out}") from error
-    except ValueError as error:
+    except Exception as error:  # each driver has errors of its own; some reach for their server at once
         raise StorageUnusable(
-            f"{url}: expected a directory or the URL of a storage that fsspec knows, found: {error}"
+            f"{url}: expected a directory or the URL of a storage that fsspec knows and that is there, found "
+            f"{type(error).__name__}: {error}"
         ) from error
     return LocalPlace(Path(root)) if "file" in _protocols(filesystem) else RemotePlace(filesystem, str(root), url)
 

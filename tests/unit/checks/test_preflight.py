@@ -187,7 +187,9 @@ def test_the_plan_names_what_can_be_known_without_weights(settings: Settings, tm
         )
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/drafts", "nosuch://x", "/proc/nowhere", "{file}", "{file}/below"])
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/drafts", "nosuch://x", "/proc/nowhere", "{file}", "{file}/below", "://bucket"]
+)
 def test_an_archive_that_cannot_be_written_is_refused(settings: Settings, tmp_path: Path, url: str) -> None:
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ArchiveUnusable, match=r"archive\.url: "):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_core.report.archive import add_files, archive_files, verify_archive
+from disagg_core.report.archive import ArchiveUnusable, add_files, archive_files, probe_archive, verify_archive
 from disagg_core.storage.trees import TreeDamaged
 
 pytestmark = pytest.mark.unit
@@ -23,6 +23,15 @@ def archive(tmp_path: Path) -> Path:
     made = archive_files(sources, str(tmp_path / "archive"))
     assert (made.files, made.bytes) == (3, 15)
     return tmp_path / "archive"
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1:1/x", "zip://x::file:///nowhere.zip", "dir:///x", "reference://x", "://x", "s3:/bucket/x"]
+)
+def test_a_storage_that_cannot_be_set_up_is_named_whatever_its_driver_raises(url: str) -> None:
+    with pytest.raises(ArchiveUnusable, match=r"archive\.url: ") as refused:
+        probe_archive(url)
+    assert url in str(refused.value)
 
 
 def test_the_manifest_names_every_file_with_its_hash(archive: Path) -> None:
