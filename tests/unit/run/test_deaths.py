@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from disagg_core.errors import StoreKilled, StoreUnavailable
 from disagg_core.processes.memory_kills import RECENT_S, MemoryKills
 from disagg_core.run.deaths import cause_of_death
+from disagg_core.store.services import ServiceProcess
 
 pytestmark = pytest.mark.unit
 
@@ -52,6 +54,21 @@ def test_a_kernels_kill_for_memory_is_out_of_memory_with_the_limit_and_advice(ma
     assert failure_class == "out_of_memory"
     assert f"{3 * 2**30} bytes (3.00 GiB)" in why, "the limit of the job above counts"
     assert "rollout.batch_tokens" in why
+
+
+def test_a_store_owner_that_the_kernel_killed_for_memory_is_no_lost_store(machine: Machine, tmp_path: Path) -> None:
+    memory = MemoryKills(machine.proc)
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    service = ServiceProcess("store owner 0", owner, tmp_path / "owner.log")
+    service.require_alive(memory)
+    owner.kill()
+    owner.wait()
+    with pytest.raises(StoreUnavailable, match=r"store owner 0 .* killed by SIGKILL"):
+        service.require_alive(memory)
+    machine.kill(1)
+    with pytest.raises(StoreKilled, match=r"the kernel killed 1 .*\(3\.00 GiB\); lower store\.capacity") as killed:
+        service.require_alive(memory)
+    assert killed.value.failure_class == "out_of_memory"
 
 
 def test_a_kill_for_memory_of_long_ago_does_not_explain_this_death(machine: Machine) -> None:
