@@ -134,7 +134,7 @@ def test_training_raises_the_accept_length_and_both_results_are_lossless(plan: R
     assert after["accept_length"] > before["interval"][1] + 0.3
     assert after["interval"][0] <= after["accept_length"] <= after["interval"][1]
     progress = json.loads((plan.dir.evaluation / "progress.json").read_text())
-    assert (progress["draft"], progress["done"], progress["total"]) == ("after", 12, 12)
+    assert (progress["draft"], progress["done"], progress["total"]) == ("after", 6, 6)
 
 
 def test_an_exported_draft_decodes_like_its_checkpoint(plan: RunPlan, tmp_path: Path) -> None:
@@ -173,9 +173,11 @@ def test_a_draft_whose_files_name_no_layers_reads_those_of_the_run(plan: RunPlan
     del document["eagle_config"]
     (source / "config.json").write_text(json.dumps(document))
 
-    draft = read_draft(source, plan.model_copy(update={"spec": reading(plan, 0, 1, 3)}))
+    deeper = plan.target.model_copy(update={"num_layers": 8})
 
-    assert draft.config.layers == (0, 1, 3)
+    draft = read_draft(source, plan.model_copy(update={"target": deeper}))
+
+    assert draft.config.layers == default_layers(8)
 
 
 def test_a_request_that_cannot_be_met_ends_the_process_with_its_reason(
@@ -205,16 +207,11 @@ def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
         run_evaluation(plan, plan.dir.checkpoints / "step-0", "")
 
 
-def reading(plan: RunPlan, *layers: int) -> RunSpec:
-    """The plan's document for a draft that reads other layers."""
-    return plan.spec.model_copy(update={"target": plan.spec.target.model_copy(update={"aux_layers": layers})})
-
-
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:
-    facts = plan.target.model_copy(update={"vocab_size": 70})
-    other = {"target": facts, "spec": reading(plan, 0, 1, 3)}
+    facts = plan.target.model_copy(update={"vocab_size": 70, "num_layers": 8})
+    other = {"target": facts}
 
-    with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; layers: expected \(0, 1, 3\)"):
+    with pytest.raises(IncompatibleDraft, match=r"vocab_size: expected 70, found 64; layers: expected \(1, 3, 4\)"):
         read_draft(plan.dir.checkpoints / "step-0", plan.model_copy(update=other))
 
 
