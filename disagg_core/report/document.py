@@ -25,7 +25,10 @@ class TrainingFigures(_Part):
 
 
 class ProgressFigures(_Part):
-    """How far a run that did not complete had come, as its roles said last; counts are of all attempts."""
+    """How far a run that did not complete had come, as its roles said last; counts are of all attempts.
+
+    `loss` is that of an only draft; several have theirs in `losses`, by name.
+    """
 
     attempt: int
     prompts: int
@@ -34,6 +37,7 @@ class ProgressFigures(_Part):
     total_steps: int | None
     trained: int
     loss: float | None
+    losses: dict[str, float] = {}
 
 
 class EvaluationFigures(_Part):

@@ -52,6 +52,8 @@ def _progress(report: RunReport) -> Iterator[Figure]:
     yield Figure("samples trained", f"{p.trained} in {steps}", brief=brief)
     if p.loss is not None:
         yield Figure("loss", f"{p.loss:.3f} last")
+    if p.losses:
+        yield Figure("loss", ", ".join(f"{name} {loss:.3f}" for name, loss in p.losses.items()) + " last")
 
 
 def _accounting(report: RunReport) -> Iterator[Figure]:

@@ -112,6 +112,7 @@ def last_progress(plan: RunPlan) -> ProgressFigures | None:
     producer = _newest_progress(plan, "producer.json", "prompts")
     consumer = _newest_progress(plan, "consumer.json", "trained")
     trained, loss = _count(consumer, "trained"), consumer.get("loss")
+    losses = {draft.name: consumer.get(draft.figure("loss")) for draft in plan.drafts if draft.folder}
     return ProgressFigures(
         attempt=numbers[-1],
         prompts=max(_count(producer, "prompts"), trained),  # the producer's word may be the older one
@@ -120,6 +121,7 @@ def last_progress(plan: RunPlan) -> ProgressFigures | None:
         total_steps=plan.total_steps,
         trained=trained,
         loss=loss if isinstance(loss, float) else None,
+        losses={name: last for name, last in losses.items() if isinstance(last, float)},
     )
 
 

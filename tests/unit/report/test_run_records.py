@@ -14,6 +14,7 @@ from disagg_core.run.known import OtherVersion, UnknownRun, find_run, known_runs
 from disagg_core.run.outcomes import write_failure
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run.progress import ProgressFile
+from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import read_target_facts
 
@@ -64,6 +65,25 @@ def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: R
     for row in ("| attempt | 2 |", "| prompts captured | 70 of 100 |", "| samples trained | 56 in 2 of 4 steps |"):
         assert row in markdown
     assert "resumes from its newest checkpoint" in markdown
+    assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cancelled_run_of_several_drafts_says_the_loss_of_each(plan: RunPlan) -> None:
+    sections = [{"method": "eagle3"}, {"method": "dflash", "name": "flash"}]
+    document = plan.spec.model_dump(mode="json") | {"draft": None, "drafts": sections}
+    several = plan.model_copy(update={"spec": RunSpec.model_validate(document)})
+    plan.dir.document.write_text(several.model_dump_json())
+    state = begin_attempt(plan, 1, prompts=40, step=1, trained=28)
+    ProgressFile(state / "consumer.json").update(
+        phase="training", step=1, trained=28, **{"loss eagle3": 3.5, "loss flash": 1.25}
+    )
+
+    report = report_interrupted(plan.dir, "cancelled", "interrupted", "f-1")
+
+    assert report is not None
+    assert report.progress is not None
+    assert (report.progress.loss, report.progress.losses) == (None, {"eagle3": 3.5, "flash": 1.25})
+    assert "| loss | eagle3 3.500, flash 1.250 last |" in (plan.root / "report.md").read_text()
     assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
