@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from disagg_core.target.facts import load_target_config
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -163,19 +165,31 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if (path / _INDEX).is_file():
         files = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
     else:
-        files = [name for name in (WEIGHTS, CHECKPOINT_WEIGHTS) if (path / name).is_file()][:1]
+        files = [name for name in (WEIGHTS, CHECKPOINT_WEIGHTS, _PICKLED) if (path / name).is_file()][:1]
     if not files:
-        raise IncompatibleDraft(
-            f"{path}: expected {WEIGHTS}, {_INDEX} or {CHECKPOINT_WEIGHTS}, found none; "
-            "convert pickled weights to safetensors first"
-        )
+        raise IncompatibleDraft(f"{path}: expected {WEIGHTS}, {_INDEX}, {CHECKPOINT_WEIGHTS} or {_PICKLED}, found none")
     tensors: dict[str, Tensor] = {}
     for name in files:
-        try:
-            tensors |= load_file(path / name)
-        except (OSError, SafetensorError) as error:
-            raise IncompatibleDraft(f"{path / name}: cannot be read as safetensors: {error}") from error
+        tensors |= _read_pickled(path / name) if name == _PICKLED else _read_safetensors(path / name)
     return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise IncompatibleDraft(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that `torch.save` wrote; nothing in it but tensors is ever run or made."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise IncompatibleDraft(f"{file}: cannot be read as tensors alone: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise IncompatibleDraft(f"{file}: expected tensors by name, found {type(found).__name__} with other things")
+    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -343,8 +343,8 @@ class _Checkpoint:
                 "found none"
             )
         with safe_open(self._path(names[0]), framework="pt") as opened:
-            scales: Tensor = opened.get_tensor(names[0])
-        return scales
+            scale: Tensor = opened.get_tensor(names[0])
+        return scale
 
 
 class _HubFiles(Mapping[str, Path]):

@@ -47,6 +47,10 @@ class Eagle3Config(BaseModel):
     rms_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
     rope_parameters: dict[str, Any] = Field(description="rope_type, rope_theta and that type's own parameters.")
     fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
+    norm_before_residual: bool = Field(
+        False,
+        description="The residual is the normed state; the speculators library trains such drafts, vLLM serves them.",
+    )
     aux_layer_ids: tuple[int, ...] | None = Field(None, description="Captured decoder layers (0-based outputs).")
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -125,7 +129,9 @@ class Eagle3Config(BaseModel):
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": False,
-            **self.model_dump(mode="json", exclude={"rope_parameters", "aux_layer_ids", "fc_norm"}),
+            **self.model_dump(
+                mode="json", exclude={"rope_parameters", "aux_layer_ids", "fc_norm", "norm_before_residual"}
+            ),
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if rope["rope_type"] == "default" else scaling,
             "rope_parameters": rope,
@@ -137,6 +143,8 @@ class Eagle3Config(BaseModel):
             values["fc_norm"] = eagle["fc_norm"] = True
         if eagle:
             values["eagle_config"] = eagle
+        if self.norm_before_residual:
+            values["norm_before_residual"] = True
         return values
 
     @classmethod

@@ -146,6 +146,9 @@ class Eagle3(DraftMethod):
         row_of = torch.full((config.vocab_size,), -1, dtype=torch.int64)
         row_of[known] = torch.arange(len(known))
         rows = row_of[wanted]  # row of each draft token in the imported LM head; -1 where it had none
+        if "lm_head.weight" not in state:  # it takes the target's rows when it is attached
+            draft.load_serving_state_dict({**state, "t2d": vocab.t2d, "d2t": vocab.d2t})
+            return draft
         head = draft.lm_head.weight.detach().clone()
         head[rows >= 0] = state["lm_head.weight"][rows[rows >= 0]]
         if not torch.equal(known, wanted):

@@ -39,19 +39,22 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
+        self.norm_before_residual = config.norm_before_residual
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, state: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """Return the layer's output ``[..., H]``: output projection, residuals and MLP.
 
         Args:
-            state: ``[..., H]`` input state, the residual.
+            state: ``[..., H]`` input state, the residual unless the config says that it is `normed`.
+            normed: ``[..., H]``, `state` after `hidden_norm`.
             attended: ``[..., heads * head_dim]`` result of the attention.
         """
+        state = normed if self.norm_before_residual else state
         state = state + self.self_attn.o_proj(attended)
         output: Tensor = state + self.mlp(self.post_attention_layernorm(state))
         return output
@@ -115,6 +118,7 @@ class Eagle3Draft(DraftModel):
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.rotary = RotaryEmbedding(config)
         self._complete = False
+        self._lacks_head = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,16 +130,26 @@ class Eagle3Draft(DraftModel):
             nn.init.normal_(self.embed_tokens.weight, std=self.config.initializer_range)
 
     def attach(self, parts: FrozenParts, vocab_map: VocabMap | None = None) -> None:
-        """Take the vocabulary map and, unless the draft has an embedding of its own, the target's; see `DraftModel`."""
+        """Take the vocabulary map and, unless the draft has an embedding of its own, the target's; see `DraftModel`.
+
+        A draft that was loaded without an LM head starts with the target's rows for its tokens.
+        """
         if not self.config.owns_embedding:
             self.set_embedding(parts.embedding)
         if vocab_map is not None:
             self.set_vocab_map(vocab_map)
+        if self._lacks_head:
+            rows = parts.lm_head[self.to_target_ids(torch.arange(self.config.draft_vocab_size))]
+            with torch.no_grad():
+                self.lm_head.weight.copy_(rows / parts.logit_scale)
+            self._lacks_head = False
 
     def require_complete(self) -> None:
         """Raise `IncompatibleDraft` if the embedding or the vocabulary map was never set."""
         if self._complete:
             return
+        if self._lacks_head:
+            raise IncompatibleDraft("the draft has no LM head: it shares the target's; call attach() first")
         if not bool(self.t2d.any()):
             raise IncompatibleDraft(
                 "the draft has no vocabulary map: expected the ids of its tokens, found an empty map; call attach() or "
@@ -184,11 +198,13 @@ class Eagle3Draft(DraftModel):
     def load_serving_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `serving_state_dict` returned; the embedding may be missing where it is the target's.
 
+        Drafts that share the target's LM head come without one; they lack it until `attach`.
+
         Raises:
             IncompatibleDraft: tensors are missing, unknown or misshapen; all of them are named.
         """
         own = self.state_dict()
-        optional = set() if self.config.owns_embedding else {"embed_tokens.weight"}
+        optional = set() if self.config.owns_embedding else {"embed_tokens.weight", "lm_head.weight"}
         problems = [f"missing {name}" for name in own if name not in state and name not in optional]
         problems += [f"unknown {name}" for name in state if name not in own]
         problems += [
@@ -199,6 +215,7 @@ class Eagle3Draft(DraftModel):
         if problems:
             raise IncompatibleDraft("draft tensors do not fit the config: " + "; ".join(problems))
         self.load_state_dict(dict(state), strict=False)
+        self._lacks_head = "lm_head.weight" not in state
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """Return the state ``[..., H]`` of captured aux states ``[..., 3 * H_t]``, low layer to high."""
@@ -237,7 +254,8 @@ class Eagle3Draft(DraftModel):
         layer, config = self.midlayer, self.config
         batch, new = input_ids.shape
         embedded = F.embedding(input_ids, self.embed_tokens.weight).to(state.dtype)
-        x = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(state)), dim=-1)
+        normed = layer.hidden_norm(state)
+        x = torch.cat((layer.input_layernorm(embedded), normed), dim=-1)
         cos, sin = self.rotary(positions, cache.length + new, state.dtype)
         query = rotate(layer.self_attn.q_proj(x).view(batch, new, -1, config.head_dim), cos, sin)
         key = rotate(layer.self_attn.k_proj(x).view(batch, new, -1, config.head_dim), cos, sin)
@@ -250,5 +268,5 @@ class Eagle3Draft(DraftModel):
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2), cache.keys, cache.values, attn_mask=visible[:, None], enable_gqa=True
         )
-        next_state = layer.finish(state, attended.transpose(1, 2).reshape(batch, new, -1))
+        next_state = layer.finish(state, normed, attended.transpose(1, 2).reshape(batch, new, -1))
         return self.lm_head(self.norm(next_state)), next_state

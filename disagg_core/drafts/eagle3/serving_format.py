@@ -80,6 +80,8 @@ def read(
             logger.info("%s: passed over %s, which is the target's", source, name)
     _complete_vocabulary(draft, config)
     check_tensors(draft, config, source)
+    if "lm_head.weight" not in draft:
+        logger.info("%s: has no LM head; the target's rows take its place", source)
     return config, {name: t.float() if t.is_floating_point() else t for name, t in draft.items()}
 
 
@@ -97,6 +99,11 @@ def written(
     if request.format == "speculators":
         whole = config.draft_vocab_size == config.vocab_size
         return _speculators_config(document, config, request), _speculators_tensors(tensors, whole=whole)
+    if config.norm_before_residual:
+        raise IncompatibleDraft(
+            f"format: expected speculators for a draft with norm_before_residual, found {request.format}: SGLang would "
+            "take another residual without a word"
+        )
     kept = dict(tensors)
     if parts is not None and not config.owns_embedding:
         expected = (config.vocab_size, config.target_hidden_size)
@@ -154,10 +161,14 @@ def expected_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
 def check_tensors(tensors: Mapping[str, Tensor], config: Eagle3Config, source: str) -> None:
     """Check that `tensors` are exactly a draft of this `config`: names, shapes, dtypes, finite, one vocabulary map.
 
+    The LM head may be missing where the draft has its target's width: it is the target's then.
+
     Raises:
         IncompatibleDraft: with every unknown, missing, misshapen, ill-typed or non-finite tensor named.
     """
     expected = expected_shapes(config)
+    if "lm_head.weight" not in tensors and not config.owns_embedding:
+        del expected["lm_head.weight"]
     faults = [f"unknown tensor {name} {list(tensors[name].shape)}" for name in sorted(set(tensors) - set(expected))]
     faults += [f"missing tensor {name} {list(expected[name])}" for name in sorted(set(expected) - set(tensors))]
     for name in sorted(set(expected) & set(tensors)):
@@ -235,15 +246,22 @@ def _config_of(document: Mapping[str, Any], source: str) -> Eagle3Config:
 
 def _from_speculators(document: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the serving-format config of a speculators config."""
-    if document.get("norm_before_residual") is not False:
+    if not isinstance(document.get("norm_before_residual"), bool):
         raise IncompatibleDraft(
-            f"{source}: expected norm_before_residual: false (the residual is taken before the norm), "
+            f"{source}: expected norm_before_residual: true or false (whether the residual is taken after the norm), "
             f"found {document.get('norm_before_residual', 'nothing')}"
         )
     layer = dict(document.get("transformer_layer_config") or {})
     if layer.get("model_type") == "llama":  # fields that have the class's default are left out of such configs
         layer = LlamaConfig(**layer).to_dict()
-    lifted = ("draft_vocab_size", "target_hidden_size", "fc_norm", "norm_before_fc", "norm_output")
+    lifted = (
+        "draft_vocab_size",
+        "target_hidden_size",
+        "fc_norm",
+        "norm_before_fc",
+        "norm_before_residual",
+        "norm_output",
+    )
     layer |= {field: document[field] for field in lifted if document.get(field) is not None}
     ids = document.get("eagle_aux_hidden_state_layer_ids")
     if ids:
@@ -264,7 +282,7 @@ def _speculators_tensors(tensors: Mapping[str, Tensor], *, whole: bool) -> dict[
 
 def _speculators_config(document: Mapping[str, Any], config: Eagle3Config, request: ExportRequest) -> dict[str, Any]:
     """Return the config that vLLM and the speculators library read; `document` is the serving-format one."""
-    own = {"architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "eagle_config"}
+    own = {"architectures", "draft_vocab_size", "target_hidden_size", "fc_norm", "eagle_config", "norm_before_residual"}
     layer = {field: value for field, value in document.items() if field not in own}
     aux_layers = config.aux_layer_ids
     return {
@@ -292,7 +310,7 @@ def _speculators_config(document: Mapping[str, Any], config: Eagle3Config, reque
         "target_hidden_size": config.target_hidden_size if config.owns_embedding else None,
         "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in aux_layers] if aux_layers else None,
         "fc_norm": config.fc_norm,
-        "norm_before_residual": False,
+        "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": False,
         "norm_output": False,
         "embed_requires_grad": False,

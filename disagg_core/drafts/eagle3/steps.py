@@ -97,7 +97,7 @@ class _Steps:
             own_key = rotate(own_key, cos, sin)
             own_keys, own_values = [*own_keys, own_key], [*own_values, own_value]
         attended = own_column_attention(plan, self._kernel, rotate(query, cos, sin), key, value, own_keys, own_values)
-        return self._layer.finish(state, attended.flatten(1)), own_key, own_value
+        return self._layer.finish(state, normed, attended.flatten(1)), own_key, own_value
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], -1, self._draft.config.head_dim)

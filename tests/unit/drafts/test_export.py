@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from disagg_core.drafts.eagle3.config import Eagle3Config
+from disagg_core.drafts.eagle3.model import DecoderLayer, Eagle3Draft
 from disagg_core.drafts.eagle3.serving_format import expected_shapes
 from disagg_core.drafts.export import VerifierInfo, export_draft, import_draft
 from disagg_core.drafts.method import FrozenParts
@@ -313,7 +314,7 @@ def test_a_missing_t2d_follows_from_d2t(tmp_path: Path) -> None:
         ("sglang", {"model_type": "qwen2"}, "model_type: expected llama, found qwen2"),
         ("sglang", {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ("sglang", {"eagle_config": {"norm_before_fc": True}}, "norm_before_fc"),
-        ("speculators", {"norm_before_residual": True}, "norm_before_residual: false"),
+        ("speculators", {"norm_before_residual": None}, "norm_before_residual: true or false"),
         ("speculators", {"speculators_model_type": "medusa"}, r"expected .* \(EAGLE-3.*found .*'medusa'"),
         ("sglang", {"architectures": ["Qwen3ForCausalLM"]}, r"expected .* \(EAGLE-3.*found .*Qwen3ForCausalLM"),
     ],
@@ -330,6 +331,53 @@ def test_a_draft_that_computes_something_else_is_refused(
         import_draft(tmp_path / "out")
 
     assert str(tmp_path / "out") in str(caught.value)
+
+
+def test_a_published_draft_in_a_pickled_file_is_read_without_running_it(tmp_path: Path) -> None:
+    _, tensors = a_checkpoint(tmp_path / "published")
+    (tmp_path / "published/draft.safetensors").unlink()
+    torch.save(tensors, tmp_path / "published/pytorch_model.bin")
+
+    state = import_draft(tmp_path / "published").state
+
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "published/pytorch_model.bin")
+    with pytest.raises(IncompatibleDraft, match=r"pytorch_model\.bin: cannot be read as tensors alone"):
+        import_draft(tmp_path / "published")
+
+
+def test_a_draft_without_an_lm_head_takes_the_targets_rows_for_its_tokens(tmp_path: Path) -> None:
+    _, tensors = a_checkpoint(tmp_path / "published")
+    del tensors["lm_head.weight"], tensors["t2d"]
+    save_file(tensors, tmp_path / "published/draft.safetensors")
+    parts = FrozenParts(*torch.randn(2, 96, 32))
+
+    method, config, state = import_draft(tmp_path / "published")
+    draft = method.model(config)
+    draft.load_serving_state_dict(state)
+    assert isinstance(draft, Eagle3Draft)
+    with pytest.raises(IncompatibleDraft, match=r"no LM head: it shares the target's; call attach\(\) first"):
+        draft.require_complete()
+    draft.attach(parts)
+
+    assert torch.equal(draft.lm_head.weight, parts.lm_head[state["t2d"].nonzero().flatten()])
+
+
+def test_a_draft_whose_residual_is_normed_computes_so_and_is_exported_for_vllm_only(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path / "step-3", norm_before_residual=True)
+    export_draft(tmp_path / "step-3", tmp_path / "out", "speculators", dtype="float32")
+    with pytest.raises(IncompatibleDraft, match="expected speculators for a draft with norm_before_residual"):
+        export_draft(tmp_path / "step-3", tmp_path / "served", "sglang")
+
+    _, config, _ = import_draft(tmp_path / "out")
+
+    assert isinstance(config, Eagle3Config)
+    layer, plain = DecoderLayer(config), DecoderLayer(config.model_copy(update={"norm_before_residual": False}))
+    plain.load_state_dict(layer.state_dict())
+    state, attended = torch.randn(3, 32), torch.randn(3, config.num_attention_heads * config.head_dim)
+    normed = layer.hidden_norm(state)
+    torch.testing.assert_close(layer.finish(state, normed, attended), plain.finish(normed, normed, attended))
 
 
 def test_a_published_draft_that_calls_itself_a_llama_is_told_by_its_draft_vocabulary(tmp_path: Path) -> None:
@@ -353,5 +401,5 @@ def test_no_draft_there(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleDraft, match="cannot be read as safetensors"):
         import_draft(tmp_path / "step-3")
     (tmp_path / "step-3/draft.safetensors").unlink()
-    with pytest.raises(IncompatibleDraft, match="convert pickled weights"):
+    with pytest.raises(IncompatibleDraft, match=r"or pytorch_model\.bin, found none"):
         import_draft(tmp_path / "step-3")
