@@ -46,7 +46,7 @@ class AcceptLength:
     """The result of a measurement.
 
     ``accept_length == tokens / target_passes == 1 + sum(per_position)``. `tokens` counts what the passes yielded (not
-    the token that the pass over a prompt gives, and without cutting the last pass at the length asked for).
+    the token that the pass over a prompt gives, and without cutting the last pass where the text ends).
     `per_position[i]` is the part of the passes in which drafted token i + 1 was kept. `interval` is the 95 % bootstrap
     interval of the accept length over prompts. `lossless` is None when plain decoding was not compared.
     """

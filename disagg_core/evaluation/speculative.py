@@ -39,8 +39,9 @@ class Generation:
     """The continuation of one prompt.
 
     `accepted` holds, for each target pass after the prompt's, how many drafted tokens were kept; a pass gives one
-    token more. The first of `tokens` comes from the pass over the prompt, which is not counted; `tokens` is cut at the
-    length asked for, the count of the last pass is not, and a pass ends with an end-of-sequence token.
+    token more. The first of `tokens` comes from the pass over the prompt, which is not counted; `tokens` ends at the
+    length asked for or with an end-of-sequence token. The last pass counts whole, wherever the text ends in it: so do
+    serving engines, and what a pass verified says nothing less for what stands before.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -226,6 +227,6 @@ class _Decoder:
         end = next((place for place, token in enumerate(row) if token in self._eos), None)
         kept = row if end is None else row[: end + 1]
         if counted:
-            generation.accepted.append(len(kept) - 1)
+            generation.accepted.append(len(row) - 1)
         generation.tokens.extend(kept[: self._max_new_tokens - len(generation.tokens)])
         return end is None and len(generation.tokens) < self._max_new_tokens
