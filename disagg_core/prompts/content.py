@@ -20,6 +20,7 @@ from disagg_core.errors import PromptError
 from disagg_core.prompts.pinned import DataChanged, PinnedFile
 
 BOM = b"\xef\xbb\xbf"
+PARQUET = b"PAR1"
 HEAD_BYTES = 64 * 1024
 _CHUNK_BYTES = 16 * 1024**2
 BLOCK_BYTES = 64 * 1024
@@ -42,7 +43,7 @@ class Content:
 
     @classmethod
     def open(cls, path: Path, pinned: PinnedFile | None = None) -> Content:
-        """Open `path`; of a `pinned` one the first so many bytes, whatever was appended to it since.
+        """Open `path`; of a `pinned` one the first so many bytes, whatever lines were appended to it since.
 
         Raises:
             PromptError: it is missing, cannot be read, or cannot be unpacked.
@@ -55,11 +56,13 @@ class Content:
         except OSError as error:
             raise PromptError(f"data.prompts: {path}: {error.strerror}") from error
         try:
-            pin, sums = _hash(file, os.fstat(file.fileno()).st_size if pinned is None else pinned.size)
-            if pinned is not None:
-                pinned.check(pin, path)
             start = os.pread(file.fileno(), 4, 0)
             packed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+            grows = packed is None and start != PARQUET  # the others are read as wholes
+            size = pinned.size if pinned is not None and grows else os.fstat(file.fileno()).st_size
+            pin, sums = _hash(file, size)
+            if pinned is not None:
+                pinned.check(pin, path)
             if packed is None:
                 return cls(path, file, pin.size, pin, sums)
             unpacked = _unpack(path, packed)

@@ -74,11 +74,12 @@ class PinnedStream(_Pin):
 
 
 class PinnedData(_Pin):
-    """All data of a run: the prompts, the hold-out file if there is one, and what the evaluation decodes."""
+    """All data of a run: the prompts, the hold-out file if there is one, what the evaluation decodes, its suites."""
 
     prompts: PinnedFile | PinnedStream
     holdout: PinnedFile | None = None
     evaluation: PinnedFile | None = None
+    suites: dict[str, PinnedFile] = {}
 
 
 def directory_revision(files: Iterable[Path]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from disagg_core.errors import PromptError
-from disagg_core.prompts.content import Content
+from disagg_core.prompts.content import PARQUET, Content
 from disagg_core.prompts.files import JsonlFile
 from disagg_core.prompts.json_values import RecordError, decode_json
 from disagg_core.prompts.pinned import PinnedFile
@@ -93,7 +93,7 @@ def kind_of_file(path: Path) -> str:
 
 def _of_content(content: Content, data: DataSection) -> RecordFile:
     head, suffix = content.head, kind_of_file(content.path)
-    if head.startswith(b"PAR1"):
+    if head.startswith(PARQUET):
         return ParquetFile(content, data.fields)
     first = head.lstrip()[:1]
     if first != b"{":

@@ -240,6 +240,15 @@ def test_the_order_is_the_same_in_every_kind_of_file_and_what_was_planned_is_wha
         EncodedPrompts(spec, tokenizer, facts.data)
 
 
+def test_what_is_appended_to_a_compressed_file_is_a_change(tmp_path):
+    path = written(tmp_path, "jsonl.gz")
+    pin = open_records(path, DataSection(prompts="x")).pin
+    path.write_bytes(path.read_bytes() + gzip.compress(b'{"prompt": "more"}\n'))
+    assert len(open_records(path, DataSection(prompts="x"))) == 41
+    with pytest.raises(DataChanged):
+        open_records(path, DataSection(prompts="x"), pin)
+
+
 def test_a_folder_is_all_its_files_by_name(tmp_path):
     (tmp_path / "b").mkdir()
     as_csv(tmp_path / "b" / "2.csv", ROWS[20:])
