@@ -34,6 +34,7 @@ async def evaluate_drafts(plan: RunPlan, completion: Completion) -> dict[str, Ev
             {
                 "plan": plan.model_dump(mode="json"),
                 "checkpoints": checkpoints,
+                "suites_of": [draft.result_name("after") for draft in plan.drafts],
                 "threads": plan.spec.target.cpu_threads,
             }
         ),

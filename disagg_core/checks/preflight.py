@@ -18,6 +18,7 @@ from disagg_core.checks.draft import check_draft
 from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
 from disagg_core.checks.services import check_channel, check_external_store, check_servers
+from disagg_core.checks.suites import check_suites
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftConfig
 from disagg_core.drafts.vocab import VocabMap
@@ -149,7 +150,9 @@ def _resolved(
 
     What was found out when the run was planned before, as `known`, is not asked again.
     """
-    prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, known.data if known is not None else None))
+    pinned = known.data if known is not None else None
+    prompts = findings.of(lambda: validate_prompts(spec, tokenizer, facts, pinned))
+    suites = findings.of(lambda: check_suites(spec, tokenizer, facts, pinned))
     warm_starts = findings.of(lambda: _find_warm_starts(spec, settings, known.warm_starts if known is not None else {}))
     if facts is None:
         return None, prompts
@@ -165,7 +168,7 @@ def _resolved(
             root=RunDir.of(settings.runs_dir, run_id).root,
             total_prompts=prompts.total if prompts is not None else None,
             tokenizer_version=version,
-            data=prompts.data if prompts is not None else None,
+            data=prompts.data.model_copy(update={"suites": suites or {}}) if prompts is not None else None,
             warm_starts=warm_starts,
         )
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from disagg_core.errors import BadInput
 from disagg_core.run.known import find_run, read_plan
 from disagg_core.run.plan import RunPlan
+from disagg_core.run_spec.yaml_file import parse_spec, with_overrides
 from disagg_core.settings import get_settings
+
+_WIDTH_IN_A_PIPE = 140
 
 Run = Annotated[str, typer.Argument(help="Id of a run, or the beginning of it.", show_default=False)]
 Draft = Annotated[
@@ -65,11 +71,22 @@ def evaluate(
         str | None, typer.Option(help="SGLang server that serves target and draft; measured by its own counters.")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the result in the run's evaluation folder.")] = "again",
+    suites: Annotated[
+        list[str] | None,
+        typer.Option("--suite", metavar="NAME=FILE", help="Measure this suite too, in place of the run's own."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value of the evaluation section, as draft_tokens=3."),
+    ] = None,
 ) -> None:
-    """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server."""
+    """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server.
+
+    The suites of the run, or those given, are measured as well, by category.
+    """
     from disagg_core.roles.evaluation import result_file, run_evaluation, run_server_evaluation
 
-    plan = read_plan(find_run(get_settings().runs_dir, run))
+    plan = _with_evaluation(read_plan(find_run(get_settings().runs_dir, run)), suites or (), overrides or ())
     if server is not None:
         if draft is not None and draft not in _names(plan):
             raise BadInput(
@@ -84,6 +101,38 @@ def evaluate(
         f"{result['target_passes']} target passes; written to {result_file(plan, name)}",
         soft_wrap=True,
     )
+    if "suites" in result:
+        Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE).print(_suites(result["suites"]))
+
+
+def _with_evaluation(plan: RunPlan, suites: Sequence[str], overrides: Sequence[str]) -> RunPlan:
+    """Return `plan` with other `suites` (``name=file``) and other values of the evaluation section.
+
+    Raises:
+        SpecError: one has another form, or a value that is not allowed.
+    """
+    if not suites and not overrides:
+        return plan
+    document = plan.spec.model_dump(mode="json")
+    pins = plan.data.suites if plan.data is not None else {}
+    if suites:
+        given = [suite.partition("=") for suite in suites]
+        document["evaluation"]["suites"] = {name: str(Path(file).expanduser().resolve()) for name, _, file in given}
+        pins = {}
+    spec = parse_spec(with_overrides(document, [f"evaluation.{override}" for override in overrides]), source="evaluate")
+    data = plan.data.model_copy(update={"suites": pins}) if plan.data is not None else None
+    return plan.model_copy(update={"spec": spec, "data": data})
+
+
+def _suites(results: dict[str, Any]) -> Table:
+    from disagg_core.evaluation.suites import suite_lines
+
+    table = Table("suite", "questions", "accept length (95 %)", "tokens/s (95 %)", "kept by drafted position")
+    for name, suite in results.items():
+        for line in suite_lines(name, suite):
+            table.add_row(*line)
+        table.add_section()
+    return table
 
 
 def _names(plan: RunPlan) -> list[str]:

@@ -176,9 +176,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise IncompatibleDraft(f"{file}: cannot be read as safetensors: {error}") from error
+    return tensors
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:

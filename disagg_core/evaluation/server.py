@@ -4,22 +4,22 @@ Names as in SGLang 0.5.23, in ``meta_info`` of a reply to ``POST /generate``: `s
 `spec_num_correct_drafts` drafted tokens kept, `spec_num_proposed_drafts` drafted tokens, and
 `spec_correct_drafts_histogram`, whose entry i counts the passes that kept i. SGLang's own `spec_accept_length` divides
 the tokens of the reply, the prompt's pass included and the last pass cut, by the passes; ours is 1 + kept / passes, as
-everywhere in this package, so that both measures can be compared. One difference is left: a pass in which the text ends
-counts whole here, and up to its end in `measure_accept_length`.
+everywhere in this package, so that both measures can be compared. A pass in which the text ends counts whole in both.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
 from disagg_core.errors import BadInput, EvaluationFailed, TargetUnavailable
 from disagg_core.evaluation.accept_length import AcceptLength, summarise
-from disagg_core.evaluation.speculative import Progress
+from disagg_core.evaluation.speculative import Generation, Progress
 
 
 def measure_on_server(
@@ -70,10 +70,38 @@ def measure_on_server(
     )
 
 
-def _generate(client: httpx.Client, prompt: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
+@contextmanager
+def decoding_on_server(
+    url: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    concurrency: int = 16,
+    timeout_s: float = 120.0,
+    flags: str = "",
+) -> Iterator[Callable[[Sequence[Sequence[int]]], list[Generation]]]:
+    """Yield a function that has the SGLang server at `url` continue a batch of prompts.
+
+    The passes of a `Generation` that it returns are in no particular order. It raises as `measure_on_server` does.
+    """
+    with (
+        httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+
+        def one(prompt: Sequence[int]) -> Generation:
+            reply = _generate(client, prompt, max_new_tokens, temperature)
+            return Generation(reply["output_ids"], _read_counters(reply, url, flags)[0])
+
+        yield lambda prompts: list(pool.map(one, prompts))
+
+
+def _generate(
+    client: httpx.Client, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0
+) -> dict[str, Any]:
     request = {
         "input_ids": list(prompt),
-        "sampling_params": {"temperature": 0.0, "max_new_tokens": max_new_tokens},
+        "sampling_params": {"temperature": temperature, "max_new_tokens": max_new_tokens},
     }
     try:
         reply = client.post("/generate", json=request)

@@ -29,6 +29,7 @@ from disagg_core.evaluation.accept_length import AcceptLength, decode_plainly, m
 from disagg_core.evaluation.server import measure_on_server
 from disagg_core.files import write_atomically
 from disagg_core.prompts.pinned import PinnedFile
+from disagg_core.roles.suites import measure_suites, measure_suites_on_server
 from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
@@ -57,6 +58,7 @@ class EvaluationRequest(BaseModel):
     outputs: dict[Name, Path] = Field(
         default_factory=dict, description="Files of the results by name; by default <run>/evaluation/<name>.json."
     )
+    suites_of: tuple[Name, ...] = Field((), description="Results that have the suites of the run measured, too.")
     threads: int | None = Field(None, ge=1, description="Threads on a CPU; by default torch's.")
 
     @model_validator(mode="after")
@@ -73,7 +75,7 @@ def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]
         BadInput: `name` is not a plain name; otherwise as `evaluate_drafts`.
     """
     result_file(plan, name)
-    return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),)))[0]
+    return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),), suites_of=(name,)))[0]
 
 
 def run_server_evaluation(plan: RunPlan, url: str, name: str, draft: str | None = None) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def run_server_evaluation(plan: RunPlan, url: str, name: str, draft: str | None 
         timeout_s=target.request_timeout_s,
         flags=plan.draft(draft).method.server_flags(section.draft_tokens),
     )
-    return _write_result(output, result, {"server": url})
+    return _write_result(output, result, {"server": url}, measure_suites_on_server(plan, url, draft))
 
 
 def result_file(plan: RunPlan, name: str) -> Path:
@@ -112,7 +114,7 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     """Measure every draft of `request`, write one file each (atomically) and return their contents, in order.
 
     Raises:
-        PromptError: the prompts are missing or cannot be read.
+        PromptError: the prompts or a suite are missing or cannot be read.
         TargetError: the target cannot be loaded.
         IncompatibleDraft: a draft does not fit its config or the run's target.
         BadInput: a draft cannot propose as many tokens as ``evaluation.draft_tokens`` says.
@@ -140,6 +142,10 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
     )
     results = []
     for name, checkpoint, draft in drafts:
+
+        def told(suite: str, done: int, total: int, name: str = name) -> None:
+            progress.update(draft=f"{name}, suite {suite}", done=done, total=total)
+
         result = measure_accept_length(
             target,
             attached(draft, target),
@@ -152,7 +158,8 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
         )
         logger.info("%s: accept length %.3f over %d passes", name, result.accept_length, result.target_passes)
         output = request.outputs.get(name, result_file(plan, name))
-        results.append(_write_result(output, result, {"checkpoint": str(checkpoint)}))
+        suites = measure_suites(plan, target, draft, tell=told) if name in request.suites_of else {}
+        results.append(_write_result(output, result, {"checkpoint": str(checkpoint)}, suites))
     progress.flush()
     return results
 
@@ -253,8 +260,8 @@ def _device(plan: RunPlan) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 
 
-def _write_result(path: Path, result: AcceptLength, origin: dict[str, str]) -> dict[str, Any]:
-    document = {**result.to_dict(), **origin}
+def _write_result(path: Path, result: AcceptLength, origin: dict[str, str], suites: dict[str, Any]) -> dict[str, Any]:
+    document = {**result.to_dict(), **origin, **({"suites": suites} if suites else {})}
     write_atomically(path, json.dumps(document, indent=2) + "\n")
     return document
 

@@ -16,6 +16,7 @@ from disagg_core.run_spec.draft import DraftSection, draft_field
 from disagg_core.run_spec.recurring import RecurringSection
 from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RegistryName, RunName, SecretFreeUrl, Section
 
+SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
 Devices = tuple[Annotated[int, Field(ge=0)], ...]
 
 
@@ -158,6 +159,11 @@ class EvaluationSection(Section):
     prompts: int = Field(16, ge=0, description="Held-out prompts to decode; 0 switches the evaluation off.")
     draft_tokens: int = Field(5, ge=1, le=16, description="Tokens drafted per target pass (k).")
     max_new_tokens: int = Field(64, ge=1, description="Tokens decoded per prompt.")
+    suites: dict[SuiteName, str] = Field(
+        {}, description="Further prompts by name, measured after training by category: files as for data.prompts."
+    )
+    suite_prompts: int | None = Field(None, ge=1, description="Of each suite use only so many questions a category.")
+    suite_temperature: float = Field(0.0, ge=0, description="Sampling of the suites; 0 is greedy.")
     min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
     at_end: bool = Field(True, description="Decode at the end of the run; off: hold out for draftline evaluate only.")
 

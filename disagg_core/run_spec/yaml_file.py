@@ -168,6 +168,10 @@ def _with_absolute_paths(spec: RunSpec, base: Path) -> RunSpec:
     for draft in [document["draft"]] if document["draft"] is not None else document["drafts"]:
         named = draft["init_from"] is not None and not (base / draft["init_from"]).is_dir()
         draft["init_from"] = _absolute(draft["init_from"], base, may_be_hub_id=named)
+    suites = document["evaluation"]["suites"]
+    document["evaluation"]["suites"] = {
+        name: _absolute(file, base, may_be_hub_id=False) for name, file in suites.items()
+    }
     return RunSpec.model_validate(document)
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from disagg_core.cli import drafts as commands
 from disagg_core.contracts import Capture
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
 from disagg_core.drafts.eagle_layers import default_layers
 from disagg_core.drafts.export import export_draft
-from disagg_core.errors import BadInput, IncompatibleDraft, PromptError
+from disagg_core.errors import BadInput, IncompatibleDraft, PromptError, SpecError
 from disagg_core.roles.evaluation import (
     EvaluationRequest,
     main,
@@ -135,6 +136,63 @@ def test_training_raises_the_accept_length_and_both_results_are_lossless(plan: R
     assert after["interval"][0] <= after["accept_length"] <= after["interval"][1]
     progress = json.loads((plan.dir.evaluation / "progress.json").read_text())
     assert (progress["draft"], progress["done"], progress["total"]) == ("after", 6, 6)
+
+
+def with_suite(plan: RunPlan, folder: Path, **evaluation: object) -> RunPlan:
+    """Return `plan` with a suite of two categories, and give its target a tokenizer and a template."""
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}{{ m.role[0] | replace('u', 'w1 ') | replace('a', 'w2 ') + m.content + ' ' }}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", chat_template=template + "{% endfor %}w2"
+    ).save_pretrained(plan.spec.target.model)
+    rows = [
+        {"question_id": n, "category": "even" if n % 2 == 0 else "odd", "turns": [f"w{n + 5} w{n + 9}", f"w{n + 7}"]}
+        for n in range(6)
+    ]
+    (folder / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = plan.spec.evaluation.model_copy(
+        update={"suites": {"bench": str(folder / "bench.jsonl")}, "max_new_tokens": 12, **evaluation}
+    )
+    return plan.model_copy(update={"spec": plan.spec.model_copy(update={"evaluation": section})})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_suites_are_measured_by_category_over_several_turns(plan: RunPlan, tmp_path: Path, temperature: float) -> None:
+    asking = with_suite(plan, tmp_path, suite_temperature=temperature)
+
+    result = run_evaluation(asking, plan.dir.checkpoints / "step-30", "suites")
+
+    bench = result["suites"]["bench"]
+    assert (bench["total"]["questions"], bench["total"]["answers"], bench["skipped"]) == (6, 12, {})
+    assert 12 < bench["total"]["tokens"] <= 12 * 12
+    assert [bench["categories"][name]["questions"] for name in ("even", "odd")] == [3, 3]
+    low, high = bench["total"]["interval"]
+    assert 1.0 <= low <= bench["total"]["accept_length"] <= high <= 5.0
+    assert json.loads((plan.dir.evaluation / "suites.json").read_text()) == json.loads(json.dumps(result))
+    few = run_evaluation(with_suite(plan, tmp_path, suite_prompts=1), plan.dir.checkpoints / "step-30", "few")
+    assert few["suites"]["bench"]["total"]["questions"] == 2
+
+
+def test_the_command_measures_a_suite_that_is_given(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "find_run", lambda *_: plan.dir)
+    monkeypatch.setattr(commands, "read_plan", lambda _: plan)
+    with_suite(plan, tmp_path)
+
+    commands.evaluate(
+        "test",
+        draft=plan.dir.checkpoints / "step-30",
+        suites=[f"mine={tmp_path / 'bench.jsonl'}"],
+        overrides=["max_new_tokens=6", "draft_tokens=2"],
+    )
+
+    shown = capsys.readouterr().out
+    assert "mine: odd" in shown
+    assert "tokens/s" in shown
+    with pytest.raises(SpecError, match=r"evaluation\.draft_tokens"):
+        commands.evaluate("test", overrides=["draft_tokens=0"])
 
 
 def test_an_exported_draft_decodes_like_its_checkpoint(plan: RunPlan, tmp_path: Path) -> None:

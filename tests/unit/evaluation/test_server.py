@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from disagg_core.errors import BadInput, EvaluationFailed, TargetUnavailable
-from disagg_core.evaluation.server import measure_on_server
+from disagg_core.evaluation.server import decoding_on_server, measure_on_server
 
 pytestmark = pytest.mark.unit
 
@@ -126,3 +126,15 @@ def test_no_server_there() -> None:
 
     with pytest.raises(TargetUnavailable, match="is the server up"):
         measure_on_server(url, [[1]], timeout_s=5)
+
+
+def test_a_server_answers_batches_of_a_suite_with_its_counters() -> None:
+    with (
+        server(lambda request: (200, reply([1, 0, request["input_ids"][0]], 3))) as (url, requests),
+        decoding_on_server(url, max_new_tokens=20, temperature=0.5) as decode,
+    ):
+        first, second = decode([[1, 5], [2]])
+        third = decode([[3]])
+    assert (first.accepted, second.accepted, first.tokens) == ([0, 2], [0, 2, 2], [7, 8])
+    assert [generation.accepted for generation in third] == [[0, 2, 2, 2]]
+    assert requests[0]["sampling_params"] == {"temperature": 0.5, "max_new_tokens": 20}
