@@ -40,7 +40,7 @@ from disagg_core.registry.versions import (
     VersionExists,
     champions_of,
 )
-from disagg_core.storage.place import Place
+from disagg_core.storage.place import Place, check_exclusive
 from disagg_core.storage.trees import (
     MANIFEST,
     Entry,
@@ -188,6 +188,7 @@ class Registry:
         Raises:
             ChampionMoved: the champion is another by now; who moved it is named.
             UnknownVersion: there is no whole version `number`.
+            StorageUnusable: the storage has no conditional writes.
         """
         self._manifest(number)
         return self._move("promoted", number, instead_of, by, reason)
@@ -212,6 +213,7 @@ class Registry:
 
     def _move(self, kind: EventKind, number: int, instead_of: int | None, by: str, reason: str) -> Event:
         """Append an event, if the champion is still `instead_of`."""
+        check_exclusive(self.place)
         events = self.history()
         while True:
             last = events[-1] if events else None

@@ -354,6 +354,24 @@ def probe_place(url: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
         ) from failure[0]
 
 
+def check_exclusive(place: Place) -> None:
+    """Check that `place` keeps its promise about `Place.create`: stores that ignore a precondition do not.
+
+    Raises:
+        StorageUnusable: a file that was there was written again.
+    """
+    name = f".draftline-probe-{uuid.uuid4().hex}"
+    try:
+        made = [place.create(name, _PROBE) for _ in range(2)]
+    finally:
+        place.remove(name)
+    if made != [True, False]:
+        raise StorageUnusable(
+            f"{place.url}: expected a storage with conditional writes (If-None-Match), found one that writes over what "
+            "is there: two who promote at once would both win. Use a newer version of it, or another storage"
+        )
+
+
 def _write_and_delete(place: Place) -> None:
     name = f".draftline-probe-{uuid.uuid4().hex}"
     place.write(name, [_PROBE])

@@ -159,6 +159,20 @@ def test_a_server_gets_the_champion_by_one_command(nights: Registry, tmp_path: P
     assert again.stdout == ended.stdout
 
 
+def test_a_run_exports_any_draft_by_its_reference(
+    nights: Registry, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_run(load_spec(DEMO, ["data.limit=40"]), "tonight", settings)
+    out = tmp_path / "exported"
+    command = ["draftline", "export", "tonight", "--draft", "champion", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    exported = (tmp_path / "night-1-export" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == exported
+
+
 def test_what_cannot_be_fetched_is_said(drafts: Drafts, nights: Registry, tmp_path: Path) -> None:
     assert "expected one of sglang of v1, found hf" in drafts("fetch", "v1", "--to", "x", "--format", "hf").stderr
     place = tmp_path / "models" / f"{nights.name}-v1-sglang"
