@@ -88,7 +88,7 @@ class ContinuationLog:
 
     def find(self, task: PromptTask) -> list[int] | None:
         """Return the continuation of `task` without its prompt, None if it is not known."""
-        key = self._key(task)
+        key = self.key(task)
         with self._lock:
             place = self._places.get(key)
             if place is None:
@@ -106,7 +106,7 @@ class ContinuationLog:
             OSError: they cannot be written; none of them is known then.
         """
         with self._lock:
-            new = {self._key(outcome.task): outcome.tokens for outcome in outcomes}
+            new = {self.key(outcome.task): outcome.tokens for outcome in outcomes}
             new = {key: tokens for key, tokens in new.items() if key not in self._places}
             if not new:
                 return
@@ -121,7 +121,8 @@ class ContinuationLog:
         self._file.close()
         self._read.close()
 
-    def _key(self, task: PromptTask) -> int:
+    def key(self, task: PromptTask) -> int:
+        """Return what a continuation of `task` is found by: tasks of one key have the same continuation."""
         if self._sampled:
             return task.ordinal
         tokens = b"".join(token.to_bytes(4, "little") for token in task.input_ids)
@@ -183,27 +184,26 @@ class ContinuedTarget:
         A target that decodes a group together has it kept together, so that what is continued after a restart is
         decoded in the company that it would have had.
         """
-        rest = []
+        same: dict[int, list[PromptTask]] = {}
         for task in tasks:
             if (tokens := self._kept.find(task)) is None:
-                rest.append(task)
+                same.setdefault(self._kept.key(task), []).append(task)
             else:
                 yield Generated(task, tokens)
-        if not rest:
-            return
-        outcomes = self._target.generate(rest, avoid=avoid)
+        outcomes = self._target.generate([first for first, *_ in same.values()], avoid=avoid) if same else iter(())
+        for outcome in self._remembered(outcomes):
+            for task in same[self._kept.key(outcome.task)]:
+                yield replace(outcome, task=task)
+
+    def _remembered(self, outcomes: Iterator[Generated | Failed]) -> Iterator[Generated | Failed]:
         if self.batch_size == 1:
             for outcome in outcomes:
-                yield self._remembered(outcome)
+                self._kept.keep([outcome] if isinstance(outcome, Generated) else [])
+                yield outcome
             return
         together = list(outcomes)
         self._kept.keep([outcome for outcome in together if isinstance(outcome, Generated)])
         yield from together
-
-    def _remembered(self, outcome: Generated | Failed) -> Generated | Failed:
-        if isinstance(outcome, Generated):
-            self._kept.keep([outcome])
-        return outcome
 
     def capture(self, tasks: Sequence[PromptTask], *, avoid: Mapping[int, frozenset[str]]) -> Iterator[CaptureOutcome]:
         """Continue the tasks, then capture them with their continuations; see `Target.capture`."""

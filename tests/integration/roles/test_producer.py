@@ -10,6 +10,8 @@ import torch
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import ordinal_of
 from disagg_core.drafts.vocab import VocabMap
+from disagg_core.engines import transformers as transformers_module
+from disagg_core.engines.generation import continue_tasks
 from disagg_core.errors import BadInput, ChannelClosed
 from disagg_core.roles.producer import run_producer
 from disagg_core.run.metrics import read_metrics
@@ -175,3 +177,23 @@ def test_the_draft_vocabulary_is_counted_from_what_the_target_says(make_assignme
     first = tensors_of(assignment, refs[:1])[0]
     said = first["input_ids"][first["loss_mask"].bool()].long()
     assert vocab_map.t2d[said].all()
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_was_counted_is_captured_and_no_prompt_is_continued_twice(make_assignment, swept, monkeypatch, epochs):
+    continued = []
+
+    def counting(model, tasks, *arguments, **options):
+        continued.extend(task.ordinal for task in tasks)
+        return continue_tasks(model, tasks, *arguments, **options)
+
+    monkeypatch.setattr(transformers_module, "continue_tasks", counting)
+    draft = {"vocab_size": 40, "vocab_sample": 6}
+    data = {"generate": {"max_new_tokens": 6}, "epochs": epochs}
+    for attempt in (1, 2):  # of the second one the producer is a new process, and finds what was said
+        assignment = make_assignment(24, attempt=attempt, draft=draft, data=data)
+        swept(assignment)
+        run_producer(assignment)
+        refs, totals = read_all(assignment)
+        assert totals.refs == len(refs) == 24 * epochs
+        assert sorted(continued) == list(range(24))

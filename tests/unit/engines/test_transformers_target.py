@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
@@ -149,6 +150,15 @@ def test_continuations_are_what_the_model_says_next(make_target, model_dir):
         assert 3 not in ids[start:-1]
         assert sample.tensors["loss_mask"].tolist() == [0] * start + [1] * (len(ids) - start)
         torch.testing.assert_close(sample.tensors["aux_hidden_states"], aux, atol=1e-5, rtol=1e-5)
+
+
+def test_a_continuation_that_is_known_is_captured_as_it_is(make_target):
+    target = make_target(sampling=GREEDY)
+    (task,) = tasks_of(7)
+    known = msgspec.structs.replace(task, continuation=[9, 8, 7])
+    sample = captured(target, [known])[0].tensors
+    assert sample["input_ids"].tolist() == [*task.input_ids, 9, 8, 7]
+    assert sample["loss_mask"].tolist() == [0] * 7 + [1] * 3
 
 
 def test_sampling_depends_on_seed_and_ordinal_and_not_on_the_batch(make_target):

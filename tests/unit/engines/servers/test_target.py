@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disagg_core.contracts import PromptTask, RunIdentity, SampleRef
@@ -399,3 +400,19 @@ def test_a_server_that_runs_nothing_for_us_is_not_the_prompts_affair(
 
     assert {outcome.server for outcome in outcomes} == {right.url}
     assert all(isinstance(outcome, Stored) for outcome in outcomes)
+
+
+def test_a_continuation_that_is_known_is_not_asked_for_again(
+    scripted: Callable[[], Any], target_over: Callable[..., SGLangTarget]
+) -> None:
+    server = scripted()
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        assert "custom_params" in body["sampling_params"], "a continuation was asked for"
+        assert body["input_ids"] == [5] * 6 + [8, 9, 2]
+        return stored(body)
+
+    server.answer = answer
+    target = target_over(server, generate=GenerateSection(max_new_tokens=4))
+    [outcome] = target.capture([msgspec.structs.replace(task(3), continuation=[8, 9, 2])], avoid={})
+    assert isinstance(outcome, Stored)
