@@ -188,7 +188,7 @@ class _ProgressArtifact:
 
 
 def _describe(state: dict[str, ProgressValue]) -> str:
-    shown = {name: value for name, value in state.items() if name != "time"}
+    shown = {name: value for name, value in state.items() if name != "time" and value is not None}
     return " | ".join(
         f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in shown.items()

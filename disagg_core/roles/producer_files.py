@@ -56,6 +56,7 @@ class Reporter:
     """Writes ``metrics/rollout.jsonl`` and ``state/producer.json`` as the drive goes.
 
     `covered` prompts were done by earlier attempts: with them, `prompts` in the progress counts up to the plan's total.
+    The progress has the mean rate, because batches come in bursts, and the metrics have that of their interval.
     """
 
     def __init__(
@@ -96,13 +97,12 @@ class Reporter:
                 **{f"store_{name}": counters[name] for name in PUT_TROUBLE},
                 **fields,
             )
-        rates = {name: fields[name] for name in ("samples_per_s", "tokens_per_s") if name in fields}
+        tokens = {"tokens_per_s": fields["tokens_per_s"]} if fields else {}
         prompts = self._covered + state.published + state.rejected
         if self._pace is None:
             self._pace = Pace(begun=prompts)
         self._progress.update(
             phase="waiting for the consumer" if state.blocked else "capturing",
-            left_s=self._pace.fields(prompts, self._total)["left_s"],
             prompts=prompts,
             total_prompts=self._total,
             published=state.published,
@@ -110,5 +110,6 @@ class Reporter:
             rejected=state.rejected,
             in_flight=state.in_flight,
             blocked_s=round(state.blocked_s, 1),
-            **rates,
+            **self._pace.fields(prompts, self._total),
+            **tokens,
         )
