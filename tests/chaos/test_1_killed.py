@@ -7,7 +7,7 @@ import pytest
 from tests.chaos.conftest import Start
 from tests.chaos.platform import ChaosPlatform
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_producer_is_killed(start: Start) -> None:

@@ -11,7 +11,7 @@ from tests.chaos.conftest import Start
 from tests.chaos.kit import ChaosRun
 from tests.chaos.platform import ChaosPlatform
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STOPPED_S = 30.0
 

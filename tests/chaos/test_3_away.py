@@ -11,7 +11,7 @@ from tests.chaos.conftest import Start
 from tests.chaos.platform import ChaosPlatform
 from tests.chaos.redis_server import RedisServer
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.chaos.conftest import Start
 from tests.chaos.kit import ChaosRun
 from tests.chaos.platform import platform_in
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AWAY_S = 20.0
 SMALL = 12 << 20

@@ -7,7 +7,7 @@ import pytest
 from tests.chaos.conftest import Start
 from tests.chaos.kit import ChaosRun
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_while_the_store_starts(start: Start) -> None:
