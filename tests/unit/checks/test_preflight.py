@@ -255,6 +255,23 @@ def test_a_draft_to_continue_that_does_not_fit_is_named(settings: Settings, tmp_
         check_run(a_spec(*fitting), settings)
 
 
+def test_a_draft_that_only_its_method_can_refuse_is_refused_before_the_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = sketch_plan(a_spec(), settings)
+    draft = Eagle3Draft(Eagle3Config.for_target(plan.target, plan.spec.draft))
+    draft.set_vocab_map(VocabMap.identity(plan.target.vocab_size))
+    save_file(draft.serving_state_dict(), tmp_path / "draft.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(draft.config.to_dict()))
+
+    def refuses(*_: object) -> None:
+        raise IncompatibleDraft("made for a deeper target")
+
+    monkeypatch.setattr(type(method_of("eagle3")), "continued", refuses)
+    with pytest.raises(IncompatibleDraft, match="made for a deeper target"):
+        sketch_plan(a_spec(f"draft.init_from={tmp_path}"), settings)
+
+
 def test_a_hybrid_target_passes_with_its_evaluation_as_any_other(settings: Settings, tmp_path: Path) -> None:
     hybrid = tmp_path / "hybrid"
     shutil.copytree(TARGET, hybrid)
