@@ -13,7 +13,7 @@ from disagg_core.checks.preflight import check_run
 from disagg_core.drafts.registry import method_names, method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput
-from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.document import RunSpec, TargetSection
 from disagg_core.run_spec.draft import draft_sections
 from disagg_core.settings import CHECKOUT, Settings
 from disagg_core.target.facts import TargetFacts, read_target_facts
@@ -36,8 +36,7 @@ LONGEST = {"dflash": "block_size", "dflash2": "block_size", "dspark": "block_siz
 
 @pytest.fixture(params=sorted(OPTIONS))
 def method(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+    return str(request.param)
 
 
 def test_every_method_is_in_this_suite() -> None:
@@ -86,10 +85,8 @@ def published(home: Path, method_name: str, facts: TargetFacts) -> Path:
     return directory
 
 
-def demo_facts(spec_model: Path = TARGET) -> TargetFacts:
-    from disagg_core.run_spec.document import TargetSection
-
-    return read_target_facts(TargetSection(model=str(spec_model), dtype="float32", device="cpu"))
+def demo_facts() -> TargetFacts:
+    return read_target_facts(TargetSection(model=str(TARGET), dtype="float32", device="cpu"))
 
 
 def test_what_fits_passes(method: str, tmp_path: Path) -> None:
