@@ -1,11 +1,13 @@
 """Child of the tests of draft methods under several ranks: two steps on one rank's share; rank 0 saves the weights."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from disagg_core.drafts.method import DraftModel
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, shard
 from disagg_core.training.inputs import DraftBatches
@@ -23,30 +25,41 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     with Ranks.join("cpu") as ranks:
         case = Case.of(name)
-        draft, section = case.draft(), TrainingSection(learning_rate=1e-3)
-        batcher = case.method.batcher(case.options, case.config, seed=SEED)
-        module = case.method.loss(draft, case.parts, case.options, activation_checkpointing=False)
-        sharded = shard(module, ranks, torch.float32)
-        step = OptimizerStep(
-            module,
-            sharded,
-            draft,
-            method=case.method,
-            batcher=batcher,
-            ranks=ranks,
-            section=section,
-            schedule=Schedule(section.learning_rate, 0.0, None),
-        )
+        draft = case.draft()
+        step = step_of(case, draft, ranks)
         for number, window in enumerate(WINDOWS):
-            mine = [case.sample(*told) for told in window[ranks.rank :: ranks.size]]
-            batch = batcher.collate(mine) if mine else None
-            live = 0 if batch is None else batcher.trainable_positions(batch)
-            sums = batcher.normalisers(batch)
-            counts = {"samples": len(mine), "tokens": sum(map(len, mine))}
-            assert step.run(DraftBatches([batch], live, sums), number, **counts) is not None
+            batches, counts = window_of(case, window[ranks.rank :: ranks.size])
+            assert step.run(batches, number, **counts) is not None
         weights = gather_weights(draft, draft.serving_state_dict())
         if ranks.is_first:
             save_file(weights, folder / f"{ranks.size}.safetensors")
+
+
+def step_of(case: Case, draft: DraftModel, ranks: Ranks) -> OptimizerStep:
+    """Return the optimizer step of `draft`, sharded."""
+    section = TrainingSection(learning_rate=1e-3)
+    module = case.method.loss(draft, case.parts, case.options, activation_checkpointing=False)
+    sharded = shard(module, ranks, torch.float32)
+    return OptimizerStep(
+        module,
+        sharded,
+        draft,
+        method=case.method,
+        batcher=case.method.batcher(case.options, case.config, seed=SEED),
+        ranks=ranks,
+        section=section,
+        schedule=Schedule(section.learning_rate, 0.0, None),
+    )
+
+
+def window_of(case: Case, told: Sequence[tuple[int, int]]) -> tuple[DraftBatches, dict[str, int]]:
+    """Return one rank's window of one micro-batch of samples with these ordinals and lengths, and what is in it."""
+    batcher = case.method.batcher(case.options, case.config, seed=SEED)
+    samples = [case.sample(*one) for one in told]
+    batch = batcher.collate(samples) if samples else None
+    live = 0 if batch is None else batcher.trainable_positions(batch)
+    counts = {"samples": len(samples), "tokens": sum(map(len, samples))}
+    return DraftBatches([batch], live, batcher.normalisers(batch)), counts
 
 
 if __name__ == "__main__":

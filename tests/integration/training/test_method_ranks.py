@@ -1,7 +1,11 @@
-"""Every draft method trains to the same weights on two ranks as on one, also where a rank has nothing to do."""
+"""Every draft method trains to the same weights on two ranks as on one, and to the same bits through a kill."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from disagg_core.drafts.registry import method_names
-from tests.integration.training.test_ranks import run_program
+from disagg_core.training.checkpoint import newest_complete
+from tests.integration.training.test_ranks import HERE, run_program
 
 pytestmark = pytest.mark.integration
 
 FIRST, *OTHERS = method_names()
 
 
-@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+EVERY = [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_two_ranks_end_with_the_weights_of_one(name: str, tmp_path: Path) -> None:
     for processes in (1, 2):
         run_program(processes, ["method_rank_main.py", name, str(tmp_path)], tmp_path / f"{processes}.log")
@@ -26,3 +34,22 @@ def test_two_ranks_end_with_the_weights_of_one(name: str, tmp_path: Path) -> Non
     assert one.keys() == two.keys()
     for tensor_name, weight in one.items():
         torch.testing.assert_close(two[tensor_name], weight, rtol=1e-5, atol=1e-6, msg=tensor_name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_killed_training_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    def train(root: Path, killed_at: int) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(HERE / "method_kill_main.py"), name, str(root), str(killed_at)]
+        return subprocess.run(command, env=environment, timeout=240, check=False).returncode
+
+    assert train(tmp_path / "whole", -1) == 0
+    assert train(tmp_path / "killed", 2) == -signal.SIGKILL
+    killed = newest_complete(tmp_path / "killed")
+    assert killed is not None
+    assert killed.name == "step-2"
+    assert train(tmp_path / "killed", -1) == 0
+
+    for file in ("draft.safetensors", "optimizer.safetensors"):
+        whole, resumed = ((tmp_path / run / "step-4" / file).read_bytes() for run in ("whole", "killed"))
+        assert whole == resumed, file
