@@ -190,7 +190,8 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
         raise IncompatibleDraft(f"{file}: cannot be read as tensors alone: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise IncompatibleDraft(f"{file}: expected tensors by name, found {type(found).__name__} with other things")
-    return found
+    tensors: dict[str, Tensor] = found
+    return tensors
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

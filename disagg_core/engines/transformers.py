@@ -32,6 +32,7 @@ from disagg_core.store.outgoing import Allocate, allocate_plain
 from disagg_core.target.facts import TargetFacts
 from disagg_core.target.layers import LayerStates, find_decoder
 from disagg_core.target.loading import load_target
+from disagg_core.target.logits import check_logits
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class TransformersTarget:
         model = load_target(self._section, self._facts) if self._model is None else self._model
         self._check_sizes(model)
         self._model = model.eval().requires_grad_(False)
+        if self._capture.last_hidden_state:
+            check_logits(self._model)
         self._states = LayerStates(model, self._capture)
         self._device = next(model.parameters()).device
         self._health.state = "closed"

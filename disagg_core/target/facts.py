@@ -55,9 +55,10 @@ class TargetFacts(BaseModel):
 
     def describe(self) -> str:
         """Return one line about the target, for people."""
+        ends = f"texts end with {', '.join(map(str, self.eos_token_ids))}" if self.eos_token_ids else "no end of text"
         return (
             f"{self.model} ({self.model_type}, {self.num_layers} layers, hidden {self.hidden_size}, "
-            f"vocabulary {self.vocab_size}, {self.dtype})"
+            f"vocabulary {self.vocab_size}, {self.dtype}, {ends})"
         )
 
 

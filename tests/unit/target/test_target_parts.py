@@ -20,6 +20,7 @@ from transformers.models.llama import LlamaConfig
 
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
+from disagg_core.target.logits import check_logits
 from disagg_core.target.parts import load_target_parts
 
 pytestmark = pytest.mark.unit
@@ -279,3 +280,14 @@ def test_a_pickled_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> Non
 
     with pytest.raises(TargetError, match="convert the weights to safetensors"):
         load_target_parts(target)
+
+
+def test_logits_that_the_config_does_not_explain_are_refused() -> None:
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
+    check_logits(model)
+    check_logits(model.bfloat16())
+
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+
+    with pytest.raises(TargetError, match=r"GraniteForCausalLM: .* factor 0\.125 .* found others \(off by 50%\)"):
+        check_logits(model)
