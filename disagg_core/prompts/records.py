@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from disagg_core.prompts.json_values import RecordError, checked_text, from_json_text, kind_of
+from disagg_core.prompts.json_values import RecordError as RecordError
+from disagg_core.prompts.json_values import checked_text, from_json_text, kind_of
 from disagg_core.prompts.messages import optional_text, parse_conversation, parse_kwargs, parse_tools
-from disagg_core.prompts.shapes import PlainText, PromptResponse, Record, Tokenized
+from disagg_core.prompts.shapes import Conversation as Conversation
+from disagg_core.prompts.shapes import PlainText as PlainText
+from disagg_core.prompts.shapes import PromptResponse as PromptResponse
+from disagg_core.prompts.shapes import Record
+from disagg_core.prompts.shapes import Tokenized as Tokenized
 from disagg_core.prompts.shapes import prompt_key as prompt_key
 from disagg_core.run_spec.data import FieldName, Format, FormatOrAuto
 
