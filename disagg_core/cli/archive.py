@@ -16,10 +16,13 @@ from disagg_core.report.differences import Difference
 from disagg_core.report.records import read_report
 from disagg_core.report.run_comparison import compare_runs
 from disagg_core.run.known import find_run, known_runs
+from disagg_core.run_spec.document import RetentionSection
 from disagg_core.settings import get_settings
 from disagg_core.storage.place import LocalPlace, Place, open_place
 
 app = typer.Typer(no_args_is_help=True)
+
+_KEPT = RetentionSection()
 
 
 @app.callback()
@@ -61,8 +64,8 @@ def prune(
     url: Annotated[
         str | None, typer.Option("--url", help="Where the archives are; default: archive/ under DRAFTLINE_HOME.")
     ] = None,
-    last: Annotated[int, typer.Option(min=1, help="Archives of a run name that stay, however old.")] = 10,
-    days: Annotated[float, typer.Option(min=0, help="Archives younger than this stay.")] = 30.0,
+    last: Annotated[int, typer.Option(min=1, help="Archives of a run name that stay, however old.")] = _KEPT.last,
+    days: Annotated[float, typer.Option(min=0, help="Archives younger than this stay.")] = _KEPT.days,
     registry: Annotated[
         list[str] | None, typer.Option("--registry", help="Further registries, whose drafts' archives stay too.")
     ] = None,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import time
 import uuid
@@ -60,7 +61,11 @@ REPORT = "report"
 
 def whoami() -> str:
     """Return who moves the champion from this process: user and host."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 class Registry:
