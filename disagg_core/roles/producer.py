@@ -149,7 +149,6 @@ def _assemble(
         target, known = ContinuedTarget(target, continuations), len(continuations)
     with noted(IntakeNotes("loading the target", channel.note_progress)):
         target.prepare(plan.identity(assignment.attempt, ""))
-    enter("vocabulary map")
     identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, known, enter, stop, channel))
     target.prepare(identity)
     source = _open_source(assignment, pool, target, stack)
@@ -191,6 +190,7 @@ def _vocab_version(
     cache = get_settings().home / "vocab_maps"
     pace = Pace()
     doing = "continuing" if plan.spec.data.generate is not None else "counting the tokens of"
+    enter("vocabulary map" if plan.dir.vocab_map.is_file() else f"{doing} prompts for the vocabulary map")
 
     def progress(done: int, total: int | None) -> None:
         nonlocal pace
