@@ -68,6 +68,7 @@ def plot_comparison(
         length.bar_label(bars, fmt="%.2f", padding=2)
         rates = found.per_position_after
         position.plot(range(1, len(rates) + 1), rates, marker="o", color=colours[name], label=name)
+    length.margins(y=0.15)
     k = next((found.draft_tokens for found in evaluations.values()), None)
     length.set(title="Accept length, 95 % interval" + (f", k={k}" if k else ""), ylabel="tokens per target pass")
     position.set(title="Acceptance by position", xlabel="drafted token", ylabel="part of the passes", ylim=(0, 1))
