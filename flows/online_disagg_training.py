@@ -9,6 +9,7 @@ from prefect.client.schemas.filters import FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.runtime import flow_run as runtime
+from prefect.states import Completed
 
 from disagg_core.report.document import EndState, RunReport
 from disagg_core.report.records import report_interrupted
@@ -20,9 +21,11 @@ from tasks.archive import archive_failed_run, archive_report, archive_run, prune
 from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import cancel_unfinished
 from tasks.completion import Completion, judge_training, verify_completion
-from tasks.evaluation import evaluate_drafts, judge_drafts
+from tasks.evaluation import evaluate_drafts
 from tasks.mooncake import feature_store_services
+from tasks.night import what_is_new
 from tasks.preflight import preflight
+from tasks.promotion import end_of, find_incumbent, judge_run, pass_gate
 from tasks.reporting import RunRecord, emit, publish_report
 from tasks.run_slot import release_slot, run_slot
 
@@ -70,8 +73,15 @@ async def train(plan: RunPlan, record: RunRecord) -> Completion:
     on_crashed=[cancel_children, release_slots, report_interruption],
     on_cancellation=[cancel_children, release_slots, report_interruption],
 )
-async def online_disagg_training(spec: RunSpec) -> RunReport:
-    """Train a draft model from a live target. One flow run is one training run."""
+async def online_disagg_training(spec: RunSpec) -> RunReport | State[Any]:
+    """Train a draft model from a live target. One flow run is one training run.
+
+    A run whose draft the gate has decided about ends as *Promoted* or *Rejected*, one of recurring training without
+    anything new as *Skipped*: all three are completed.
+    """
+    spec, nothing_new = what_is_new(spec)
+    if nothing_new is not None:
+        return Completed(name="Skipped", message=nothing_new)
     plan = preflight(spec)
     record = RunRecord(plan, flow_run_id=str(runtime.id))
     emit(plan, "started", prompts=plan.total_prompts)
@@ -81,8 +91,10 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
             record.archive = archive_run(plan, completion)
             emit(plan, "archived", url=record.archive.url)
             judge_training(plan, completion)
-            record.evaluations = await evaluate_drafts(plan, completion)
-        judge_drafts(plan, record.evaluations)
+            incumbent = find_incumbent(plan)
+            record.evaluations = await evaluate_drafts(plan, completion, incumbent)
+        judge_run(plan, record.evaluations)
+        candidate = await pass_gate(plan, record, incumbent) if plan.spec.published else None
     except Exception as error:
         if record.completion is None:
             record.archive = archive_failed_run(plan)
@@ -94,4 +106,4 @@ async def online_disagg_training(spec: RunSpec) -> RunReport:
     archive_report(plan, record.archive)
     prune_archives(plan)
     emit(plan, "completed", **record.accept_lengths())
-    return report
+    return report if candidate is None else end_of(candidate)

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.files import write_atomically
+from disagg_core.recurring.candidate import INCUMBENT, Incumbent
 from disagg_core.report.document import EvaluationFigures
 from disagg_core.run.plan import PlannedDraft, RunPlan
 from tasks.children import Supervision, run_child, state_name
@@ -17,17 +18,24 @@ from tasks.completion import Completion
 
 
 @task(name="evaluate-draft", task_run_name="evaluation", cache_policy=NO_CACHE)
-async def evaluate_drafts(plan: RunPlan, completion: Completion) -> dict[str, EvaluationFigures]:
-    """Decode the held-out prompts with each draft of the first and the last checkpoint; nothing when switched off.
+async def evaluate_drafts(
+    plan: RunPlan, completion: Completion, incumbent: Incumbent | None = None
+) -> dict[str, EvaluationFigures]:
+    """Decode the held-out prompts with each draft of the first and the last checkpoint, and with the `incumbent`.
 
-    Returns what was measured, by the draft's name.
+    Returns what was measured, by the draft's name: nothing when switched off. What the gate has decided by is not
+    measured again.
     """
     if not plan.spec.evaluation.measured:
         return {}
+    if plan.dir.gate.is_file():
+        return {draft.name: _figures(plan, draft) for draft in plan.drafts}
     steps = (("before", completion.first_checkpoint), ("after", completion.checkpoint))
     checkpoints = [
         (draft.result_name(when), str(draft.checkpoint_in(step))) for draft in plan.drafts for when, step in steps
     ]
+    if incumbent is not None:
+        checkpoints.append((INCUMBENT, str(incumbent.path)))
     write_atomically(
         plan.dir.evaluation / "request.json",
         msgspec.json.encode(

@@ -32,6 +32,7 @@ from disagg_core.report.document import (
     EndState,
     EvaluationFigures,
     Failure,
+    GateFigures,
     RoleFigures,
     RunReport,
 )
@@ -45,14 +46,21 @@ from tasks.role_process import artifact_key
 from tasks.roles import Role, RoleRun
 from tasks.server_away import wait_for_server
 
-Event = Literal["started", "attempt-failed", "archived", "completed", "failed"]
+Event = Literal[
+    "promoted", "rejected", "needs-approval", "skipped", "started", "attempt-failed", "archived", "completed", "failed"
+]
 
 
 def emit(plan: RunPlan, event: Event, **payload: str | int | float | None) -> None:
     """Emit ``draftline.run.<event>`` for automations."""
+    emit_for(plan.run_id, event, **payload)
+
+
+def emit_for(run_id: str, event: Event, **payload: str | int | float | None) -> None:
+    """Emit ``draftline.run.<event>`` of a run that has no plan, or none yet."""
     emit_event(
         event=f"draftline.run.{event}",
-        resource={"prefect.resource.id": f"draftline.run.{plan.run_id}", "prefect.resource.name": plan.run_id},
+        resource={"prefect.resource.id": f"draftline.run.{run_id}", "prefect.resource.name": run_id},
         payload=dict(payload),
     )
 
@@ -98,6 +106,7 @@ class RunRecord:
     restarts: Counter[Role] = field(default_factory=Counter)
     completion: Completion | None = field(init=False)
     evaluations: dict[str, EvaluationFigures] = field(default_factory=dict)
+    gate: GateFigures | None = None
     archive: Archive | None = None
 
     def __post_init__(self) -> None:
@@ -149,6 +158,7 @@ class RunRecord:
             training=done.training if done else None,
             evaluation=next(iter(self.evaluations.values()), None) if len(drafts) == 1 else None,
             drafts=drafts,
+            gate=self.gate,
             roles={role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()},
             archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,
             attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],

@@ -47,8 +47,9 @@ class AcceptLength:
 
     ``accept_length == tokens / target_passes == 1 + sum(per_position)``. `tokens` counts what the passes yielded (not
     the token that the pass over a prompt gives, and without cutting the last pass where the text ends).
-    `per_position[i]` is the part of the passes in which drafted token i + 1 was kept. `interval` is the 95 % bootstrap
-    interval of the accept length over prompts. `lossless` is None when plain decoding was not compared.
+    `per_position[i]` is the part of the passes in which drafted token i + 1 was kept. `by_prompt` has tokens and passes
+    of each prompt, in order; `interval` is the 95 % bootstrap interval of the accept length over prompts. `lossless` is
+    None when plain decoding was not compared.
     """
 
     accept_length: float
@@ -62,6 +63,7 @@ class AcceptLength:
     seconds: float
     plain_seconds: float | None
     divergences: list[Divergence]
+    by_prompt: list[tuple[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
@@ -200,6 +202,7 @@ def summarise(
         seconds=seconds,
         plain_seconds=plain_seconds,
         divergences=list(divergences),
+        by_prompt=[(sum(counts) + len(counts), len(counts)) for counts in accepted],
     )
 
 

@@ -12,6 +12,8 @@
       checkpoints/step-<k>/     complete when its manifest exists
       metrics/                  train.jsonl, rollout.jsonl, tensorboard/
       evaluation/               before.json, after.json
+      night.json  night.jsonl   recurring training: what is new, and its prompts
+      gate.json                 what the gate decided
       completion.json           the checked end of the training, once it is complete
       export/                   what a serving engine loads
       report.json  report.md  report.png
@@ -116,6 +118,21 @@ class RunDir(DraftDir):
     def drafts(self) -> Path:
         """The directories of several drafts."""
         return self.root / "drafts"
+
+    @property
+    def night(self) -> Path:
+        """What a night of recurring training was found to be."""
+        return self.root / "night.json"
+
+    @property
+    def night_prompts(self) -> Path:
+        """The prompts of a night of recurring training."""
+        return self.root / "night.jsonl"
+
+    @property
+    def gate(self) -> Path:
+        """What the gate decided about the draft."""
+        return self.root / "gate.json"
 
     @property
     def continuations(self) -> Path:

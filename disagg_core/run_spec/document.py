@@ -225,6 +225,9 @@ class RegistrySection(Section):
         None, description="Directory or fsspec URL; default: DRAFTLINE_REGISTRY, or registry/ under DRAFTLINE_HOME."
     )
     name: RegistryName | None = Field(None, description="The target's name in the registry; default: the model's.")
+    publish: bool = Field(
+        False, description="Keep the draft as a version at the end of the run, and pass it through the gate."
+    )
 
 
 class PoolsSection(Section):
@@ -307,8 +310,8 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _nights_fit(self) -> RunSpec:
-        if self.recurring is not None:
-            _check_nights(self)
+        if self.published:
+            _check_published(self)
         return self
 
     @model_validator(mode="after")
@@ -320,6 +323,11 @@ class RunSpec(Section):
     def all_drafts(self) -> tuple[DraftSection, ...]:
         """The drafts that are trained, at least one, in the document's order; each has another `label`."""
         return self.drafts if self.draft is None else (self.draft,)
+
+    @property
+    def published(self) -> bool:
+        """Whether the draft becomes a version of the registry, and the gate decides about it."""
+        return self.registry.publish or self.recurring is not None
 
     @property
     def drafts_title(self) -> str:
@@ -353,15 +361,24 @@ def _with_drafts(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "draft": drafts[0] if drafts else {}, "drafts": ()}
 
 
-def _check_nights(spec: RunSpec) -> None:
-    """Check what is the same in every night of recurring training.
+def _check_published(spec: RunSpec) -> None:
+    """Check what the gate needs, and what is the same in every night of recurring training.
 
     Raises:
         ValueError: it is not.
     """
     if len(spec.all_drafts) > 1:
-        raise ValueError("recurring: expected one draft, which the registry's champion is, found several")
-    if spec.evaluation.measured and spec.data.holdout is None:
+        raise ValueError("registry.publish and recurring: expected one draft, found several; train them in runs apart")
+    if spec.evaluation.min_accept_length is not None:
+        raise ValueError(
+            "evaluation.min_accept_length ends a run that is not published; expected gate.min_accept_length, which "
+            "rejects the draft"
+        )
+    if not spec.evaluation.measured:
+        raise ValueError("registry.publish and recurring: expected evaluation.prompts above 0 and at_end: the gate")
+    if spec.recurring is None:
+        return
+    if spec.data.holdout is None:
         raise ValueError(
             "recurring: expected data.holdout, a file of held-out prompts: what one night would keep out of its own "
             "prompts, another one has trained on"

@@ -1,0 +1,118 @@
+"""Taking a run's draft into service: publishing it, comparing it with the champion, moving the champion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from disagg_core.errors import BadInput
+from disagg_core.recurring.candidate import INCUMBENT, Candidate, Incumbent, decided
+from disagg_core.recurring.night import Night
+from disagg_core.registry.gate import Decoded, PairedPrompt, decide
+from disagg_core.registry.publishing import publish_draft
+from disagg_core.registry.references import References, open_registry
+from disagg_core.registry.registry import Registry, whoami
+from disagg_core.registry.versions import ChampionMoved, DataMark, Version
+from disagg_core.run.known import read_document
+from disagg_core.run.plan import RunPlan
+from disagg_core.settings import Settings
+
+HELD_OUT = "held-out"
+"""The suite that the run's own held-out prompts are."""
+
+
+def incumbent_of(plan: RunPlan, settings: Settings) -> Incumbent | None:
+    """Return the champion, if it was made for the target that the run has; none to compare with otherwise.
+
+    Raises:
+        TreeDamaged, StorageFailed, StorageUnusable: it cannot be fetched.
+    """
+    champion = open_registry(plan.spec, settings).champion()
+    if champion is None or champion.provenance.target_version != plan.target.version:
+        return None
+    return Incumbent(champion.number, References.of(plan.spec, settings).find(champion.label).path)
+
+
+def publish(plan: RunPlan, settings: Settings, *, checkpoint: Path, archive: str) -> Version:
+    """Keep the draft in `checkpoint`, whose training and evaluation are complete, as a version; return it.
+
+    Raises:
+        VersionExists: the run has a version with other weights.
+        StorageFailed, StorageUnusable: the registry does not answer.
+    """
+    draft = plan.drafts[0]
+    return publish_draft(
+        open_registry(plan.spec, settings),
+        plan,
+        draft,
+        checkpoint,
+        accept_length=_result(plan, draft.result_name("after"))["accept_length"],
+        archive=archive,
+        mark=_mark_of(plan),
+    )
+
+
+def judge(plan: RunPlan, published: Version, incumbent: Incumbent | None) -> Candidate:
+    """Return what the gate decides about a version, by the results in the run's directory.
+
+    Raises:
+        BadInput: what the gate needs was not measured.
+    """
+    after = _result(plan, plan.drafts[0].result_name("after"))
+    other = _result(plan, INCUMBENT)["by_prompt"] if incumbent is not None else [None] * len(after["by_prompt"])
+    prompts = [
+        PairedPrompt(HELD_OUT, str(index), Decoded(*own), Decoded(*theirs) if theirs is not None else None)
+        for index, (own, theirs) in enumerate(zip(after["by_prompt"], other, strict=True))
+    ]
+    gate = decide(
+        plan.spec.gate,
+        prompts,
+        candidate=published.label,
+        incumbent=f"v{incumbent.number}" if incumbent is not None else None,
+        lossless=after["lossless"],
+        seed=plan.spec.run.seed,
+    )
+    return Candidate(number=published.number, incumbent=incumbent.number if incumbent is not None else None, gate=gate)
+
+
+def promote(plan: RunPlan, settings: Settings, candidate: Candidate, by: str | None = None) -> Candidate:
+    """Make a candidate the champion; return it rejected if the champion is another one than it was compared with.
+
+    Raises:
+        StorageFailed, StorageUnusable: the registry does not answer.
+    """
+    registry = open_registry(plan.spec, settings)
+    if (champion := registry.champion()) is not None and champion.number == candidate.number:
+        return candidate  # an earlier process of the run came so far
+    try:
+        reason = "; ".join(candidate.gate.reasons)
+        registry.promote(
+            candidate.number, instead_of=_present(registry, candidate, plan), by=by or whoami(), reason=reason
+        )
+    except ChampionMoved as error:
+        return decided(candidate, "rejected", str(error))
+    return candidate
+
+
+def _present(registry: Registry, candidate: Candidate, plan: RunPlan) -> int | None:
+    """Return the champion whose place a candidate takes: the one it was compared with, or one of another target."""
+    if candidate.incumbent is not None:
+        return candidate.incumbent
+    champion = registry.champion()
+    if champion is not None and champion.provenance.target_version != plan.target.version:
+        return champion.number
+    return None
+
+
+def _mark_of(plan: RunPlan) -> DataMark | None:
+    return read_document(plan.dir.night, Night).mark if plan.dir.night.is_file() else None
+
+
+def _result(plan: RunPlan, name: str) -> dict[str, Any]:
+    path = plan.dir.evaluation / f"{name}.json"
+    if not path.is_file():
+        raise BadInput(f"{path}: expected what the evaluation measured, found no such file")
+    found: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+    return found

@@ -1,0 +1,119 @@
+"""The last step of a run whose draft may take the champion's place: version, gate, approval, promotion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+from prefect.flow_runs import asuspend_flow_run
+from prefect.input import RunInput
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+from pydantic import Field
+
+from disagg_core.files import write_atomically
+from disagg_core.recurring.candidate import Candidate, Incumbent, decided, read_candidate
+from disagg_core.report.document import EvaluationFigures
+from disagg_core.run.plan import RunPlan
+from disagg_core.settings import get_settings
+from tasks.completion import Completion
+from tasks.evaluation import judge_drafts
+from tasks.reporting import RunRecord, emit, publish_report
+
+_APPROVAL_S = 14 * 24 * 3600
+"""A draft that nobody has decided about for two weeks fails its run; the version stays, and can be promoted by hand."""
+
+
+class Approval(RunInput):
+    """What a person says about a draft that the gate does not decide about alone."""
+
+    decision: Literal["approve", "reject"] = Field(description="Approve: the draft becomes the champion.")
+    comment: str = Field("", description="Why; kept in the report and in the registry's history.")
+
+
+@task(name="incumbent", task_run_name="champion to compare with", cache_policy=NO_CACHE)
+def find_incumbent(plan: RunPlan) -> Incumbent | None:
+    """Return the champion that the run's draft is compared with; None where there is none or nothing is published."""
+    if not plan.spec.published:
+        return None
+    from disagg_core.recurring.promotion import incumbent_of
+
+    return incumbent_of(plan, get_settings())
+
+
+def judge_run(plan: RunPlan, figures: Mapping[str, EvaluationFigures]) -> None:
+    """Fail a run whose draft must not be used, unless the gate is there to reject it.
+
+    Raises:
+        EvaluationFailed: the draft must not be used.
+    """
+    if not plan.spec.published:
+        judge_drafts(plan, figures)
+
+
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
+def gate(plan: RunPlan, completion: Completion, incumbent: Incumbent | None, archive: str) -> Candidate:
+    """Publish the run's draft as a version, and decide whether it is promoted; the decision is written down."""
+    from disagg_core.recurring.promotion import judge, publish
+
+    checkpoint = plan.drafts[0].checkpoint_in(completion.checkpoint)
+    published = publish(plan, get_settings(), checkpoint=checkpoint, archive=archive)
+    candidate = judge(plan, published, incumbent)
+    write_atomically(plan.dir.gate, candidate.model_dump_json(indent=2))
+    get_run_logger().info("%s: %s, %s", published.label, candidate.gate.decision, "; ".join(candidate.gate.reasons))
+    return candidate
+
+
+@task(name="promote", task_run_name="promotion", cache_policy=NO_CACHE)
+def move_champion(plan: RunPlan, candidate: Candidate) -> Candidate:
+    """Make the candidate the champion; return it rejected if somebody has moved the champion meanwhile."""
+    from disagg_core.recurring.promotion import promote
+
+    return promote(plan, get_settings(), candidate)
+
+
+async def pass_gate(plan: RunPlan, record: RunRecord, incumbent: Incumbent | None) -> Candidate:
+    """Decide about the run's draft, ask a person where the gate says so, and promote it if it is to be.
+
+    A run that asks is suspended: its process ends, and it goes on here when it is answered, in the UI or with
+    ``draftline drafts approve``.
+    """
+    completion, archive = record.completion, record.archive
+    assert completion is not None
+    candidate = read_candidate(plan)
+    if candidate is None:
+        candidate = gate(plan, completion, incumbent, archive.url if archive is not None else "")
+    record.gate = candidate.gate
+    if candidate.gate.decision == "needs_approval":
+        candidate = await _approved(plan, record, candidate)
+    if candidate.gate.decision == "promoted":
+        candidate = move_champion(plan, candidate)
+    record.gate = candidate.gate
+    emit(
+        plan,
+        candidate.gate.decision.replace("_", "-"),  # type: ignore[arg-type]
+        version=candidate.label,
+        reason="; ".join(candidate.gate.reasons),
+    )
+    return candidate
+
+
+def end_of(candidate: Candidate) -> State[None]:
+    """Return how a run ends about whose draft was decided: completed, under the decision's name."""
+    return Completed(name=candidate.gate.decision.capitalize(), message="; ".join(candidate.gate.reasons))
+
+
+async def _approved(plan: RunPlan, record: RunRecord, candidate: Candidate) -> Candidate:
+    """Return the candidate as a person decides; the run is suspended until then."""
+    publish_report(plan, record.completed())
+    reasons = "\n".join(f"- {reason}" for reason in candidate.gate.reasons)
+    emit(plan, "needs-approval", version=candidate.label, reason="; ".join(candidate.gate.reasons))
+    form = Approval.with_initial_data(
+        description=f"**{candidate.label}** of run {plan.run_id} needs your approval:\n\n{reasons}"
+    )
+    answer = await asuspend_flow_run(wait_for_input=form, timeout=_APPROVAL_S, key="approval")
+    decision = "promoted" if answer.decision == "approve" else "rejected"
+    said = f"{answer.decision}d by a person" if answer.decision == "approve" else "rejected by a person"
+    return decided(candidate, decision, f"{said}: {answer.comment}" if answer.comment else said)
