@@ -77,8 +77,10 @@ async def trained_at_once(*_: object) -> tuple[AttemptOutcome, dict[str, object]
 
 async def completed(plan: RunPlan, *_: object) -> Completion:
     """Leave the checkpoint of a draft that was trained on all 44 samples."""
-    draft = Eagle3Draft(Eagle3Config.for_target(plan.target, plan.spec.draft))
-    draft.set_vocab_map(VocabMap.from_counts(torch.ones(plan.target.vocab_size), plan.drafts[0].vocabulary.size))
+    planned = plan.drafts[0]
+    section = planned.section.model_copy(update={"vocab_size": planned.vocabulary.size})
+    draft = Eagle3Draft(Eagle3Config.for_target(plan.target, section))
+    draft.set_vocab_map(VocabMap.from_counts(torch.ones(plan.target.vocab_size), planned.vocabulary.size))
     checkpoint = plan.dir.checkpoints / "step-6"
     checkpoint.mkdir(parents=True)
     save_file(draft.serving_state_dict(), checkpoint / "draft.safetensors")
