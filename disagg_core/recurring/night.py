@@ -79,6 +79,21 @@ def plan_night(spec: RunSpec, registry: Registry, situation: Situation, *, promp
         PromptError: the source cannot be read.
         StorageFailed, StorageUnusable: registry or source do not answer.
     """
+    night = assess(spec, registry, situation, cache=cache)
+    if night.skipped is None:
+        done = night.mark.prompts - night.new
+        _write(spec.data, cache, night.mark.prompts, done, _replayed(spec, done, night.replayed), prompts)
+    champion = night.champion if night.fresh is None else None
+    return night.model_copy(update={"spec": _spec_of_night(spec, champion, prompts)})
+
+
+def assess(spec: RunSpec, registry: Registry, situation: Situation, *, cache: Path) -> Night:
+    """Decide what a run would do by now, without writing anything; its `spec` is the one given.
+
+    Raises:
+        PromptError: the source cannot be read.
+        StorageFailed, StorageUnusable: registry or source do not answer.
+    """
     assert spec.recurring is not None
     section, champion = spec.recurring, registry.champion()
     newest = next(reversed(registry.versions()), None)
@@ -96,18 +111,20 @@ def plan_night(spec: RunSpec, registry: Registry, situation: Situation, *, promp
             )
     done = _done(champion, earlier) if champion is not None and fresh is None else 0
     new = mark.prompts - done
-    replayed = random.Random(spec.run.seed).sample(range(done), min(done, round(section.replay * new)))
-    if skipped is None:
-        _write(spec.data, cache, mark.prompts, done, set(replayed), prompts)
     return Night(
-        spec=_spec_of_night(spec, None if champion is None or fresh is not None else champion.label, prompts),
+        spec=spec,
         mark=mark,
         champion=champion.label if champion is not None else None,
         new=new,
-        replayed=len(replayed),
+        replayed=min(done, round(section.replay * new)),
         fresh=fresh,
         skipped=skipped,
     )
+
+
+def _replayed(spec: RunSpec, done: int, count: int) -> set[int]:
+    """Return which of the `done` older prompts are trained on again: `count` of them, drawn by the run's seed."""
+    return set(random.Random(spec.run.seed).sample(range(done), count))
 
 
 def _why_fresh(champion: Version | None, situation: Situation) -> str | None:

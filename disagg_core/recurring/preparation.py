@@ -27,7 +27,7 @@ def prepare_night(spec: RunSpec, run: RunDir, settings: Settings) -> Night:
     night = plan_night(
         spec,
         open_registry(spec, settings),
-        _situation(spec),
+        situation_of(spec),
         prompts=run.night_prompts,
         cache=settings.home / "sources",
     )
@@ -36,7 +36,12 @@ def prepare_night(spec: RunSpec, run: RunDir, settings: Settings) -> Night:
     return night
 
 
-def _situation(spec: RunSpec) -> Situation:
+def situation_of(spec: RunSpec) -> Situation:
+    """Return what a draft of `spec` is trained for by now.
+
+    Raises:
+        BadInput: target or tokenizer cannot be read.
+    """
     section = spec.all_drafts[0]
     facts = read_target_facts(spec.target)
     return Situation(

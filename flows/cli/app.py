@@ -26,6 +26,7 @@ from disagg_core.cli.store import app as store_app
 from disagg_core.errors import BadInput, DraftlineError
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
+from flows.cli.approval import approve, reject
 
 app = typer.Typer(
     name="draftline",
@@ -43,6 +44,8 @@ app.command(name="regenerate")(regenerate)
 app.command(name="export")(export)
 app.command(name="evaluate")(evaluate)
 app.command(name="diff")(diff)
+drafts_app.command(name="approve")(approve)
+drafts_app.command(name="reject")(reject)
 
 SpecFile = Annotated[Path, typer.Argument(help="Run document (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -88,13 +91,26 @@ def down() -> None:
 
 
 @app.command()
-def register() -> None:
-    """Register pools, deployments and the zombie automation on the Prefect server in PREFECT_API_URL. Idempotent."""
+def register(
+    nightly: Annotated[
+        Path | None,
+        typer.Option(metavar="DOCUMENT", help="Run document of recurring training; switches its schedule on."),
+    ] = None,
+    cron: Annotated[str, typer.Option(help="When it runs, with --nightly.")] = "0 22 * * *",
+    notify: Annotated[
+        str | None,
+        typer.Option(metavar="SLUG/NAME", help="Notification block that is told how runs end: slack-webhook/ops."),
+    ] = None,
+) -> None:
+    """Register pools, deployments and automations on the Prefect server in PREFECT_API_URL. Idempotent."""
     if "PREFECT_API_URL" not in os.environ:
         raise BadInput("PREFECT_API_URL is not set: expected the URL of a Prefect server's API; `draftline up` has one")
-    from flows.platform.deployments import register
+    from flows.platform.deployments import Nightly, register
 
-    register()
+    spec = load_spec(nightly) if nightly is not None else None
+    if spec is not None and spec.recurring is None:
+        raise BadInput(f"{nightly}: expected a document with the section recurring, found none")
+    register(Nightly(spec, cron) if spec is not None else None, notify)
     _say(f"registered on {os.environ['PREFECT_API_URL']}")
 
 

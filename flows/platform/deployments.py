@@ -26,19 +26,22 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, FlowRun, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import Flow
+from prefect.schedules import Cron
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
 from disagg_core.run.known import OtherVersion
-from disagg_core.run_spec.document import PoolsSection
+from disagg_core.run_spec.document import PoolsSection, RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import CHECKOUT
 from flows.draft_evaluation import draft_evaluation
+from flows.draft_watch import draft_watch
 from flows.online_disagg_training import online_disagg_training, report_interruption
+from flows.platform.recurring import ensure_notifications, ensure_triggers
 from flows.platform.workers import worker_name
 from flows.rollout_producer import rollout_producer
 from flows.train_consumer import train_consumer
@@ -49,16 +52,23 @@ from tasks.run_slot import ensure_slots, release_slot
 ZOMBIE_AUTOMATION = "draftline: crash runs without heartbeat"
 TRAINING = "local"
 """Name of the deployment that trains: ``prefect deployment run online-disagg-training/local``."""
+NIGHTLY, ON_DEMAND, WATCH = "nightly", "on-demand", "watch"
+"""Names of the deployments of recurring training: by the clock, by events, and what emits these."""
+CRON = "0 22 * * *"
+_WATCH_CRON = "*/15 * * * *"
 TAG = "draftline"
 """The tag of every deployment of ours, and so of every flow run of theirs."""
-_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Promoted", "Rejected", "Skipped")
+"""States that a run beats no more in; the events of a flow run have the names of its states."""
 
 
 @dataclass(frozen=True)
 class Deployment:
     """What a work pool is to run, and under which name: ``<flow>/<name>``. All runs beat at our rate.
 
-    Of more than `concurrency_limit` runs at once, the later ones wait.
+    Of more than `concurrency_limit` runs at once, the later ones wait. `document` is the run document in infra/runs
+    that stands in its parameters until somebody gives another; what was given, and whether the schedule `cron` is on,
+    outlasts another registration.
     """
 
     flow: Flow[..., Any]
@@ -67,6 +77,21 @@ class Deployment:
     tags: tuple[str, ...]
     description: str | None = None
     concurrency_limit: int | None = None
+    document: str | None = None
+    cron: str | None = None
+
+    @property
+    def full_name(self) -> str:
+        """The name on the server."""
+        return f"{self.flow.name}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Nightly:
+    """What recurring training does, and when."""
+
+    spec: RunSpec
+    cron: str = CRON
 
 
 def deployments(pools: PoolsSection) -> list[Deployment]:
@@ -79,6 +104,38 @@ def deployments(pools: PoolsSection) -> list[Deployment]:
             (TAG,),
             description="One run is one training of a draft model; the spec is its one parameter.",
             concurrency_limit=1,
+            document="demo.yaml",
+        ),
+        Deployment(
+            online_disagg_training,
+            NIGHTLY,
+            pools.orchestrator,
+            (TAG,),
+            description="Recurring training: goes on from the champion on what is new. Its schedule is off at first.",
+            concurrency_limit=1,
+            document="nightly.yaml",
+            cron=CRON,
+        ),
+        Deployment(
+            online_disagg_training,
+            ON_DEMAND,
+            pools.orchestrator,
+            (TAG,),
+            description="Recurring training, started by the events draftline.target.changed, data.arrived and "
+            "accept_length.dropped.",
+            concurrency_limit=1,
+            document="nightly.yaml",
+        ),
+        Deployment(
+            draft_watch,
+            WATCH,
+            pools.orchestrator,
+            (TAG,),
+            description="Looks at the target, at the data and at a server that serves the champion, and emits what it "
+            "sees. Its schedule is off at first.",
+            concurrency_limit=1,
+            document="nightly.yaml",
+            cron=_WATCH_CRON,
         ),
         Deployment(rollout_producer, pools.rollout, pools.rollout, (TAG, "gpu", "role:producer")),
         Deployment(draft_evaluation, pools.rollout, pools.rollout, (TAG, "gpu", "role:evaluation")),
@@ -86,20 +143,32 @@ def deployments(pools: PoolsSection) -> list[Deployment]:
     ]
 
 
-def register() -> None:
-    """Create or update pools, their slots, deployments and the automation on the server in PREFECT_API_URL."""
-    asyncio.run(register_all(PoolsSection()))
+def register(nightly: Nightly | None = None, notify: str | None = None) -> None:
+    """Create or update pools, their slots, deployments and automations on the server in PREFECT_API_URL.
+
+    `nightly` is what recurring training is to do from now on; `notify` is a notification block, ``slug/name``, that
+    tells how its runs end.
+
+    Raises:
+        BadInput: there is no such block.
+    """
+    asyncio.run(register_all(PoolsSection(), nightly, notify))
 
 
-async def register_all(pools: PoolsSection) -> None:
-    """Create or update everything on the server in PREFECT_API_URL, for these pools."""
+async def register_all(pools: PoolsSection, nightly: Nightly | None = None, notify: str | None = None) -> None:
+    """Create or update everything on the server in PREFECT_API_URL, for these pools; see `register`."""
     async with get_client() as client:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
             await _ensure_pool(client, pool)
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
     for deployment in deployments(pools):
-        await _deploy(deployment)
+        await _deploy(deployment, nightly)
+    async with get_client() as client:
+        on_demand = await client.read_deployment_by_name(f"{online_disagg_training.name}/{ON_DEMAND}")
+    await ensure_triggers(on_demand.id)
+    if notify is not None:
+        await ensure_notifications(notify)
 
 
 async def _ensure_pool(client: PrefectClient, name: str) -> None:
@@ -125,15 +194,25 @@ def _job_template() -> dict[str, Any]:
     return template
 
 
-async def _deploy(deployment: Deployment) -> None:
+async def _deploy(deployment: Deployment, nightly: Nightly | None) -> None:
     limit = deployment.concurrency_limit
+    parameters = _parameters_of(deployment.document)
+    schedule = Cron(deployment.cron, active=False) if deployment.cron else None
+    if deployment.name in (NIGHTLY, ON_DEMAND, WATCH):
+        given = await _given(deployment)
+        if nightly is not None:
+            parameters = {**given, "spec": nightly.spec.model_dump(mode="json")}
+            schedule = Cron(nightly.cron) if deployment.name == NIGHTLY else schedule
+        elif given:
+            parameters, schedule = given, None
     registered = RunnerDeployment.from_flow(
         deployment.flow,
         name=deployment.name,
         description=deployment.description,
         work_pool_name=deployment.pool,
         tags=list(deployment.tags),
-        parameters=_demo_parameters() if deployment.flow is online_disagg_training else {},
+        parameters=parameters,
+        schedule=schedule,
         concurrency_limit=ConcurrencyLimitConfig(limit=limit, collision_strategy="ENQUEUE") if limit else None,
         job_variables={"env": HEARTBEAT_ENVIRONMENT},
         entrypoint_type=EntrypointType.MODULE_PATH,
@@ -141,10 +220,19 @@ async def _deploy(deployment: Deployment) -> None:
     await registered.aapply()
 
 
-def _demo_parameters() -> dict[str, Any]:
-    """Return the demo's spec as default parameters where this is a checkout, so that a run needs no arguments."""
-    demo = CHECKOUT / "infra" / "runs" / "demo.yaml"
-    return {"spec": load_spec(demo).model_dump(mode="json")} if demo.is_file() else {}
+async def _given(deployment: Deployment) -> dict[str, Any]:
+    """Return the parameters that a deployment has on the server; none if it is not there."""
+    async with get_client() as client:
+        try:
+            return dict((await client.read_deployment_by_name(deployment.full_name)).parameters)
+        except ObjectNotFound:
+            return {}
+
+
+def _parameters_of(document: str | None) -> dict[str, Any]:
+    """Return a spec as default parameters where this is a checkout, so that a run needs no arguments."""
+    path = CHECKOUT / "infra" / "runs" / document if document else None
+    return {"spec": load_spec(path).model_dump(mode="json")} if path is not None and path.is_file() else {}
 
 
 def zombie_automation() -> Automation:

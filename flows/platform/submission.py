@@ -83,3 +83,12 @@ def cancel(flow_run_id: UUID, timeout_s: float = CANCELLATION_S) -> None:
 async def _cancel(flow_run_id: UUID, timeout_s: float) -> None:
     async with get_client() as client:
         await cancel_unfinished(client, "interrupted", wait_s=timeout_s, id=FlowRunFilterId(any_=[flow_run_id]))
+
+
+def state_of(flow_run_id: UUID | str) -> str:
+    """Return the name of a run's state.
+
+    Raises:
+        httpx.HTTPError: the server does not answer.
+    """
+    return asyncio.run(_read_state(UUID(str(flow_run_id)))).name
