@@ -222,13 +222,13 @@ class ChaosRun:
         assert self._detected is not None
         assert self._detected[0] < CANCELLED_S, self._told("it took too long")
 
-    def await_its_worker(self) -> None:
-        """Wait until the worker of a crashed run has done its hooks: it then says once more that the run is crashed."""
+    def await_cleared(self) -> None:
+        """Wait until the worker of a crashed run has done its hooks: there is a report, and nothing is left of it.
 
-        def done() -> bool:
-            return "infrastructure exited" in str(self.platform.get(f"flow_runs/{self.id}")["state"]["message"])
-
-        assert wait_until(done, timeout_s=DETECTION_S, every_s=0.5), self._told("the worker is not done with the run")
+        One that is tried again before would be crashed once more by its worker's last word on the dead process.
+        """
+        cleared = wait_until(lambda: self.dir.report.is_file() and not self.left(), timeout_s=DETECTION_S, every_s=0.5)
+        assert cleared, self._told("its worker has not cleared it away")
 
     def retry(self) -> None:
         """Press the button Retry on the run's page in the UI."""

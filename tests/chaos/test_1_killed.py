@@ -58,7 +58,7 @@ def test_the_parent_is_killed_and_one_command_resumes(start: Start, shared: Chao
     run.train_until(step=6)
     run.disturb(run.parent().kill)
     run.detects(lambda: run.state() == "CRASHED", "the run is crashed")
-    run.await_its_worker()
+    run.await_cleared()
     shared.prefect("flow-run", "retry", run.id)
     run.completes()
 
