@@ -12,6 +12,7 @@ A scenario reads as a story::
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -308,6 +309,7 @@ class ChaosRun:
             quarantined=report.accounting.quarantined,
             left=left,
             seconds=time.time() - self._began,
+            load=round(os.getloadavg()[1]),
         )
 
     def _told(self, what: str) -> str:

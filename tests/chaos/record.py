@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -41,7 +40,7 @@ class Record(BaseModel):
     quarantined: int
     left: list[str]
     seconds: float
-    load: int | None = Field(default_factory=lambda: round(os.getloadavg()[1]))
+    load: int | None = None
     """Processes that wanted to run, over the last five minutes; None where that was not looked at."""
     date: str = Field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     revision: str = Field(default_factory=lambda: _revision())
