@@ -18,7 +18,7 @@ from tests.chaos.platform import platform_in
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AWAY_S = 20.0
-SMALL = 12 << 20
+SMALL = 16 << 20
 """Bytes of a disk that holds the run's three checkpoints and the one that is written, and little more."""
 
 
