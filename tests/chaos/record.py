@@ -130,6 +130,6 @@ def _machine() -> str:
     memory = psutil.virtual_memory().total / 1024**3
     packages = ", ".join(f"{name} {version(name)}" for name in ("prefect", "torch"))
     return (
-        f"{psutil.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release()}, "
+        f"{psutil.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release().partition('-')[0]}, "
         f"Python {platform.python_version()}, {packages}"
     )
