@@ -54,7 +54,7 @@ def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     facts = findings.of(lambda: read_target_facts(spec.target))
     plan, _ = _resolved(findings, spec, settings, run_id, facts)
     findings.of(lambda: _archive(spec, settings))
-    if plan is not None:
+    if plan is not None and _starts_known(plan):
         findings.of(lambda: draft_configs(plan))
     findings.raise_all()
     assert plan is not None
@@ -123,9 +123,9 @@ def _checked(
     findings.of(lambda: check_external_store(spec))
     if plan is not None:
         findings.of(lambda: check_servers(plan))
-        configs = findings.of(lambda: draft_configs(plan))
+        configs = findings.of(lambda: draft_configs(plan)) if _starts_known(plan) else None
         if configs is not None:
-            findings.of(lambda: check_disk(plan, [config for _, config in configs], archive))
+            findings.of(lambda: check_disk(plan, configs, archive))
             tokens = prompts.tokens if prompts is not None else frozenset()
             for draft, config in configs:
                 findings.of(partial(check_draft, draft.method, config, spec, tokens))
@@ -206,17 +206,18 @@ def _find_warm_start(reference: str, spec: RunSpec, settings: Settings, known: W
     return WarmStart(reference=reference, pinned=draft.pinned, path=draft.path, draft_vocab_size=size)
 
 
+def _starts_known(plan: RunPlan) -> bool:
+    """Tell whether every draft that the run continues was found; one that was not has been told already."""
+    return all(draft.section.init_from is None or draft.warm_start is not None for draft in plan.drafts)
+
+
 def draft_configs(plan: RunPlan) -> list[tuple[PlannedDraft, DraftConfig]]:
-    """Return the run's drafts, each with its config, fresh or continued; without those whose start was not found.
+    """Return the run's drafts, each with its config, fresh or continued.
 
     Raises:
         IncompatibleDraft: a draft to continue from does not fit.
     """
-    return [
-        (draft, _draft_config(draft))
-        for draft in plan.drafts
-        if draft.section.init_from is None or draft.warm_start is not None
-    ]
+    return [(draft, _draft_config(draft)) for draft in plan.drafts]
 
 
 def _draft_config(draft: PlannedDraft) -> DraftConfig:

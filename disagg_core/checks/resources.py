@@ -10,7 +10,7 @@ from pathlib import Path
 from disagg_core.drafts.method import DraftConfig
 from disagg_core.errors import BadInput
 from disagg_core.report.archive import local_directory
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import PlannedDraft, RunPlan
 
 _CHECKPOINT_BYTES = 3 * 4
 """Of a parameter: its fp32 master and AdamW's two moments."""
@@ -25,15 +25,15 @@ class DiskTooSmall(BadInput):
     """A run would not fit on its disk: what it needs, what for, and what is free are named."""
 
 
-def check_disk(plan: RunPlan, configs: Sequence[DraftConfig], archive: str | None) -> None:
-    """Check that checkpoints, exports and archive of drafts of `configs` fit; what the run has written already counts.
+def check_disk(plan: RunPlan, drafts: Sequence[tuple[PlannedDraft, DraftConfig]], archive: str | None) -> None:
+    """Check that checkpoints, exports and archive of `drafts` fit; what the run has written already counts.
 
     `archive` is a directory or URL; None leaves it out.
 
     Raises:
         DiskTooSmall: they do not.
     """
-    parameters = sum(draft.method.parameters(own) for draft, own in zip(plan.drafts, configs, strict=True))
+    parameters = sum(draft.method.parameters(config) for draft, config in drafts)
     keep = plan.spec.archive.keep
     checkpoint, export = parameters * _CHECKPOINT_BYTES, parameters * _EXPORT_BYTES
     needs: dict[Path, dict[str, int]] = defaultdict(dict)

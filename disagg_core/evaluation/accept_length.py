@@ -67,7 +67,7 @@ class AcceptLength:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
-        return {**asdict(self), "interval": list(self.interval)}
+        return {**asdict(self), "interval": list(self.interval), "by_prompt": [list(pair) for pair in self.by_prompt]}
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,7 @@ def probe_place(url: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
     def probe() -> None:
         try:
             _write_and_delete(place)
-        except (StorageUnusable, StorageFailed, FileNotFoundError) as error:
+        except (StorageUnusable, StorageFailed, OSError) as error:
             failure.append(error)
 
     # A client tries an address that leads nowhere for minutes, and cannot be told to stop.

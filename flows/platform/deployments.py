@@ -55,6 +55,8 @@ TRAINING = "local"
 NIGHTLY, ON_DEMAND, WATCH = "nightly", "on-demand", "watch"
 """Names of the deployments of recurring training: by the clock, by events, and what emits these."""
 CRON = "0 22 * * *"
+_CLOCK = "clock"
+"""What our schedules are called on their deployments, so that another registration finds them."""
 _WATCH_CRON = "*/15 * * * *"
 TAG = "draftline"
 """The tag of every deployment of ours, and so of every flow run of theirs."""
@@ -162,8 +164,7 @@ async def register_all(pools: PoolsSection, nightly: Nightly | None = None, noti
             await _ensure_pool(client, pool)
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
-    for deployment in deployments(pools):
-        await _deploy(deployment, nightly)
+    await asyncio.gather(*(_deploy(deployment, nightly) for deployment in deployments(pools)))
     async with get_client() as client:
         on_demand = await client.read_deployment_by_name(f"{online_disagg_training.name}/{ON_DEMAND}")
     await ensure_triggers(on_demand.id)
@@ -197,12 +198,12 @@ def _job_template() -> dict[str, Any]:
 async def _deploy(deployment: Deployment, nightly: Nightly | None) -> None:
     limit = deployment.concurrency_limit
     parameters = _parameters_of(deployment.document)
-    schedule = Cron(deployment.cron, active=False) if deployment.cron else None
+    schedule = Cron(deployment.cron, active=False, slug=_CLOCK) if deployment.cron else None
     if deployment.name in (NIGHTLY, ON_DEMAND, WATCH):
         given = await _given(deployment)
         if nightly is not None:
             parameters = {**given, "spec": nightly.spec.model_dump(mode="json")}
-            schedule = Cron(nightly.cron) if deployment.name == NIGHTLY else schedule
+            schedule = Cron(nightly.cron, slug=_CLOCK) if deployment.name == NIGHTLY else schedule
         elif given:
             parameters, schedule = given, None
     registered = RunnerDeployment.from_flow(

@@ -129,7 +129,8 @@ def _revision() -> str:
 def _machine() -> str:
     memory = psutil.virtual_memory().total / 1024**3
     packages = ", ".join(f"{name} {version(name)}" for name in ("prefect", "torch"))
+    kernel = platform.release().partition("-")[0]
     return (
-        f"{psutil.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release().partition('-')[0]}, "
+        f"{psutil.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {kernel}, "
         f"Python {platform.python_version()}, {packages}"
     )

@@ -183,7 +183,7 @@ def test_the_command_measures_a_suite_that_is_given(
 
     commands.evaluate(
         "test",
-        draft=plan.dir.checkpoints / "step-30",
+        draft=str(plan.dir.checkpoints / "step-30"),
         suites=[f"mine={tmp_path / 'bench.jsonl'}"],
         overrides=["max_new_tokens=6", "draft_tokens=2"],
     )
@@ -212,7 +212,7 @@ def test_the_command_offers_the_formats_of_the_runs_method(
 ) -> None:
     monkeypatch.setattr(commands, "find_run", lambda *_: plan.dir)
     monkeypatch.setattr(commands, "read_plan", lambda _: plan)
-    draft = plan.dir.checkpoints / "step-30"
+    draft = str(plan.dir.checkpoints / "step-30")
 
     commands.export("test", tmp_path / "served", draft=draft)
     commands.export("test", tmp_path / "named", "speculators", draft=draft)

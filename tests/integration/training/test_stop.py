@@ -60,8 +60,9 @@ def test_a_stop_is_heard_while_the_channel_is_away(
         if wait == "poll":
             trainer._observer = AtFirstWait(leave)
         elif wait == "ack":
-            run = trainer._step.run
-            trainer._step.run = lambda window, step: (run(window, step), leave())[0]
+            step = trainer.trainees[0].step
+            run = step.run
+            step.run = lambda *window, **counts: (run(*window, **counts), leave())[0]
         else:
             finish = loader.finish
             loader.finish = lambda reason: (leave(), finish(reason))[1]

@@ -205,7 +205,7 @@ def test_an_archive_is_written_to_read_and_left_as_it_was(settings: Settings, tm
 
 def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     away = threading.Event()
-    monkeypatch.setattr(fsspec.filesystem("memory"), "pipe_file", lambda *_: away.wait())
+    monkeypatch.setattr(fsspec.filesystem("memory"), "open", lambda *_, **__: away.wait())
     try:
         with pytest.raises(ArchiveUnusable, match=r"memory://x: not written to, read and deleted from within 0\.1 s"):
             probe_archive("memory://x", timeout_s=0.1)

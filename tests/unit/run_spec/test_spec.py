@@ -187,7 +187,7 @@ def test_a_list_of_one_draft_is_that_draft() -> None:
 
 
 def test_several_drafts_have_names_and_come_back_as_they_were(tmp_path: Path) -> None:
-    document = MINIMAL | {"drafts": [{}, {"method": "dflash", "init_from": "old/export", "learning_rate": 2e-3}]}
+    document = MINIMAL | {"drafts": [{}, {"method": "dflash", "init_from": "./old/export", "learning_rate": 2e-3}]}
     spec = load_spec(write(tmp_path, document), ["drafts.eagle3.ttt_length=3"])
 
     assert [draft.label for draft in spec.all_drafts] == ["eagle3", "dflash"]

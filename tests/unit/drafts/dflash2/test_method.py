@@ -184,7 +184,7 @@ def test_a_dflash_draft_goes_on_as_the_dflash2_draft_that_it_is(tmp_path: Path) 
     facts, capture = some_facts(num_layers=6, hidden_size=32, vocab_size=64), Capture((1, 3), False)
 
     section = DFlash2Section(init_from=str(tmp_path / "out"))
-    method, config, state = read_warm_start(section, facts, capture)
+    method, config, state = read_warm_start(tmp_path / "out", section, facts, capture)
     draft = method.continued(config, state, facts, capture, VocabMap.identity(64))
 
     assert isinstance(draft, DFlash2Draft)
@@ -193,9 +193,9 @@ def test_a_dflash_draft_goes_on_as_the_dflash2_draft_that_it_is(tmp_path: Path) 
     assert draft.config.layer_masks == plain.config.layer_masks
     assert draft.config.selector_rank == 256
     with pytest.raises(IncompatibleDraft, match="captured layers"):
-        read_warm_start(section, facts, Capture((0, 3), False))
-    with pytest.raises(IncompatibleDraft, match="expected a draft of method dspark, found dflash"):
-        read_warm_start(DSparkSection(init_from=section.init_from), facts, capture)
+        read_warm_start(tmp_path / "out", section, facts, Capture((0, 3), False))
+    with pytest.raises(IncompatibleDraft, match=r"expected a draft of method dspark, found dflash"):
+        read_warm_start(tmp_path / "out", DSparkSection(init_from=section.init_from), facts, capture)
 
 
 def test_a_dflash2_draft_keeps_its_own_convolutions_and_selector() -> None:
