@@ -16,7 +16,7 @@ from disagg_core.report.differences import Difference
 from disagg_core.report.records import read_report
 from disagg_core.report.run_comparison import compare_runs
 from disagg_core.run.known import find_run, known_runs
-from disagg_core.run_spec.document import RetentionSection
+from disagg_core.run_spec.results import RetentionSection
 from disagg_core.settings import get_settings
 from disagg_core.storage.place import LocalPlace, Place, open_place
 

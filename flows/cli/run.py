@@ -146,6 +146,9 @@ def _role_states(run_dir: RunDir) -> tuple[RoleState, RoleState]:
 
 def _sum_up(run: _Submitted, state: RunState, console: Console) -> int:
     """Print the summary, or what went wrong and where to look; return the exit code."""
+    if state.completed and not run.dir.report.is_file():  # a night without anything new
+        console.print(f"{state.name}: {escape(state.message)}")
+        return 0
     ends: dict[str, EndState] = {"Cancelled": "cancelled", "Crashed": "crashed"}
     report_interrupted(run.dir, ends.get(state.name, "failed"), state.message or state.name, str(run.id))
     if run.dir.report.is_file():

@@ -1,0 +1,88 @@
+"""The sections of the run document about what comes of a run: how its draft is measured, judged, and kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from disagg_core.run_spec.section import RegistryName, SecretFreeUrl, Section
+
+SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
+
+
+class EvaluationSection(Section):
+    """Speculative decoding with the draft, before and after training."""
+
+    prompts: int = Field(16, ge=0, description="Held-out prompts to decode; 0 switches the evaluation off.")
+    draft_tokens: int = Field(5, ge=1, le=16, description="Tokens drafted per target pass (k).")
+    max_new_tokens: int = Field(64, ge=1, description="Tokens decoded per prompt.")
+    suites: dict[SuiteName, str] = Field(
+        {}, description="Further prompts by name, measured after training by category: files as for data.prompts."
+    )
+    suite_prompts: int | None = Field(None, ge=1, description="Of each suite use only so many questions a category.")
+    suite_temperature: float = Field(0.0, ge=0, description="Sampling of the suites; 0 is greedy.")
+    min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
+    at_end: bool = Field(True, description="Decode at the end of the run; off: hold out for draftline evaluate only.")
+
+    @model_validator(mode="after")
+    def _a_minimum_is_measured(self) -> EvaluationSection:
+        if self.min_accept_length is not None and not self.measured:
+            raise ValueError("min_accept_length takes effect with evaluation.prompts above 0 and at_end only")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether the run itself measures its draft."""
+        return self.at_end and self.prompts > 0
+
+
+class GateSection(Section):
+    """When a draft may take the champion's place. Each bound is compared with an estimate and its interval.
+
+    A bound that the whole interval keeps is kept; one that the estimate misses is missed; between the two it is
+    uncertain. Gains and regressions are parts of the champion's accept length, prompt by prompt.
+    """
+
+    min_accept_length: float | None = Field(None, ge=1, description="Accept length that a draft needs.")
+    min_gain: float | None = Field(0.0, description="Gain over the champion that it needs; 0.02 is 2 %.")
+    max_regression: float | None = Field(
+        0.05, ge=0, description="Loss against the champion that no suite may have; 0.05 is 5 %."
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the intervals.")
+    suites: tuple[str, ...] = Field((), description="Suites of prompts that count; default: all that were measured.")
+    approval: Literal["never", "uncertain", "always"] = Field(
+        "uncertain",
+        description="When a person decides: never (uncertain is rejected), in doubt, or on every promotion.",
+    )
+
+
+class RetentionSection(Section):
+    """Which archives stay: those that are young or among the newest of their run's name, and those of kept drafts."""
+
+    last: int = Field(10, ge=1, description="Archives of a run name that stay, however old.")
+    days: float = Field(30.0, ge=0, description="Archives younger than this stay.")
+
+
+class ArchiveSection(Section):
+    """Where the results go."""
+
+    url: SecretFreeUrl | None = Field(
+        None, description="Directory or fsspec URL; default: archive/ under DRAFTLINE_HOME."
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints kept in the run's directory and archived.")
+    retention: RetentionSection | None = Field(
+        None, description="Remove older archives at the end of a run; default: all stay. Never one of a kept draft."
+    )
+
+
+class RegistrySection(Section):
+    """Where drafts are kept from run to run: their versions, and which of them is the champion."""
+
+    url: SecretFreeUrl | None = Field(
+        None, description="Directory or fsspec URL; default: DRAFTLINE_REGISTRY, or registry/ under DRAFTLINE_HOME."
+    )
+    name: RegistryName | None = Field(None, description="The target's name in the registry; default: the model's.")
+    publish: bool = Field(
+        False, description="Keep the draft as a version at the end of the run, and pass it through the gate."
+    )
