@@ -310,7 +310,7 @@ def test_lines_are_indexed_over_the_borders_of_chunks(tmp_path, monkeypatch):
         ("p.csv", b"how are you?,fine\nand you?,fine too\n", r"reads 'how are you\?', 'fine': .*prompt,response above"),
         ("p.csv", b"prompt,response\n", "expected a header line and at least one record"),
         ("p.csv", b"prompt,prompt\na,b\n", "found prompt twice"),
-        ("p.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "cannot be unpacked as gzip"),
+        ("p.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot be unpacked as gzip"),
         ("p.jsonl", b"", "found an empty file"),
         ("p.jsonl", b" " * 100 + b"\n\t\n", "found an empty file"),
     ],
