@@ -67,7 +67,10 @@ def calm(make_plan: MakePlan, endpoints: StoreEndpoints) -> Path:
     return last_checkpoint(night)
 
 
-@pytest.mark.parametrize(("victims", "seed"), [(("consumer",), 1), (("producer",), 2), (BOTH, 3)])
+@pytest.mark.parametrize(
+    ("victims", "seed"),
+    [*(pytest.param((one,), seed, marks=pytest.mark.slow) for seed, one in enumerate(BOTH, start=1)), (BOTH, 3)],
+)
 def test_a_run_with_a_role_killed_at_a_random_moment_ends_with_the_same_bits(
     make_plan: MakePlan, endpoints: StoreEndpoints, calm: Path, victims: tuple[Role, ...], seed: int
 ) -> None:

@@ -140,6 +140,7 @@ def new_training(endpoints: StoreEndpoints, tmp_path: Path, run_id: str):
         training.stop()
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_have_the_same_curve_also_one_after_the_other(new_training):
     curves = {}
     for size in (1, 2, 4):

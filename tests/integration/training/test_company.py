@@ -87,6 +87,7 @@ def test_a_draft_in_company_ends_with_the_bits_that_it_has_alone(endpoints, rank
         assert together.outcome.drafts[name].loss_last == alone.outcome.drafts[""].loss_last
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_company_to_the_bits_that_each_has_alone(endpoints: StoreEndpoints, tmp_path, run_id):
     companies = [["eagle3", "dflash"], ["eagle3"], ["dflash"]]
     told, streams = [], []
