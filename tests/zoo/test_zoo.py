@@ -34,7 +34,8 @@ def every(*, built: bool) -> list[object]:
     """All architectures of the table; the quick tier has those that are read only, and a handful that are built."""
     chosen = [a for a in ARCHITECTURES if not built or (a.built and not a.unfit)]
     quick = [a for a in chosen if not built or a.model_type in HANDFUL]
-    return [pytest.param(a, id=a.model_type, marks=[] if a in quick else [pytest.mark.slow]) for a in chosen]
+    slow = [pytest.mark.slow, pytest.mark.timeout(1200)]  # transformers runs some layers token by token
+    return [pytest.param(a, id=a.model_type, marks=[] if a in quick else slow) for a in chosen]
 
 
 @pytest.mark.parametrize("architecture", every(built=False))
