@@ -44,9 +44,9 @@ case "$tier" in
     quick)
         chosen="$slow and not sglang and not vllm and not real and not chaos"
         # The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each
-        # takes a file at a time, whose tests share a store or a server, whole runs before what takes milliseconds; the
-        # heavy tiers load the whole machine, and run alone.
-        if [ "$slow" = "not slow" ]; then parallel=(-n 4 --dist loadfile --no-loadscope-reorder); fi
+        # takes neighbouring tests, which share a store or a server; the heavy tiers load the whole machine, and run
+        # alone.
+        if [ "$slow" = "not slow" ]; then parallel=(-n 4 --dist worksteal); fi
         ;;
 esac
 exec .venv/bin/python -m pytest -m "$chosen and not gpu" "${parallel[@]}" "${arguments[@]}"

@@ -164,7 +164,8 @@ async def register_all(pools: PoolsSection, nightly: Nightly | None = None, noti
             await _ensure_pool(client, pool)
         await ensure_slots(client, pools)
         await _ensure_zombie_automation(client)
-    await asyncio.gather(*(_deploy(deployment, nightly) for deployment in deployments(pools)))
+    for deployment in deployments(pools):  # one by one: SQLite makes those wait long that write at once
+        await _deploy(deployment, nightly)
     async with get_client() as client:
         on_demand = await client.read_deployment_by_name(f"{online_disagg_training.name}/{ON_DEMAND}")
     await ensure_triggers(on_demand.id)

@@ -8,6 +8,7 @@ from pathlib import Path
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import RoleFailed
 from disagg_core.processes.retry import wait_until
+from disagg_core.run.outcomes import exit_with
 from disagg_core.training import trainer as trainer_module
 from disagg_core.training.distributed import Ranks
 from tests.integration.training.consumer_kit import consumer
@@ -63,6 +64,10 @@ def stop(ranks: Ranks, folder: Path) -> None:
             (folder / "seconds").write_text(str(time.monotonic() - asked[0]))
 
 
-if __name__ == "__main__":
+def main() -> None:
     with Ranks.join("cpu") as these:
         {"save": save, "fail": fail, "stop": stop}[sys.argv[1]](these, Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    exit_with(main)
