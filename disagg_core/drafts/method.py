@@ -270,6 +270,10 @@ class DraftMethod(ABC):
     def model(self, config: DraftConfig) -> DraftModel:
         """Return a draft with fresh fp32 weights, drawn from torch's global generator; nothing is attached yet."""
 
+    def fresh(self, options: DraftSection, config: DraftConfig) -> DraftModel:
+        """Return a draft to train from the start, whose weights begin as `options` say; by default `model`'s."""
+        return self.model(config)
+
     def adopted(
         self, options: DraftSection, config: DraftConfig, state: Mapping[str, Tensor]
     ) -> tuple[DraftConfig, dict[str, Tensor]]:

@@ -234,9 +234,8 @@ def _build_draft(draft: PlannedDraft, vocab_map: VocabMap, seed: int) -> DraftMo
     """Return a draft whose fresh weights depend on the run's `seed` and on no other draft."""
     torch.manual_seed(seed)
     if draft.init_path is None:
-        return draft.method.model(
-            draft.method.config_for(draft.section, draft.target, draft.capture, draft.vocabulary.size)
-        )
+        config = draft.method.config_for(draft.section, draft.target, draft.capture, draft.vocabulary.size)
+        return draft.method.fresh(draft.section, config)
     _, config, state = read_warm_start(draft.init_path, draft.section, draft.target, draft.capture)
     return draft.method.continued(config, state, draft.target, draft.capture, vocab_map)
 

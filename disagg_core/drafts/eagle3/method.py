@@ -128,6 +128,14 @@ class Eagle3(DraftMethod):
         assert isinstance(config, Eagle3Config)
         return Eagle3Draft(config)
 
+    def fresh(self, options: DraftSection, config: DraftConfig) -> Eagle3Draft:
+        """Return a fresh draft, whose LM head waits for the target's if `options` say so."""
+        assert isinstance(options, Eagle3Section)
+        draft = self.model(config)
+        if options.head_init == "target":
+            draft.start_with_targets_head()
+        return draft
+
     def continued(
         self, config: DraftConfig, state: Mapping[str, Tensor], facts: TargetFacts, capture: Capture, vocab: VocabMap
     ) -> Eagle3Draft:

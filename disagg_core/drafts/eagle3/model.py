@@ -22,6 +22,9 @@ from disagg_core.drafts.rope import RotaryEmbedding, rotate
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
 
+_UNSURE = 0.5
+"""Final norm's weight of a fresh draft whose LM head is the target's."""
+
 
 class Attention(nn.Module):
     """Projections of the attention: queries, keys and values from ``[embedding ; state]``, 2H wide."""
@@ -143,6 +146,11 @@ class Eagle3Draft(DraftModel):
             with torch.no_grad():
                 self.lm_head.weight.copy_(rows / parts.logit_scale)
             self._lacks_head = False
+
+    def start_with_targets_head(self) -> None:
+        """Take the target's LM head at `attach`; a smaller norm keeps the first guesses, which are wrong, unsure."""
+        self._lacks_head = True
+        nn.init.constant_(self.norm.weight, _UNSURE)
 
     def require_complete(self) -> None:
         """Raise `IncompatibleDraft` if the embedding or the vocabulary map was never set."""

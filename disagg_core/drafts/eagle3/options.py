@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from disagg_core.run_spec.draft import DraftSection, OwnRope, ReducedVocabulary
 from disagg_core.run_spec.section import Section
 
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "fc_norm", "rope_theta")
+_OWN = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "fc_norm",
+    "rope_theta",
+    "head_init",
+)
 
 
 class LossSection(Section):
@@ -36,9 +44,18 @@ class Eagle3Section(ReducedVocabulary, OwnRope, DraftSection):
     num_key_value_heads: int | None = Field(None, ge=1, description="Key and value heads.")
     ttt_length: int = Field(7, ge=1, le=16, description="Training-time-test length L.")
     fc_norm: bool = Field(False, description="RMSNorm of each aux third before fc (EAGLE-3.1).")
+    head_init: Literal["random", "target"] = Field(
+        "random", description="target: the LM head starts with the target's rows, which learns faster in short runs."
+    )
     loss: LossSection = Field(default_factory=LossSection, description="Loss options.")
 
     @classmethod
     def own_options(cls) -> frozenset[str]:
         """Return the options that say how a fresh draft is built."""
-        return frozenset(_SIZES)
+        return frozenset(_OWN)
+
+    @model_validator(mode="after")
+    def _head_has_the_targets_width(self) -> Eagle3Section:
+        if self.head_init == "target" and self.hidden_size is not None:
+            raise ValueError("head_init: expected random for a draft with a hidden_size of its own, found target")
+        return self

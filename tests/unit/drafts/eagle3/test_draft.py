@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_test
+from disagg_core.drafts.eagle3.method import Eagle3
+from disagg_core.drafts.eagle3.options import Eagle3Section
+from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.rope import inverse_frequencies
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import IncompatibleDraft
@@ -169,6 +173,27 @@ def test_the_target_embedding_is_used_without_a_copy_and_frozen() -> None:
     assert not draft.embed_tokens.weight.requires_grad
     with pytest.raises(IncompatibleDraft, match="owns_embedding"):
         draft.set_embedding(torch.randn(40, 12))
+
+
+def test_a_fresh_drafts_head_starts_with_the_targets_rows_if_asked() -> None:
+    method, config = Eagle3(), small_draft().config
+    draft = method.fresh(Eagle3Section(head_init="target", vocab_size=24), config)
+    with pytest.raises(IncompatibleDraft, match=r"no LM head.*attach"):
+        draft.require_complete()
+    embedding, head, vocab_map = torch.randn(40, 16), torch.randn(40, 16), VocabMap.from_counts(torch.arange(40), 24)
+    draft.attach(FrozenParts(embedding, head, logit_scale=2.0), vocab_map)
+    draft.require_complete()
+    assert torch.equal(draft.lm_head.weight, head[vocab_map.target_ids] / 2.0)
+    assert draft.lm_head.weight.requires_grad
+    by_default = method.fresh(Eagle3Section(vocab_size=24), config)
+    by_default.attach(FrozenParts(embedding, head), vocab_map)
+    assert not torch.equal(by_default.lm_head.weight, head[vocab_map.target_ids])
+
+
+@pytest.mark.parametrize("beside", [{"hidden_size": 64}, {"init_from": "champion"}])
+def test_a_head_of_the_target_fits_only_a_fresh_draft_of_its_width(beside: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="head_init"):
+        Eagle3Section(head_init="target", **beside)
 
 
 def test_draft_ids_become_target_ids() -> None:
