@@ -17,7 +17,7 @@ import torch
 from disagg_core.checks.draft import check_draft
 from disagg_core.checks.findings import Findings
 from disagg_core.checks.resources import check_disk
-from disagg_core.checks.services import check_channel, check_external_store, check_servers
+from disagg_core.checks.services import check_channel, check_external_store, check_registry, check_servers
 from disagg_core.checks.suites import check_suites
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftConfig
@@ -47,13 +47,14 @@ def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
     """Return the plan of `spec` as far as it can be known without weights and tokenizer.
 
     Raises:
-        BadInput: the target's config, the prompts, the archive or the numbers of the spec are wrong.
+        BadInput: the target's config, the prompts, the archive, the registry or the numbers of the spec are wrong.
     """
     findings = Findings()
     run_id = f"{spec.run.name}-plan"
     facts = findings.of(lambda: read_target_facts(spec.target))
     plan, _ = _resolved(findings, spec, settings, run_id, facts)
     findings.of(lambda: _archive(spec, settings))
+    findings.of(lambda: check_registry(spec, settings))
     if plan is not None and _starts_known(plan):
         findings.of(lambda: draft_configs(plan))
     findings.raise_all()
@@ -65,8 +66,8 @@ def check_run(spec: RunSpec, settings: Settings, run_id: str | None = None) -> R
     """Check that the run can be started from this machine and return its plan; leaves nothing behind.
 
     Raises:
-        BadInput: something in the spec, its files, the target, the archive, the services that it names or this
-            machine is wrong. The message has all that was found.
+        BadInput: something in the spec, its files, the target, the archive, the registry, the services that it names
+            or this machine is wrong. The message has all that was found.
     """
     return _checked(spec, settings, run_id or f"{spec.run.name}-check")[0]
 
@@ -119,6 +120,7 @@ def _checked(
         findings.of(lambda: check_capacity(spec.store.capacity))
     plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, known)
     archive = findings.of(lambda: _archive(spec, settings))
+    findings.of(lambda: check_registry(spec, settings))
     findings.of(lambda: check_channel(spec, settings))
     findings.of(lambda: check_external_store(spec))
     if plan is not None:

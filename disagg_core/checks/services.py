@@ -1,4 +1,4 @@
-"""The services of others that a run needs, asked before it starts: the channel's server, the store, SGLang servers."""
+"""The services of others that a run needs, asked before it starts: channel, store, registry, SGLang servers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from disagg_core.engines.servers.contract import ServerFailure
 from disagg_core.engines.servers.probe import identity_differences, probe_ids
 from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import BadInput, ChannelUnavailable, StoreUnavailable, TargetError
+from disagg_core.registry.references import registry_url
 from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
+from disagg_core.storage.place import StorageUnusable, probe_place
 from disagg_core.store import probe_store
 from disagg_core.store.endpoints import StoreEndpoints
 
@@ -46,6 +48,20 @@ def check_external_store(spec: RunSpec) -> None:
         probe_store(endpoints, spec.store.capacity)
     except StoreUnavailable as error:
         raise BadInput(f"store.master_address: {error}") from error
+
+
+def check_registry(spec: RunSpec, settings: Settings, timeout_s: float = _ANSWER_S) -> None:
+    """Check that a version can be written where the run publishes its draft, and a promotion be made by one only.
+
+    Raises:
+        BadInput: it cannot; a run that publishes nothing is not asked.
+    """
+    if not spec.published:
+        return
+    try:
+        probe_place(registry_url(spec.registry, settings), timeout_s, exclusive=True)
+    except StorageUnusable as error:
+        raise BadInput(f"registry.url: {error}") from error
 
 
 def check_servers(plan: RunPlan) -> None:

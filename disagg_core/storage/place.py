@@ -322,8 +322,8 @@ def open_place(url: str) -> Place:
     return LocalPlace(Path(root)) if "file" in _protocols(filesystem) else RemotePlace(filesystem, str(root), url)
 
 
-def probe_place(url: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
-    """Write a small file below `url`, read it back and delete it.
+def probe_place(url: str, timeout_s: float = _PROBE_TIMEOUT_S, *, exclusive: bool = False) -> None:
+    """Write a small file below `url`, read it back and delete it; with `exclusive` also see whether `create` is.
 
     A directory is not made for it: the nearest one above that exists is tried.
 
@@ -338,6 +338,8 @@ def probe_place(url: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
     def probe() -> None:
         try:
             _write_and_delete(place)
+            if exclusive:
+                check_exclusive(place)
         except (StorageUnusable, StorageFailed, OSError) as error:
             failure.append(error)
 

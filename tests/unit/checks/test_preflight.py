@@ -21,7 +21,7 @@ from transformers import (
 from disagg_core.checks.findings import NotReady
 from disagg_core.checks.preflight import _as_planned, _pinned, check_run, draft_configs, prepare_run, sketch_plan
 from disagg_core.checks.resources import DiskTooSmall
-from disagg_core.checks.services import check_channel
+from disagg_core.checks.services import check_channel, check_registry
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
@@ -30,7 +30,7 @@ from disagg_core.prompts.pinned import DataChanged
 from disagg_core.report.archive import ArchiveUnusable, probe_archive
 from disagg_core.roles.evaluation import read_prompts
 from disagg_core.roles.producer import _open_prompts
-from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.document import ArchiveSection, RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
 from disagg_core.target.facts import read_target_facts
@@ -201,6 +201,46 @@ def test_an_archive_is_written_to_read_and_left_as_it_was(settings: Settings, tm
         check_run(a_spec(f"archive.url={url}"), settings)
     assert list(tmp_path.iterdir()) == []
     assert fsspec.filesystem("memory").find(f"/{tmp_path.name}") == []
+
+
+# --- the registry of a run that publishes its draft ----------------------------------------------------------------
+
+
+def publishing(url: str) -> RunSpec:
+    return a_spec("registry.publish=true", f"registry.url={url}", "evaluation.min_accept_length=null")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/drafts", "/proc/nowhere", "{file}/below", "://bucket"])
+def test_a_registry_that_cannot_be_written_is_refused_before_the_run(
+    settings: Settings, tmp_path: Path, url: str
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    url = url.format(file=tmp_path / "file")
+    with pytest.raises(BadInput, match=r"registry\.url: "):
+        check_registry(publishing(url), settings)
+    check_registry(a_spec(f"registry.url={url}"), settings)  # nothing is published there
+
+
+def test_a_registry_is_probed_with_the_rest_and_left_as_it_was(settings: Settings, tmp_path: Path) -> None:
+    for url in (str(tmp_path / "registry"), f"memory://{tmp_path.name}/registry"):
+        check_registry(publishing(url), settings)
+    assert list(tmp_path.iterdir()) == []
+    assert fsspec.filesystem("memory").find(f"/{tmp_path.name}") == []
+    with pytest.raises(NotReady, match=r"\d\. archive\.url: .*\n\d\. registry\.url: "):
+        sketch_plan(
+            publishing("gs://bucket/drafts").model_copy(update={"archive": ArchiveSection(url="gs://x")}), settings
+        )
+
+
+def test_a_registry_where_two_could_both_promote_is_refused_before_the_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = fsspec.filesystem("memory")
+    write = storage.pipe_file
+    monkeypatch.setattr(storage, "pipe_file", lambda path, data, mode: write(path, data))
+    with pytest.raises(BadInput, match=r"registry\.url: .*two who promote at once would both win"):
+        check_registry(publishing(f"memory://{tmp_path.name}/registry"), settings)
+    assert storage.find(f"/{tmp_path.name}") == []
 
 
 def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
