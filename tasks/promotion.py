@@ -22,15 +22,17 @@ from tasks.completion import Completion
 from tasks.evaluation import judge_drafts
 from tasks.reporting import RunRecord, emit, publish_report
 
-_APPROVAL_S = 14 * 24 * 3600
-"""A draft that nobody has decided about for two weeks fails its run; the version stays, and can be promoted by hand."""
+_APPROVAL_DAYS = 14
+"""A draft that nobody has decided about for so long fails its run; the version stays, and can be promoted by hand."""
 
 
 class Approval(RunInput):
     """What a person says about a draft that the gate does not decide about alone."""
 
-    decision: Literal["approve", "reject"] = Field(description="Approve: the draft becomes the champion.")
-    comment: str = Field("", description="Why; kept in the report and in the registry's history.")
+    decision: Literal["approve", "reject"] = Field(
+        description="approve: the draft becomes the champion; reject: the champion stays, and the run is a success."
+    )
+    comment: str = Field("", description="Why; kept in the run's report, and with a champion in the history of drafts.")
 
 
 @task(name="incumbent", task_run_name="champion to compare with", cache_policy=NO_CACHE)
@@ -108,12 +110,24 @@ def end_of(candidate: Candidate) -> State[None]:
 async def _approved(plan: RunPlan, record: RunRecord, candidate: Candidate) -> Candidate:
     """Return the candidate as a person decides; the run is suspended until then."""
     publish_report(plan, record.completed())
-    reasons = "\n".join(f"- {reason}" for reason in candidate.gate.reasons)
     emit(plan, "needs-approval", version=candidate.label, reason="; ".join(candidate.gate.reasons))
-    form = Approval.with_initial_data(
-        description=f"**{candidate.label}** of run {plan.run_id} needs your approval:\n\n{reasons}"
-    )
-    answer = await asuspend_flow_run(wait_for_input=form, timeout=_APPROVAL_S, key="approval")
+    form = Approval.with_initial_data(description=_question(plan, candidate))
+    answer = await asuspend_flow_run(wait_for_input=form, timeout=_APPROVAL_DAYS * 24 * 3600, key="approval")
     decision = "promoted" if answer.decision == "approve" else "rejected"
     said = f"{answer.decision}d by a person" if answer.decision == "approve" else "rejected by a person"
     return decided(candidate, decision, f"{said}: {answer.comment}" if answer.comment else said)
+
+
+def _question(plan: RunPlan, candidate: Candidate) -> str:
+    """Return what a person who decides is told, in Markdown."""
+    everything = candidate.gate.suites[0]
+    low, high = everything.candidate_interval
+    measured = f"accept length {everything.candidate:.3f} ({low:.3f} to {high:.3f}) on {everything.prompts} prompts"
+    if everything.incumbent is not None:
+        measured += f"; the champion {candidate.gate.incumbent} has {everything.incumbent:.3f}"
+    facts = "\n".join(f"- {fact}" for fact in (measured, *candidate.gate.reasons))
+    return (
+        f"**{candidate.label}** of run {plan.run_id} needs your approval:\n\n{facts}\n\n"
+        f"The report is among the run's artifacts. Without an answer the run fails after {_APPROVAL_DAYS} days; "
+        f"{candidate.label} stays in the registry."
+    )
