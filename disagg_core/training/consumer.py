@@ -9,6 +9,7 @@ from pathlib import Path
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.drafts.method import Batcher, DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
+from disagg_core.ordinals import OrdinalSet
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.store import MooncakeFeatureStore
@@ -87,16 +88,7 @@ def build_disagg_online_consumer(
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
     trainer = Trainer(
-        [
-            Trainee(
-                draft.folder,
-                draft.model,
-                _step(draft, parts, ranks, section, batcher, steps),
-                RandomState(seed, ranks.device),
-                DraftProgress(),
-            )
-            for draft, batcher in zip(drafts, batchers, strict=True)
-        ],
+        [_trainee(d, b, parts, ranks, section, steps, seed) for d, b in zip(drafts, batchers, strict=True)],
         ranks=ranks,
         checkpoints=saving,
         max_steps=section.max_steps,
@@ -106,18 +98,45 @@ def build_disagg_online_consumer(
     )
     trainer.restore_newest()
     multiple_of = COMPILED_MULTIPLE if section.compile else 1
-    loader = FeatureDataLoader(
+    inputs = [DraftInput(b, draft.selection, multiple_of) for draft, b in zip(drafts, batchers, strict=True)]
+    return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
+
+
+def _loader(
+    channel: StreamingRefChannel | None,
+    store: MooncakeFeatureStore,
+    inputs: Sequence[DraftInput],
+    ranks: Ranks,
+    section: TrainingSection,
+    *,
+    trained: OrdinalSet,
+) -> FeatureDataLoader:
+    """Return the loader of the stream's samples, without those that are `trained` already."""
+    return FeatureDataLoader(
         StreamingRefQueue(channel) if channel is not None else None,
         store,
-        inputs=[DraftInput(b, draft.selection, multiple_of) for draft, b in zip(drafts, batchers, strict=True)],
+        inputs=inputs,
         channel=channel,
         batch_size=section.batch_size,
         accumulation_steps=section.accumulation_steps,
         ranks=ranks,
         prefetch_samples=section.prefetch_samples,
-        trained=trainer.progress.trained,
+        trained=trained,
     )
-    return trainer, loader
+
+
+def _trainee(
+    draft: DraftToTrain,
+    batcher: Batcher,
+    parts: FrozenParts,
+    ranks: Ranks,
+    section: TrainingSection,
+    steps: int | None,
+    seed: int,
+) -> Trainee:
+    """Return the draft with its optimizer step, before any training."""
+    step = _step(draft, parts, ranks, section, batcher, steps)
+    return Trainee(draft.folder, draft.model, step, RandomState(seed, ranks.device), DraftProgress())
 
 
 def _step(
