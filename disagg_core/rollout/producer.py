@@ -319,18 +319,7 @@ def build_disagg_online_producer(
     )
     meter = RolloutMeter()
     putters = Putters(pipeline, store, identity, meter)
-    workers = [
-        RolloutWorker(
-            f"worker-{number}",
-            pipeline=pipeline,
-            target=target,
-            putters=putters,
-            store=store,
-            meter=meter,
-            unavailable_timeout_s=unavailable_timeout_s,
-        )
-        for number in range(workers_wanted)
-    ]
+    workers = _workers_of(workers_wanted, pipeline, target, putters, store, meter, unavailable_timeout_s)
     return workers, Drive(
         pipeline=pipeline,
         workers=workers,
@@ -341,6 +330,29 @@ def build_disagg_online_producer(
         target=target,
         on_tick=on_tick,
     )
+
+
+def _workers_of(
+    count: int,
+    pipeline: Pipeline,
+    target: Target,
+    putters: Putters,
+    store: MooncakeFeatureStore,
+    meter: RolloutMeter,
+    unavailable_timeout_s: float,
+) -> list[RolloutWorker]:
+    return [
+        RolloutWorker(
+            f"worker-{number}",
+            pipeline=pipeline,
+            target=target,
+            putters=putters,
+            store=store,
+            meter=meter,
+            unavailable_timeout_s=unavailable_timeout_s,
+        )
+        for number in range(count)
+    ]
 
 
 def _source_of(

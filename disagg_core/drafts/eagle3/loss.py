@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from disagg_core.drafts.eagle3.attention import AttentionKernel
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, MaskMode, StepPlan, plan_step, step_mask
-from disagg_core.drafts.eagle3.lm_loss import Objective, Teacher, lm_loss
+from disagg_core.drafts.eagle3.lm_loss import Objective, StepSums, Teacher, lm_loss
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.eagle3.steps import run_steps
@@ -127,7 +127,12 @@ def training_time_test(
     objective = _objective(section, normalisation or section.normalisation, mask, plan, normaliser)
     teacher = _teacher(draft, batch, lm_head, logit_cap)
     total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
-    output = TttOutput(
+    output = _output(total, objective, sums, plan)
+    return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
+
+
+def _output(total: Tensor, objective: Objective, sums: StepSums, plan: StepPlan) -> TttOutput:
+    return TttOutput(
         total=total,
         step_losses=objective.step_losses(sums),
         correct=sums.correct,
@@ -136,7 +141,6 @@ def training_time_test(
         live=sums.live,
         acceptance_rates=sums.accepted / sums.live.clamp(min=1),
     )
-    return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
 
 
 def _teacher(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor, logit_cap: float | None) -> Teacher:
