@@ -39,6 +39,7 @@ from disagg_core.report.document import (
 from disagg_core.report.figures import figures_of
 from disagg_core.report.markdown import to_markdown
 from disagg_core.report.records import last_progress, write_report
+from disagg_core.report.time_spent import time_spent
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
 from disagg_core.run.plan import RunPlan
 from tasks.completion import Completion, read_completion
@@ -158,6 +159,7 @@ class RunRecord:
             training=done.training if done else None,
             evaluation=next(iter(self.evaluations.values()), None) if len(drafts) == 1 else None,
             drafts=drafts,
+            time_spent=time_spent(self.plan),
             gate=self.gate,
             roles={role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()},
             archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,

@@ -26,8 +26,10 @@ from disagg_core.files import write_atomically
 from disagg_core.processes.memory_kills import MemoryKills
 from disagg_core.processes.shutdown import ROLE_S
 from disagg_core.processes.tree import describe_exit, spawn, stop_tree, tail
+from disagg_core.run.bottleneck import bottleneck_line
 from disagg_core.run.deaths import cause_of_death
 from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
+from disagg_core.run.phases import share_field
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress
 from tasks.server_away import wait_for_server
@@ -158,7 +160,7 @@ class _ProgressArtifact:
     """
 
     def __init__(self, role: str, assignment: RoleAssignment) -> None:
-        self._source = assignment.dir.state / f"{role}.json"
+        self._state, self._spec = assignment.dir.state, assignment.plan.spec
         self._total = assignment.plan.total_prompts if role == "producer" else assignment.plan.total_steps
         self._done_field = "prompts" if role == "producer" else "step"
         self._role = role
@@ -171,14 +173,17 @@ class _ProgressArtifact:
             self.publish()
 
     def publish(self) -> None:
-        state = read_progress(self._source)
+        state, producer, consumer = (
+            read_progress(self._state / f"{role}.json") for role in (self._role, "producer", "consumer")
+        )
+        advice = bottleneck_line(self._spec, producer, consumer)
         done = state.get(self._done_field)
         share = 100.0 * float(done) / self._total if self._total and isinstance(done, (int, float)) else 0.0
         try:
             if self._artifact is None:
                 created = create_progress_artifact(progress=0.0, key=self._key, description=self._role)
                 self._artifact = cast(UUID, created)  # a coroutine only inside an event loop
-            update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state))
+            update_progress_artifact(self._artifact, progress=min(share, 100.0), description=_describe(state, advice))
         except ObjectNotFound:
             get_run_logger().warning("the progress of the %s is shown anew: its artifact was deleted", self._role)
             self._artifact = None
@@ -187,9 +192,12 @@ class _ProgressArtifact:
         self._published_at = time.monotonic()
 
 
-def _describe(state: dict[str, ProgressValue]) -> str:
-    shown = {name: value for name, value in state.items() if name != "time" and value is not None}
-    return " | ".join(
-        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
-        for name, value in shown.items()
-    )
+def _describe(state: dict[str, ProgressValue], advice: str | None) -> str:
+    """Return a role's progress in one line; of the shares of its phases only what follows from them, the `advice`."""
+    shown = {
+        name.replace("_", " "): value
+        for name, value in state.items()
+        if name != "time" and not name.startswith(share_field("")) and value is not None
+    }
+    parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    return " | ".join([*parts, advice] if advice else parts)

@@ -25,14 +25,15 @@ class Captured:
     """A sample whose tensors are in this process.
 
     `tensors` are those of `Capture.features` for all tokens (prompt, and continuation when the target generates), on
-    the CPU and owned by the receiver. `capture_s` and `copy_s` are this sample's share of the forward pass and of the
-    copy to the CPU, in seconds.
+    the CPU and owned by the receiver. `generate_s`, `capture_s` and `copy_s` are this sample's share of the decoding of
+    its continuation, of the forward pass and of the copy to the CPU, in seconds.
     """
 
     task: PromptTask
     tensors: Mapping[str, Tensor]
     num_tokens: int
     server: str = "local"
+    generate_s: float = 0.0
     capture_s: float = 0.0
     copy_s: float = 0.0
 
@@ -48,6 +49,7 @@ class Stored:
     task: PromptTask
     ref: SampleRef
     server: str
+    generate_s: float = 0.0
     capture_s: float = 0.0
     copy_s: float = 0.0
     put_s: float = 0.0
@@ -55,11 +57,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Generated:
-    """A continuation of a prompt, without the prompt and without padding; its last token may be an end-of-text id."""
+    """A continuation of a prompt, without the prompt and without padding; its last token may be an end-of-text id.
+
+    `seconds` is its share of the decoding, 0 where it was known already.
+    """
 
     task: PromptTask
     tokens: list[int]
     server: str = "local"
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,6 +139,7 @@ class TransformersTarget:
                 usable.append(task)
             else:
                 yield Failed(task, reason, retryable=False, own_form=True)
+        spent: dict[int, float] = {}
         if self._sampling is not None:
             continued: list[PromptTask] = []
             for outcome in self._generated(usable, self._sampling):
@@ -147,15 +149,17 @@ class TransformersTarget:
                     yield Failed(outcome.task, reason, retryable=False, own_form=True)
                 else:
                     continued.append(_with_continuation(outcome))
+                    spent[outcome.task.ordinal] = outcome.seconds
             usable = continued
         originals = {task.ordinal: task for task in tasks}
         for batch in token_batches(usable, self._batch_tokens):
             for result in self._captured(batch, originals):
                 if isinstance(result, Captured):
                     self._health.captured += 1
+                    yield replace(result, generate_s=spent.get(result.task.ordinal, 0.0))
                 else:
                     self._health.failures += 1
-                yield result
+                    yield result
 
     def generate(
         self, tasks: Sequence[PromptTask], *, avoid: Mapping[int, frozenset[str]]
@@ -193,6 +197,7 @@ class TransformersTarget:
             yield from self._decoded(batch, sampling)
 
     def _decoded(self, batch: list[PromptTask], sampling: Sampling) -> Iterator[Generated | Failed]:
+        began = time.perf_counter()
         try:
             with self._lock:
                 rows = continue_tasks(
@@ -206,8 +211,9 @@ class TransformersTarget:
         except (RuntimeError, IndexError) as error:
             yield from self._one_by_one(batch, error, lambda part: self._decoded(part, sampling))
             return
+        share = (time.perf_counter() - began) / len(batch)
         for task, tokens in zip(batch, rows, strict=True):
-            yield Generated(task, tokens)
+            yield Generated(task, tokens, seconds=share)
 
     def _works(self) -> None:
         self._health.worked += 1

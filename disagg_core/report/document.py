@@ -40,6 +40,18 @@ class ProgressFigures(_Part):
     losses: dict[str, float] = {}
 
 
+class TimeFigures(_Part):
+    """Where the time of all attempts went, in seconds of each phase (`disagg_core.run.phases`), and what it says.
+
+    `training` is rank 0, `producer` the rollout workers together, `producer_beside` other threads meanwhile.
+    """
+
+    training: dict[str, float]
+    producer: dict[str, float]
+    producer_beside: dict[str, float]
+    bottleneck: str
+
+
 class EvaluationFigures(_Part):
     """Speculative decoding of held-out prompts; accept length is tokens per target pass."""
 
@@ -179,6 +191,7 @@ class RunReport(_Part):
     accounting: Accounting | None
     training: TrainingFigures | None
     evaluation: EvaluationFigures | None
+    time_spent: TimeFigures | None = None
     drafts: list[DraftFigures] = []
     gate: GateFigures | None = None
     roles: dict[Literal["producer", "consumer"], RoleFigures]

@@ -31,7 +31,7 @@ class Figure:
 
 def figures_of(report: RunReport) -> list[Figure]:
     """Return the figures of a run in the order in which they are shown."""
-    parts = (_progress, _accounting, _training, _evaluation, _drafts, _gate, _end, _places)
+    parts = (_progress, _accounting, _training, _time_spent, _evaluation, _drafts, _gate, _end, _places)
     return [figure for part in parts for figure in part(report)]
 
 
@@ -80,6 +80,11 @@ def _training(report: RunReport) -> Iterator[Figure]:
     yield Figure("training", rate, brief={"steps": str(t.steps)})
     if t.loss_first is not None and t.loss_last is not None:
         yield Figure("loss", f"{t.loss_first:.3f} first, {t.loss_last:.3f} last")
+
+
+def _time_spent(report: RunReport) -> Iterator[Figure]:
+    if report.time_spent is not None:
+        yield Figure("bottleneck", report.time_spent.bottleneck)
 
 
 def _evaluation(report: RunReport) -> Iterator[Figure]:

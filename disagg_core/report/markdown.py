@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from disagg_core.report.comparison import HEAD, comparison_of
 from disagg_core.report.document import RunReport
 from disagg_core.report.figures import Figure, figures_of
+from disagg_core.report.time_spent import HEAD as TIME_HEAD
+from disagg_core.report.time_spent import time_rows
 
 
 def to_markdown(report: RunReport) -> str:
     """Return the report as a person reads it: its figures, then its attempts and servers where they have a story."""
     lines = [f"# Run {report.run_id}: {report.state}", ""]
     lines += _table(("figure", "value"), ((figure.label, _weighted(figure)) for figure in figures_of(report)))
-    return "\n".join([*lines, *_comparison(report), *_attempts(report), *_servers(report)])
+    return "\n".join([*lines, *_time_spent(report), *_comparison(report), *_attempts(report), *_servers(report)])
 
 
 def _weighted(figure: Figure) -> str:
@@ -34,6 +36,11 @@ def _row(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _time_spent(report: RunReport) -> list[str]:
+    rows = time_rows(report.time_spent) if report.time_spent is not None else []
+    return ["## Where time went", "", *_table(TIME_HEAD, rows)] if rows else []
 
 
 def _comparison(report: RunReport) -> list[str]:

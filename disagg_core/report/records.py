@@ -15,6 +15,7 @@ from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
 from disagg_core.report.markdown import to_markdown
 from disagg_core.report.plots import plot_comparison, plot_run
+from disagg_core.report.time_spent import time_spent
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document, read_plan
 from disagg_core.run.outcomes import read_outcome
@@ -90,6 +91,7 @@ def report_interrupted(run_dir: RunDir, state: EndState, reason: str, flow_run_i
         accounting=None,
         training=None,
         evaluation=None,
+        time_spent=time_spent(plan),
         roles={},
         archive=None,
         attempts=_attempts(plan, reason),

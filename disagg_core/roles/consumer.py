@@ -37,7 +37,13 @@ from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import DraftToTrain, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.inputs import Selection
-from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
+from disagg_core.training.observers import (
+    LapObserver,
+    MetricsObserver,
+    Observers,
+    ProgressObserver,
+    TensorBoardObserver,
+)
 from disagg_core.training.progress import TrainOutcome
 from disagg_core.training.trainer import StepObserver
 from disagg_core.training.watchdog import Watchdog
@@ -255,7 +261,7 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
 
 def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     plan = assignment.plan
-    observers: list[StepObserver] = [ProgressObserver(progress, plan.total_steps)]
+    observers: list[StepObserver] = [ProgressObserver(progress, plan.total_steps), LapObserver(plan.dir.phases)]
     for draft in plan.drafts:
         observers.append(MetricsObserver(draft.dir.train_metrics, draft.folder))
         if "tensorboard" in plan.spec.run.trackers:

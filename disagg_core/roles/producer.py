@@ -152,7 +152,7 @@ def _assemble(
     identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, known, enter, stop, channel))
     target.prepare(identity)
     source = _open_source(assignment, pool, target, stack)
-    metrics = stack.enter_context(JsonlMetrics(plan.dir.metrics / "rollout.jsonl"))
+    metrics = stack.enter_context(JsonlMetrics(plan.dir.rollout_metrics))
     _, drive = build_disagg_online_producer(
         prompts=source,
         target=target,

@@ -15,8 +15,9 @@ from disagg_core.rollout.pace import Pace
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompt_source import Rejection
 from disagg_core.run.metrics import JsonlMetrics
+from disagg_core.run.phases import PRODUCER_PHASES, RecentShares, seconds_of
 from disagg_core.run.plan import RoleAssignment
-from disagg_core.run.progress import ProgressFile
+from disagg_core.run.progress import ProgressFile, ProgressValue
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import PUT_TROUBLE
 
@@ -78,6 +79,7 @@ class Reporter:
         self._store = store
         self._written_at = time.monotonic()
         self._pace: Pace | None = None
+        self._recent = RecentShares()
 
     def __call__(self, state: DriveState, meter: RolloutMeter) -> None:
         """Report; `meter` is read out at most every few seconds."""
@@ -97,7 +99,7 @@ class Reporter:
                 **{f"store_{name}": counters[name] for name in PUT_TROUBLE},
                 **fields,
             )
-        tokens = {"tokens_per_s": fields["tokens_per_s"]} if fields else {}
+        recent = self._of_late(fields) if fields else {}
         prompts = self._covered + state.published + state.rejected
         if self._pace is None:
             self._pace = Pace(begun=prompts)
@@ -111,5 +113,12 @@ class Reporter:
             in_flight=state.in_flight,
             blocked_s=round(state.blocked_s, 1),
             **self._pace.fields(prompts, self._total),
-            **tokens,
+            **recent,
         )
+
+    def _of_late(self, interval: dict[str, float]) -> dict[str, ProgressValue]:
+        """Return where the time of the last minutes went, and what capture could do if it always had space."""
+        phases: dict[str, float] = seconds_of(interval, PRODUCER_PHASES)
+        self._recent.add(phases, samples=round(interval["samples"]))
+        capacity = self._recent.rate_without(("space",), parallel=round(interval["workers"]))
+        return {"tokens_per_s": interval["tokens_per_s"], "infer_capacity": capacity, **self._recent.fields()}

@@ -317,7 +317,7 @@ def build_disagg_online_producer(
     pipeline = _pipeline_of(
         source, marks, rollout, channel, bytes_of or (lambda task: marks.max_sample_bytes), workers_wanted
     )
-    meter = RolloutMeter()
+    meter = RolloutMeter(workers_wanted)
     putters = Putters(pipeline, store, identity, meter)
     workers = _workers_of(workers_wanted, pipeline, target, putters, store, meter, unavailable_timeout_s)
     return workers, Drive(

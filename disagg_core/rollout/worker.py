@@ -71,13 +71,15 @@ class Putters:
 
     def submit(self, lease: Lease, captured: Captured) -> None:
         """Queue a sample; waits while too many bytes are queued already."""
-        size = _bytes_of(captured.tensors)
+        size, began = _bytes_of(captured.tensors), time.perf_counter()
+        self._meter.captured(captured)
         with self._changed:
             while self._queued_bytes > QUEUED_BYTES and not self._pipeline.stopping:
                 self._changed.wait(0.1)
             self._queue.append((lease, captured))
             self._queued_bytes += size
             self._changed.notify_all()
+        self._meter.waited_for_putter(time.perf_counter() - began)
 
     def close(self, timeout_s: float) -> bool:
         """Store what is queued (nothing once the pipeline is stopping), end the threads; True if they ended in time."""
@@ -119,9 +121,8 @@ class Putters:
             for item in items:
                 self._put([item])
             return
-        spent = time.perf_counter() - began
-        for (lease, captured), ref in zip(items, refs, strict=True):
-            self._meter.stored(captured.capture_s, captured.copy_s, spent / len(items))
+        self._meter.put(time.perf_counter() - began)
+        for (lease, _captured), ref in zip(items, refs, strict=True):
             if not self._pipeline.stored(lease, ref):
                 self._store.abort(ref)
 
@@ -219,7 +220,7 @@ class RolloutWorker:
             case Captured() if lease is not None:
                 self._putters.submit(lease, outcome)
             case Stored(ref=ref):
-                self._meter.stored(outcome.capture_s, outcome.copy_s, outcome.put_s)
+                self._meter.captured(outcome)
                 if lease is None or not self._pipeline.stored(lease, ref):
                     self._store.abort(ref)
             case Failed(reason=reason, retryable=True, server=server) if lease is not None:

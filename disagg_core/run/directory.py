@@ -10,7 +10,8 @@
       attempts/<n>/logs/        one file for each process
       attempts/<n>/state/       progress of the roles, plain JSON
       checkpoints/step-<k>/     complete when its manifest exists
-      metrics/                  train.jsonl, rollout.jsonl, tensorboard/
+      metrics/                  train.jsonl, rollout.jsonl, phases.jsonl, tensorboard/
+      profiles/                 traces of single steps, with training.profile
       evaluation/               before.json, after.json
       night.json  night.jsonl   recurring training: what is new, and its prompts
       gate.json                 what the gate decided
@@ -113,6 +114,21 @@ class RunDir(DraftDir):
     def document(self) -> Path:
         """The resolved spec with the run's identity."""
         return self.root / "run.json"
+
+    @property
+    def phases(self) -> Path:
+        """Where the trainer's time went, window by window."""
+        return self.metrics / "phases.jsonl"
+
+    @property
+    def rollout_metrics(self) -> Path:
+        """The producer's figures of every few seconds."""
+        return self.metrics / "rollout.jsonl"
+
+    @property
+    def profiles(self) -> Path:
+        """Traces of torch.profiler, of the steps that training.profile asks for."""
+        return self.root / "profiles"
 
     @property
     def drafts(self) -> Path:

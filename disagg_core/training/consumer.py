@@ -18,6 +18,7 @@ from disagg_core.training.distributed import Ranks, compute_dtype, shard
 from disagg_core.training.inputs import DraftInput, Selection
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.optimizer import Schedule
+from disagg_core.training.phase_clock import PhaseClock
 from disagg_core.training.progress import CheckpointPolicy
 from disagg_core.training.randomness import RandomState
 from disagg_core.training.step import OptimizerStep
@@ -82,19 +83,21 @@ def build_disagg_online_consumer(
         CheckpointError: the newest checkpoint belongs to another run or other drafts.
     """
     ranks = ranks or Ranks.join(section.device)
+    clock = PhaseClock(ranks.device)
     batchers = [method_of(d.model.method).batcher(d.options, d.model.config, seed=seed) for d in drafts]
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
     saving = None
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
     trainer = Trainer(
-        [_trainee(d, b, parts, ranks, section, steps, seed) for d, b in zip(drafts, batchers, strict=True)],
+        [_trainee(d, b, parts, ranks, section, steps, seed, clock) for d, b in zip(drafts, batchers, strict=True)],
         ranks=ranks,
         checkpoints=saving,
         max_steps=section.max_steps,
         max_diverged_windows=section.max_diverged_windows,
         observer=observer,
         on_progress=on_progress,
+        clock=clock,
     )
     trainer.restore_newest()
     multiple_of = COMPILED_MULTIPLE if section.compile else 1
@@ -133,19 +136,21 @@ def _trainee(
     section: TrainingSection,
     steps: int | None,
     seed: int,
+    clock: PhaseClock,
 ) -> Trainee:
     """Return the draft with its optimizer step, before any training."""
-    step = _step(draft, parts, ranks, section, batcher, steps)
+    step = optimizer_step_of(draft, parts, ranks, section, batcher, steps, clock)
     return Trainee(draft.folder, draft.model, step, RandomState(seed, ranks.device), DraftProgress())
 
 
-def _step(
+def optimizer_step_of(
     draft: DraftToTrain,
     parts: FrozenParts,
     ranks: Ranks,
     section: TrainingSection,
     batcher: Batcher,
     steps: int | None,
+    clock: PhaseClock,
 ) -> OptimizerStep:
     """Return the optimizer step over the loss module, moved to the rank's device and sharded."""
     method, options = method_of(draft.model.method), draft.options
@@ -155,5 +160,13 @@ def _step(
         module.compile(dynamic=True)
     schedule = Schedule(options.learning_rate or section.learning_rate, section.warmup_ratio, steps)
     return OptimizerStep(
-        module, sharded, draft.model, method=method, batcher=batcher, ranks=ranks, section=section, schedule=schedule
+        module,
+        sharded,
+        draft.model,
+        method=method,
+        batcher=batcher,
+        ranks=ranks,
+        section=section,
+        schedule=schedule,
+        clock=clock,
     )

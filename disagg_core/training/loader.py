@@ -29,6 +29,7 @@ from disagg_core.drafts.method import Sample
 from disagg_core.errors import ChannelError, ChannelUnavailable, FailureClass, Preempted, SampleLost, SampleUnusable
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.interrupt import interruptible
+from disagg_core.run.phases import TrainingPhase
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
@@ -128,6 +129,7 @@ class FeatureDataLoader:
         self.failure: BaseException | None = None
         self.on_wait: Callable[[], None] = lambda: None
         self.on_progress: Callable[[str], None] = lambda what: None
+        self.on_phase: Callable[[TrainingPhase], None] = lambda phase: None
 
     @property
     def global_batch_size(self) -> int:
@@ -144,12 +146,15 @@ class FeatureDataLoader:
     def __iter__(self) -> Iterator[TrainingWindow]:
         while True:
             started = time.monotonic()
+            self.on_phase("refs")
             self._advance()
             if self.end_reason is not None:
                 return
+            self.on_phase("features")
             if not self._arrived(self._pending[0]):
                 self.end_reason = self.end_reason or "stop requested"
                 return
+            self.on_phase("collate")
             yield self._collected(self._pending.popleft(), started)
 
     def close(self) -> None:
@@ -272,10 +277,7 @@ class FeatureDataLoader:
         """Start fetching this rank's share of a window."""
         shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._by_length)
         own = [[refs[index] for index in share] for share in shares]
-        return _Pending(
-            refs,
-            [[(ref, self._store.submit_get(ref)) for ref in share] for share in own],
-        )
+        return _Pending(refs, [[(ref, self._store.submit_get(ref)) for ref in share] for share in own])
 
     def _arrived(self, pending: _Pending) -> bool:
         """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before all had theirs.

@@ -9,7 +9,9 @@ from typing import Any
 
 from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import JsonlMetrics
+from disagg_core.run.phases import DATA_WAIT, RecentShares, fields_of
 from disagg_core.run.progress import ProgressFile, figure_of
+from disagg_core.training.phase_clock import Lap
 from disagg_core.training.progress import TrainingProgress
 from disagg_core.training.trainer import StepObserver
 
@@ -30,6 +32,9 @@ class MetricsObserver:
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Phases are no metrics."""
+
+    def on_lap(self, lap: Lap) -> None:
+        """Where the time of a window went is no draft's own: `LapObserver` writes it."""
 
     def on_wait(self) -> None:
         """Waiting is in the next step's `data_wait_s`."""
@@ -65,8 +70,31 @@ class TensorBoardObserver:
         """Make what was written so far visible."""
         self._writer.flush()
 
+    def on_lap(self, lap: Lap) -> None:
+        """Where the time of a window went is no draft's own: `LapObserver` writes it."""
+
     def on_wait(self) -> None:
         """Waiting is in the next step's `data_wait_s`."""
+
+
+class LapObserver:
+    """Writes where the time of each window went as one line of a metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        self._metrics = JsonlMetrics(path)
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """The figures of a step are in its draft's metrics."""
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Phases are no metrics."""
+
+    def on_lap(self, lap: Lap) -> None:
+        """Append the window."""
+        self._metrics.write(step=lap.step, samples=lap.samples, **fields_of(lap.seconds))
+
+    def on_wait(self) -> None:
+        """Waiting is in the next lap."""
 
 
 class ProgressObserver:
@@ -75,6 +103,7 @@ class ProgressObserver:
     def __init__(self, file: ProgressFile, total_steps: int | None) -> None:
         self._file = file
         self._total_steps = total_steps
+        self._recent = RecentShares()
 
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Take the step's figures into the file."""
@@ -83,6 +112,16 @@ class ProgressObserver:
         fields = {name: record[name] for name in names}
         fields |= {figure_of(record[DRAFT], name): record[name] for name in own}
         self._file.update(phase="training", total_steps=self._total_steps, **fields)
+
+    def on_lap(self, lap: Lap) -> None:
+        """Show where the time of the last minutes went, what training could do without waits, and how long it takes."""
+        self._recent.add(lap.seconds, samples=lap.samples)
+        steps_left = None if self._total_steps is None else max(0, self._total_steps - lap.step)
+        self._file.update(
+            **self._recent.fields(),
+            train_capacity=self._recent.rate_without(DATA_WAIT),
+            left_s=None if steps_left is None else round(steps_left * self._recent.mean_s),
+        )
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Write the phase at once."""
@@ -115,6 +154,11 @@ class Observers:
         """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_phase(phase, progress)
+
+    def on_lap(self, lap: Lap) -> None:
+        """Pass it on to every observer."""
+        for observer in self._observers:
+            observer.on_lap(lap)
 
     def on_wait(self) -> None:
         """Pass it on to every observer."""

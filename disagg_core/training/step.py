@@ -20,6 +20,7 @@ from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
 from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.optimizer import NamedParameters, Schedule, build_optimizer, clip_gradients
+from disagg_core.training.phase_clock import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class OptimizerStep:
         ranks: Ranks,
         section: TrainingSection,
         schedule: Schedule,
+        clock: PhaseClock | None = None,
     ) -> None:
         """`module` is the loss module as it is called (compiled or not), `sharded` the same under FSDP2."""
         self._module = module
@@ -77,6 +79,7 @@ class OptimizerStep:
         self._ranks = ranks
         self._max_grad_norm = section.max_grad_norm
         self._schedule = schedule
+        self._clock = clock or PhaseClock()
         self.parameters: NamedParameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.parameters.values(), section)
         self.applied = 0
@@ -89,6 +92,7 @@ class OptimizerStep:
 
         Where loss or gradient is not finite, on any rank, the weights stay as they are on all of them.
         """
+        self._clock.enter("reduce")
         names = sorted(window.normalisers)
         counts = [window.live_positions, samples, tokens]
         live, *summed = self._ranks.sum([*counts, *(window.normalisers[name] for name in names)])
@@ -97,12 +101,15 @@ class OptimizerStep:
         device = self._ranks.device
         normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed[2:], strict=True)}
         tally = self._backward(window, normalisers)
+        self._clock.enter("optimizer")
         learning_rate = self._schedule.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(self.parameters.values(), self._max_grad_norm)
+        self._clock.enter("reduce")
         figures = self._method.figures(tally.summed(self._ranks))
         result = StepResult(figures, learning_rate, float(norm), int(summed[0]), int(summed[1]))
+        self._clock.enter("optimizer")
         if result.finite:
             self.applied += 1
             self.optimizer.step()
@@ -118,8 +125,15 @@ class OptimizerStep:
             self._sharded.set_reshard_after_backward(index == last)
             weight = 0 if batch is None else self._ranks.size
             given = self._batcher.dummy() if batch is None else batch
-            output = self._module(given.to(self._ranks.device), normalisers)
-            torch.autograd.backward(output.total * weight)
+            self._clock.enter("h2d")
+            given = given.to(self._ranks.device)
+            self._clock.enter("forward")
+            output = self._module(given, normalisers)
+            self._clock.enter("backward")
+            total = output.total * weight
+            if index == last:
+                self._clock.reduce_after(total)
+            torch.autograd.backward(total)
             tally.add(output.ratios, counts=batch is not None)
         return tally
 

@@ -35,6 +35,7 @@ from disagg_core.training.checkpoint import (
 )
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.loader import FeatureDataLoader
+from disagg_core.training.phase_clock import Lap, PhaseClock
 from disagg_core.training.progress import CheckpointPolicy, FitTally, TrainingProgress, TrainOutcome
 from disagg_core.training.step import StepResult
 from disagg_core.training.trainee import Trainee
@@ -55,6 +56,9 @@ class StepObserver(Protocol):
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Record that the trainer entered `phase`."""
 
+    def on_lap(self, lap: Lap) -> None:
+        """Record where the time of a window went; on a GPU that is known some steps later."""
+
     def on_wait(self) -> None:
         """Record that the trainer waits for references."""
 
@@ -72,6 +76,7 @@ class Trainer:
         max_diverged_windows: int = 5,
         observer: StepObserver | None = None,
         on_progress: Callable[[str], None] = lambda what: None,
+        clock: PhaseClock | None = None,
     ) -> None:
         """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits."""
         self.trainees = trainees
@@ -80,6 +85,7 @@ class Trainer:
         self._max_steps = max_steps
         self._max_diverged_windows = max_diverged_windows
         self._on_progress = on_progress
+        self._clock = clock or PhaseClock()
         self._counted: list[int] = self._applied()
         self._saving = False
         self._observer = observer if ranks.is_first else None
@@ -147,12 +153,14 @@ class Trainer:
         if (self._saved, self._saved_cursor) == (path, cursor):
             return path
         self._phase("saving")
+        self._clock.enter("save")
         self._saving = True
         drafts = {trainee.folder: trainee.content() for trainee in self.trainees}
         content = CheckpointContent(drafts, self._state(policy))
         self._ranks.first_does(lambda: save_checkpoint(policy.root, content, keep=policy.keep))
         self._saving = False
         self._saved, self._saved_cursor = path, cursor
+        self._clock.enter("other")
         self._on_progress("saved a checkpoint")
         return path
 
@@ -195,7 +203,7 @@ class Trainer:
                 weights are not sound, or the ranks could not do it together.
         """
         tally = FitTally()
-        loader.on_progress = self._on_progress
+        loader.on_progress, loader.on_phase = self._on_progress, self._clock.enter
         try:
             reason = self._train(loader, tally)
             self.save()
@@ -210,6 +218,7 @@ class Trainer:
             except (ChannelError, Preempted) as further:
                 _log.error("the producer could not be told: %s", further)
             raise
+        self._tell_laps()
         self._phase("finished")
         return self._outcome(reason, tally, unused)
 
@@ -230,10 +239,12 @@ class Trainer:
         for window in loader:
             if not tally.started:
                 tally.started = time.monotonic()
+                self._clock.restart()
                 self._phase("training")
             stepped = self._train_window(loader, window, tally)
             if stepped and self._policy is not None and self.progress.step % self._policy.every_steps == 0:
                 self.save()
+            self._end_lap(window)
             if self._reached_max_steps():
                 return "max_steps"
             self._check_skipped(self._max_diverged_windows)
@@ -267,8 +278,10 @@ class Trainer:
             given_up = _skipped(window, given_up, skipped[0].fault())
         self._count(window, given_up, tally, tokens=stepped[0].tokens if stepped else 0)
         self._counted = self._applied()
+        self._clock.enter("ack")
         loader.complete(window, step=self.progress.step, given_up=given_up)
         loader.note(f"trained step {self.progress.step}")
+        self._clock.enter("other")
         self._on_progress("trained a window")
         tally.wait_s += window.wait_s
         self._tell(loader, window, results, time.monotonic() - started)
@@ -313,6 +326,16 @@ class Trainer:
                 rates = {"samples_per_s": result.samples / seconds, "tokens_per_s": result.tokens / seconds}
                 own = {"draft": trainee.folder, "step": trainee.progress.step, **result.record(), **rates}
                 self._observer.on_step({**own, **shared})
+
+    def _end_lap(self, window: TrainingWindow) -> None:
+        """Tell the observer where the time went of the windows of which that is known."""
+        self._clock.lap(self.progress.step, samples=len(window.refs))
+        self._tell_laps()
+
+    def _tell_laps(self) -> None:
+        for lap in self._clock.finished():
+            if self._observer is not None:
+                self._observer.on_lap(lap)
 
     def _phase(self, phase: str) -> None:
         self._on_progress(phase)

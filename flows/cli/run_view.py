@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from disagg_core.report.document import RunReport
 from disagg_core.report.figures import Figure, figures_of
+from disagg_core.run.bottleneck import bottleneck_line, describe_left
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue
 
@@ -22,11 +24,23 @@ _STYLES = {"plain": "", "strong": "bold", "alarm": "bold red"}
 RoleState = dict[str, ProgressValue]
 
 
+class _BarsAndAdvice(Progress):
+    """Progress bars, and a line below them that says what holds the run up."""
+
+    advice = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bars, then the line."""
+        yield self.make_tasks_table(self.tasks)
+        if self.advice:
+            yield Text(self.advice, style="dim")
+
+
 class Bars:
     """Progress bars, for a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _BarsAndAdvice(
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
@@ -60,6 +74,7 @@ class Bars:
             completed=_number(consumer, "step"),
             detail=_training_detail(state, producer, consumer),
         )
+        self._progress.advice = (bottleneck_line(plan.spec, producer, consumer) if plan else None) or ""
 
 
 class Lines:
@@ -91,6 +106,8 @@ class Lines:
             f"{now - self._began:5.0f} s  {state:<10} rollout {prompts} {_rollout_detail('', producer)}  "
             f"training {steps} {_training_detail(state, producer, consumer)}"
         )
+        if plan and (advice := bottleneck_line(plan.spec, producer, consumer)):
+            self._console.print(f"{'':9}{advice}")
 
 
 def _number(state: RoleState, name: str) -> float:
@@ -120,7 +137,7 @@ def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> 
         return "finished, the draft is being judged" if done else "finished"
     losses = {name: value for name, value in state.items() if name.split(" ")[0] == "loss"}
     shown = "".join(f", {name} {value:.3f}" for name, value in losses.items() if isinstance(value, float))
-    return f"{state.get('phase', '')}{shown}{_rate(state)}"
+    return f"{state.get('phase', '')}{shown}{_rate(state)}{_left(state)}"
 
 
 def _rate(state: RoleState) -> str:
@@ -131,9 +148,7 @@ def _rate(state: RoleState) -> str:
 def _left(state: RoleState) -> str:
     """Say how long what is under way will take, where that is known."""
     left = state.get("left_s")
-    if not isinstance(left, (int, float)) or left <= 0:
-        return ""
-    return f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
+    return f", {describe_left(left)}" if isinstance(left, (int, float)) and left > 0 else ""
 
 
 def summary(report: RunReport, ui: str) -> Table:

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from disagg_core.report.figures import BRIEF, brief_figures
 from disagg_core.report.records import read_report
+from disagg_core.run.bottleneck import bottleneck_line
 from disagg_core.run.directory import RunDir
-from disagg_core.run.known import OtherVersion, known_runs
+from disagg_core.run.known import OtherVersion, known_runs, read_plan
 from disagg_core.run.progress import read_progress
 from disagg_core.settings import Settings
 from flows.cli.run_view import rollout_line
@@ -50,8 +51,14 @@ def _cells(path: Path) -> Sequence[str]:
 
 
 def _doing(run: RunDir) -> str:
-    """Say what the producer of the run's last attempt is doing or did last; nothing where none has begun."""
+    """Say what the run's last attempt is doing or did last, and what holds it up; nothing where none has begun."""
     attempts = run.begun_attempts()
     if not attempts:
         return ""
-    return rollout_line(read_progress(run.attempt(attempts[-1]).state / "producer.json"))
+    state = run.attempt(attempts[-1]).state
+    producer, consumer = read_progress(state / "producer.json"), read_progress(state / "consumer.json")
+    try:
+        advice = bottleneck_line(read_plan(run).spec, producer, consumer)
+    except OtherVersion:
+        advice = None
+    return "; ".join(filter(None, (rollout_line(producer), advice)))

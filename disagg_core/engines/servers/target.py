@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -251,10 +252,12 @@ class ServedTarget(ABC):
     def _capture(self, client: ServerClient, task: PromptTask) -> Stored | Failed:
         def work() -> Stored | Failed:
             input_ids, loss_mask = task.input_ids, task.loss_mask
+            began = time.perf_counter()
             if self._sampling is not None:
                 tokens = self._continuation(client, task, self._sampling)
                 input_ids, loss_mask = input_ids + tokens, [0] * len(input_ids) + [1] * len(tokens)
-            return self._store_sample(client, task, input_ids, loss_mask)
+            generated = time.perf_counter()
+            return replace(self._store_sample(client, task, input_ids, loss_mask), generate_s=generated - began)
 
         return self._attempt(client, task, work)
 

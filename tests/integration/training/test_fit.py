@@ -13,11 +13,13 @@ from disagg_core.channel import patience as patience_module
 from disagg_core.contracts import StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.errors import ChannelUnavailable, Preempted, ProducerFailed, StoreUnavailable, TrainingDiverged
+from disagg_core.run.metrics import read_metrics
+from disagg_core.run.phases import TRAINING_PHASES, seconds_of
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training import loader as loader_module
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.observers import MetricsObserver
+from disagg_core.training.observers import LapObserver, MetricsObserver, Observers
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 
 pytestmark = pytest.mark.integration
@@ -56,6 +58,26 @@ def test_every_sample_is_trained_acknowledged_and_freed(attempt, ranks, tmp_path
     assert len(records[0]["step_losses"]) == len(records[0]["accuracies"]) == len(records[0]["acceptance_rates"]) == 3
 
 
+def test_where_the_time_of_every_window_went_is_a_line_of_the_metrics_and_adds_up(attempt, ranks, tmp_path):
+    attempt.publish(range(10))
+    observer = Observers(MetricsObserver(tmp_path / "train.jsonl"), LapObserver(tmp_path / "phases.jsonl"))
+    training = section(save_every_steps=2)
+    trainer, loader = consumer(
+        attempt.reader, attempt.store, ranks, observer=observer, training=training, checkpoints=tmp_path
+    )
+
+    outcome = trainer.fit(loader)
+
+    laps = list(read_metrics(tmp_path / "phases.jsonl"))
+    assert [(lap["step"], lap["samples"]) for lap in laps] == [(1, 4), (2, 4), (3, 2)]
+    spent = [seconds_of(lap, TRAINING_PHASES) for lap in laps]
+    assert sum(sum(phases.values()) for phases in spent) <= outcome.seconds
+    for phases in spent:
+        assert all(phases[phase] > 0 for phase in ("forward", "backward", "reduce", "optimizer", "ack"))
+    assert spent[1]["features"] > 0
+    assert [phases["save"] > 0 for phases in spent] == [False, True, False]
+
+
 def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
     attempt.publish(range(8))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks)
@@ -66,6 +88,8 @@ def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
             left.append((attempt.store.key_count(), attempt.writer.in_flight_remote()))
 
         def on_phase(self, phase, progress): ...
+
+        def on_lap(self, lap): ...
 
         def on_wait(self): ...
 
@@ -287,6 +311,8 @@ class StopWhen:
 
     def on_phase(self, phase, progress): ...
 
+    def on_lap(self, lap): ...
+
     def on_wait(self):
         if self._due():
             self._loader.request_stop()
@@ -469,6 +495,8 @@ def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_wa
             monkeypatch.setattr(attempt.reader, method, away)
 
         def on_phase(self, phase, progress): ...
+
+        def on_lap(self, lap): ...
 
         def on_wait(self): ...
 

@@ -34,6 +34,9 @@ class AtFirstWait:
     def on_phase(self, phase, progress) -> None:
         """Phases are no waits."""
 
+    def on_lap(self, lap) -> None:
+        """Laps are no waits."""
+
     def on_wait(self) -> None:
         self._do()
 

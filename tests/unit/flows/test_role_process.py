@@ -30,6 +30,7 @@ class Server:
         self.away = True
         self.deleted = False
         self.shown: list[float] = []
+        self.told: list[str] = []
 
     def create(self, **_: object) -> UUID:
         if self.away:
@@ -43,6 +44,7 @@ class Server:
         if self.deleted:
             raise ObjectNotFound(LookupError("artifact"))
         self.shown.append(progress)
+        self.told.append(description)
 
 
 @pytest.fixture
@@ -55,11 +57,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> role_process._ProgressArtifact:
+def assignment(tmp_path: Path) -> RoleAssignment:
     spec = load_spec(SPEC)
     plan = make_plan(spec, read_target_facts(spec.target), run_id="run.1", root=tmp_path, total_prompts=100)
     endpoints = StoreEndpoints(master_address="a:1", metrics_address="a:2")
-    assignment = RoleAssignment(plan=plan, attempt=1, store=endpoints)
+    return RoleAssignment(plan=plan, attempt=1, store=endpoints)
+
+
+@pytest.fixture
+def artifact(assignment: RoleAssignment) -> role_process._ProgressArtifact:
     ProgressFile(assignment.dir.state / "producer.json").update(prompts=25)
     return role_process._ProgressArtifact("producer", assignment)
 
@@ -85,6 +91,26 @@ def test_a_progress_artifact_that_was_deleted_in_the_ui_is_made_anew(
     assert server.shown == [25.0]
     artifact.publish()
     assert server.shown == [25.0, 25.0]
+
+
+def test_the_artifact_of_either_side_says_what_holds_the_run_up_and_not_each_share(
+    server: Server, artifact: role_process._ProgressArtifact
+) -> None:
+    server.away = False
+    shares = {"share_refs": 0.4, "share_forward": 0.3}
+    ProgressFile(artifact._state / "consumer.json").update(phase="training", step=3, **shares)
+    artifact.publish()
+    (told,) = server.told
+    assert told.startswith("prompts 25 | inference-bound: training waits 40% for features")
+    assert "share" not in told
+
+
+def test_a_further_node_of_the_consumer_which_writes_no_progress_has_an_artifact_all_the_same(
+    server: Server, assignment: RoleAssignment
+) -> None:
+    server.away = False
+    role_process._ProgressArtifact("consumer-node1", assignment).publish()
+    assert server.shown == [0.0]
 
 
 def test_a_role_runs_with_the_gpus_that_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

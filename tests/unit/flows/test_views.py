@@ -189,6 +189,30 @@ def test_the_status_shows_every_run_whatever_became_of_it(tmp_path: Path) -> Non
     assert lines["young"][0] == "no report yet"
 
 
+def test_the_status_and_the_progress_of_a_run_say_what_holds_it_up_and_for_how_long(tmp_path: Path) -> None:
+    spec = load_spec(RUNS / "qwen3-8b-eagle3.yaml")
+    root = tmp_path / "runs" / "young"
+    plan = make_plan(spec, read_target_facts(spec.target), run_id="young", root=root, total_prompts=100)
+    state = plan.dir.attempt(1).state
+    ProgressFile(state / "producer.json").update(phase="capturing", share_space=0.0, left_s=60, infer_capacity=18.5)
+    ProgressFile(state / "consumer.json").update(
+        phase="training", step=3, share_refs=0.38, share_forward=0.3, train_capacity=30.0, left_s=600
+    )
+    plan.dir.document.write_text(plan.model_dump_json())
+    status, lines = (Console(file=io.StringIO(), width=400) for _ in range(2))
+
+    status_view.show(Settings(home=tmp_path), None, status)
+    with Lines(lines) as shown:
+        shown.show("Running", plan, read_progress(state / "producer.json"), read_progress(state / "consumer.json"))
+
+    for console in (status, lines):
+        assert isinstance(console.file, io.StringIO)
+        told = console.file.getvalue()
+        assert "inference-bound: training waits 38% for features" in told
+        assert "(I 18.5, T 30.0 samples/s)" in told
+        assert "10 min left" in told
+
+
 def columns(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("│")] if line.startswith("│") else []
 

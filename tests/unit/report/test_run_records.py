@@ -11,6 +11,7 @@ from disagg_core.errors import RoleFailed, StoreUnavailable
 from disagg_core.report import records
 from disagg_core.report.records import last_progress, read_report, report_interrupted
 from disagg_core.run.known import OtherVersion, UnknownRun, find_run, known_runs, read_plan
+from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import write_failure
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run.progress import ProgressFile
@@ -66,6 +67,31 @@ def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: R
         assert row in markdown
     assert "resumes from its newest checkpoint" in markdown
     assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_where_the_time_of_both_sides_went_and_what_follows_from_it(plan: RunPlan) -> None:
+    begin_attempt(plan, 1, prompts=40, step=2, trained=8)
+    with JsonlMetrics(plan.dir.phases) as laps:
+        laps.write(step=1, samples=4, refs_s=3.0, forward_s=1.0)
+        laps.write(step=2, samples=4, refs_s=3.0, forward_s=1.0)
+    with JsonlMetrics(plan.dir.rollout_metrics) as intervals:
+        intervals.write(samples=8, workers=2, space_s=0.0, prefill_s=12.0, other_s=4.0, put_beside_s=2.5)
+
+    report = report_interrupted(plan.dir, "cancelled", "interrupted", "f-1")
+
+    assert report is not None
+    assert report.time_spent is not None
+    assert report.time_spent.training["refs"] == 6.0
+    assert report.time_spent.bottleneck.startswith(
+        "inference-bound: training waits 75% for features; capture is the slower side (I 1.0, T 4.0 samples/s)"
+    )
+    markdown = (plan.root / "report.md").read_text()
+    for row in (
+        "| training | waiting for references | 6.0 | 75.0% |",
+        "| capture | prefill | 12.0 | 75.0% |",
+        "| beside capture | put, in threads of its own | 2.5 |  |",
+    ):
+        assert row in markdown
 
 
 def test_a_cancelled_run_of_several_drafts_says_the_loss_of_each(plan: RunPlan) -> None:
