@@ -91,6 +91,7 @@ def _sources(plan: RunPlan) -> dict[str, Path]:
         "export": plan.dir.export,
         "drafts": plan.dir.drafts,
         "metrics": plan.dir.metrics,
+        "profiles": plan.dir.profiles,
         "attempts": plan.dir.root / "attempts",
         **{f"checkpoints/{path.name}": path for path in kept},
     }

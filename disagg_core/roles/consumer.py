@@ -44,6 +44,7 @@ from disagg_core.training.observers import (
     ProgressObserver,
     TensorBoardObserver,
 )
+from disagg_core.training.profiling import ProfileObserver
 from disagg_core.training.progress import TrainOutcome
 from disagg_core.training.trainer import StepObserver
 from disagg_core.training.watchdog import Watchdog
@@ -262,6 +263,8 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
 def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     plan = assignment.plan
     observers: list[StepObserver] = [ProgressObserver(progress, plan.total_steps), LapObserver(plan.dir.phases)]
+    if plan.spec.training.profile is not None:
+        observers.append(ProfileObserver(plan.spec.training.profile, plan.dir.profiles))
     for draft in plan.drafts:
         observers.append(MetricsObserver(draft.dir.train_metrics, draft.folder))
         if "tensorboard" in plan.spec.run.trackers:

@@ -128,6 +128,13 @@ class ChannelSection(Section):
     idle_timeout_s: float = Field(600.0, gt=0, description="Without progress of the other side for this long: stalled.")
 
 
+class ProfileSection(Section):
+    """A window of torch.profiler on the first trainer process."""
+
+    start: int = Field(10, ge=0, description="Optimizer steps before the window; the first ones compile and allocate.")
+    steps: int = Field(3, ge=1, le=100, description="Optimizer steps in the window; each takes some MB of trace.")
+
+
 class TrainingSection(Section):
     """The consumer."""
 
@@ -148,6 +155,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     prefetch_samples: int = Field(64, ge=1, description="Samples that the loader fetches ahead.")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of one trainer process on CPU.")
+    profile: ProfileSection | None = Field(None, description="Trace some steps into profiles/ of the run; default: no.")
     max_quarantined: float = Field(
         0.05, ge=0, le=1, description="The run fails with more samples quarantined: a share of those published."
     )
