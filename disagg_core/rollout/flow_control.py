@@ -49,6 +49,18 @@ class FlowControl:
             self._paused_since = self.clock()
         return not self.paused
 
+    def may_admit(self, group: int, in_flight_refs: int, in_flight_bytes: int = 0) -> bool:
+        """Return whether a group of prompts may be taken up, with what is admitted already counted as in flight.
+
+        All of it has to fit under the high watermarks, however long its samples come to be.
+        """
+        if not self.may_publish(in_flight_refs, in_flight_bytes):
+            return False
+        marks = self.marks
+        most = in_flight_bytes + group * marks.max_sample_bytes
+        fits_bytes = marks.high_bytes is None or most <= marks.high_bytes
+        return in_flight_refs + group <= marks.high_refs and fits_bytes
+
     @property
     def paused_s(self) -> float:
         """Seconds that publishing was paused so far: the producer waited for the consumer."""

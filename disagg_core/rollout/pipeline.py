@@ -65,7 +65,7 @@ class Pipeline:
         self._in_flight = in_flight
         self._sample_bytes = sample_bytes
         self._clock = clock
-        self._reorder = ReorderBuffer(ordered=ordered)
+        self._reorder: ReorderBuffer[SampleRef] = ReorderBuffer(ordered=ordered)
         self._reserved: dict[int, int] = {}
         self._reserved_bytes = 0
         self.changed = threading.Condition()
@@ -136,12 +136,7 @@ class Pipeline:
             remote_refs, remote_bytes = self._in_flight()
         except ChannelUnavailable:  # nothing is admitted meanwhile; for how long that may last, the drive loop says
             return False
-        refs, size = refs + remote_refs, size + remote_bytes
-        if not self._flow.may_publish(refs, size):
-            return False
-        marks = self._marks
-        fits_bytes = marks.high_bytes is None or size + self.source.group * marks.max_sample_bytes <= marks.high_bytes
-        return refs + self.source.group <= marks.high_refs and fits_bytes
+        return self._flow.may_admit(self.source.group, refs + remote_refs, size + remote_bytes)
 
     def _reserve(self, batch: PromptBatch) -> None:
         with self.changed:

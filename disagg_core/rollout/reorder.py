@@ -7,11 +7,13 @@ what may be in flight. Holds references only; their tensors are in the store.
 from __future__ import annotations
 
 from collections import deque
+from typing import Generic, TypeVar
 
-from disagg_core.contracts import SampleRef
+Item = TypeVar("Item")
+"""What is put in order: a finished reference."""
 
 
-class ReorderBuffer:
+class ReorderBuffer(Generic[Item]):
     """Releases references in the order in which their ordinals were expected, or as they come (`ordered` False)."""
 
     def __init__(self, *, ordered: bool) -> None:
@@ -19,7 +21,7 @@ class ReorderBuffer:
         self._expected: deque[int] = deque()
         self._pending: set[int] = set()
         self._dropped: set[int] = set()
-        self._ready: dict[int, SampleRef] = {}
+        self._ready: dict[int, Item] = {}
 
     def expect(self, ordinal: int) -> None:
         """Reserve the next place for `ordinal`; once for each ordinal, ascending."""
@@ -28,7 +30,7 @@ class ReorderBuffer:
         if self._ordered:
             self._expected.append(ordinal)
 
-    def put(self, ordinal: int, ref: SampleRef) -> None:
+    def put(self, ordinal: int, ref: Item) -> None:
         """Hand in the finished reference of an expected ordinal."""
         assert ordinal in self._pending, f"ordinal {ordinal} is not expected"
         self._ready[ordinal] = ref
@@ -39,13 +41,13 @@ class ReorderBuffer:
         if self._ordered:
             self._dropped.add(ordinal)
 
-    def pop_ready(self, limit: int) -> list[SampleRef]:
+    def pop_ready(self, limit: int) -> list[Item]:
         """Return up to `limit` references whose turn it is."""
         if not self._ordered:
             chosen = list(self._ready)[:limit]
             self._pending.difference_update(chosen)
             return [self._ready.pop(ordinal) for ordinal in chosen]
-        refs: list[SampleRef] = []
+        refs: list[Item] = []
         while self._expected and len(refs) < limit:
             head = self._expected[0]
             if head in self._dropped:
@@ -65,7 +67,7 @@ class ReorderBuffer:
             return bool(self._ready)
         return next((o for o in self._expected if o not in self._dropped), None) in self._ready
 
-    def drain(self) -> list[SampleRef]:
+    def drain(self) -> list[Item]:
         """Return and forget every reference that was never released: their samples have to be freed."""
         refs = list(self._ready.values())
         self._ready.clear()

@@ -124,12 +124,47 @@ def status() -> None:
 
 
 @app.command()
-def plan(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Show what a run would start and need, checked against each other. Starts nothing, needs no weights."""
+def plan(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Forecast the speed of both sides instead.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --simulate: a100, h100 (default), h200 or b200.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=2, help="How many to divide; by default as the document.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean tokens of a sample; default: half max_tokens.")
+    ] = None,
+    owners: Annotated[int | None, typer.Option(min=1, help="Store owners; by default one.")] = None,
+    owner_gbs: Annotated[float | None, typer.Option(help="GB/s of one store owner.")] = None,
+    network_gbs: Annotated[float | None, typer.Option(help="GB/s of one node's network.")] = None,
+    capture_mfu: Annotated[float | None, typer.Option(help="Part of the peak that a prefill reaches.")] = None,
+    training_mfu: Annotated[float | None, typer.Option(help="Part of the peak that a step reaches.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of one GPU for an hour.")] = None,
+) -> None:
+    """Show what a run would start and need, checked against each other. Starts nothing, needs no weights.
+
+    With --simulate: what each side would do on such machines, what holds it up, and the best split of the GPUs.
+    """
     from disagg_core.checks.preflight import sketch_plan
     from disagg_core.cli.plan_view import render
 
-    _output().print(render(sketch_plan(load_spec(spec, overrides or ()), get_settings())))
+    found = sketch_plan(load_spec(spec, overrides or ()), get_settings())
+    machines = {
+        "owner_gbs": owner_gbs,
+        "network_gbs": network_gbs,
+        "capture_mfu": capture_mfu,
+        "training_mfu": training_mfu,
+        "price": price,
+    }
+    if not simulate:
+        if any(value is not None for value in (gpu, gpus, tokens, owners, *machines.values())):
+            raise BadInput("--gpu, --gpus, --tokens, --owners and what describes the machines need --simulate")
+        _output().print(render(found))
+        return
+    from disagg_core.capacity.hardware import hardware_of
+    from disagg_core.cli.plan_simulation import Question, simulation_of
+
+    hardware = hardware_of(gpu or "h100", **machines)
+    _output().print(simulation_of(found, Question(hardware, gpus, tokens, owners or 1)))
 
 
 @app.command()

@@ -21,7 +21,7 @@ FLOORS = [
     {"drafts", "prompts", "run"},
     {"evaluation", "channel", "engines", "report"},
     {"training", "rollout", "checks", "registry"},
-    {"roles", "recurring"},
+    {"roles", "recurring", "capacity"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
