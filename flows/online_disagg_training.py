@@ -19,7 +19,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import get_settings
 from tasks.archive import archive_failed_run, archive_report, archive_run, prune_archives
 from tasks.attempts import pause_before_next, run_attempt
-from tasks.cancellation import cancel_unfinished
+from tasks.cancellation import abort_if_over, cancel_unfinished
 from tasks.completion import Completion, judge_training, verify_completion
 from tasks.evaluation import evaluate_drafts
 from tasks.mooncake import feature_store_services
@@ -79,6 +79,7 @@ async def online_disagg_training(spec: RunSpec) -> RunReport | State[Any]:
     A run whose draft the gate has decided about ends as *Promoted* or *Rejected*, one of recurring training without
     anything new as *Skipped*: all three are completed.
     """
+    abort_if_over()
     spec, nothing_new = what_is_new(spec)
     if nothing_new is not None:
         return Completed(name="Skipped", message=nothing_new)

@@ -32,9 +32,12 @@ from disagg_core.run.outcomes import RoleOutcome, read_outcome, write_failure
 from disagg_core.run.phases import share_field
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.run.progress import ProgressValue, read_progress
+from tasks.cancellation import abort_if_over
 from tasks.server_away import wait_for_server
 
 _ARTIFACT_INTERVAL_S = 5.0
+_LOOK_S = 5.0
+"""How often a role's flow run is looked at: was it ended by somebody else?"""
 
 LEAN_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Environment of the role trees, unless it is set already. Batches of ever new shapes otherwise leave a CPU trainer
@@ -118,7 +121,11 @@ def _run_tree(command: list[str], log: Path, environment: Mapping[str, str], eve
     """Run `command` as a process tree and return its exit code; the tree is gone when this returns or raises.
 
     It returns to a server that can be told of the end.
+
+    Raises:
+        Abort: the flow run that this works for is over: nobody would use what the tree still makes.
     """
+    abort_if_over()
     process = spawn(command, log, environment={**LEAN_MEMORY, **os.environ, **environment})
     try:
         code = _ended(process, every_second)
@@ -130,10 +137,14 @@ def _run_tree(command: list[str], log: Path, environment: Mapping[str, str], eve
 
 
 def _ended(process: subprocess.Popen[bytes], every_second: Callable[[], None]) -> int:
+    looked = time.monotonic()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(1.0)
         every_second()
+        if time.monotonic() - looked >= _LOOK_S:
+            abort_if_over()
+            looked = time.monotonic()
 
 
 @contextlib.contextmanager

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+from pathlib import Path
 from uuid import UUID
 
+import psutil
 import pytest
 from prefect import State, flow, get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.client.schemas.objects import StateType
-from prefect.states import Cancelled, Completed, Pending, Running, Scheduled
+from prefect.exceptions import Abort
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Crashed, Pending, Running, Scheduled
 
 from flows.platform.deployments import TAG, _cancel_active_runs
-from tasks.cancellation import cancel_unfinished
+from tasks import cancellation, role_process
+from tasks.cancellation import abort_if_over, cancel_unfinished, request_cancellation
 from tests.integration.flows.conftest import PrefectServer
 
 pytestmark = pytest.mark.integration
@@ -83,3 +89,74 @@ def test_down_cancels_our_runs_and_nobody_else_s(api: PrefectServer) -> None:
             return types
 
     assert asyncio.run(story()) == [StateType.CANCELLED, StateType.SCHEDULED]
+
+
+def test_a_run_that_begins_while_it_is_cancelled_is_ended_by_its_worker(api: PrefectServer) -> None:
+    async def story() -> list[StateType]:
+        async with get_client() as client:
+            (starting,) = await runs_in(client, Pending())
+            as_it_was = await client.read_flow_run(starting)
+            await client.set_flow_run_state(starting, Running())
+            await request_cancellation(client, as_it_was, "the parent is cancelled")
+            return await types_of(client, [starting])
+
+    assert asyncio.run(story()) == [StateType.CANCELLING]
+
+
+def run_of_this_process(monkeypatch: pytest.MonkeyPatch, *states: State[None]) -> UUID:
+    """Let this process work for a flow run that went through these states."""
+    with get_client(sync_client=True) as client:
+        run_id = client.create_flow_run(idle, state=Pending()).id
+        for state in states:
+            client.set_flow_run_state(run_id, state, force=True)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    monkeypatch.setattr(cancellation, "get_run_logger", lambda: logging.getLogger("test"))
+    return run_id
+
+
+@pytest.mark.parametrize(
+    "states",
+    [(Cancelled(), Running()), (Cancelling(), Running()), (Running(), Cancelled()), (Running(), Crashed())],
+    ids=["cancelled before it began", "asked before it began", "cancelled", "taken for dead"],
+)
+def test_a_process_whose_run_is_over_ends(
+    api: PrefectServer, monkeypatch: pytest.MonkeyPatch, states: tuple[State[None], ...]
+) -> None:
+    run_id = run_of_this_process(monkeypatch, *states)
+    with pytest.raises(Abort):
+        abort_if_over()
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+    assert state is not None
+    assert state.is_final()
+
+
+@pytest.mark.parametrize(
+    "states",
+    [(Running(),), (Running(), Cancelled(), AwaitingRetry(), Running()), (Running(), Cancelling())],
+    ids=["running", "tried again", "its worker is about to end it"],
+)
+def test_a_process_whose_run_goes_on_does_not_end(
+    api: PrefectServer, monkeypatch: pytest.MonkeyPatch, states: tuple[State[None], ...]
+) -> None:
+    run_of_this_process(monkeypatch, *states)
+    abort_if_over()
+
+
+def test_the_tree_of_a_role_ends_with_a_run_that_is_ended_on_the_server(
+    api: PrefectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing but its watcher is there to end it."""
+    run_id = run_of_this_process(monkeypatch, Running())
+    monkeypatch.setattr(role_process, "_LOOK_S", 0.0)
+    told = tmp_path / "pid"
+
+    def cancel_once_it_runs() -> None:
+        if told.is_file():
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(run_id, Cancelled())
+
+    role = f"import os, pathlib, signal; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); signal.pause()"
+    with pytest.raises(Abort):
+        role_process._run_tree([sys.executable, "-c", role], tmp_path / "log", {}, cancel_once_it_runs)
+    assert not psutil.pid_exists(int(told.read_text()))
