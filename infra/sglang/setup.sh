@@ -40,39 +40,13 @@ pins="$(
         cat "$here"/requirements-*.txt "$here"/stand_ins/* "$repo/pyproject.toml"
     } | sha256sum | cut -d' ' -f1
 )"
-stamp="$directory/.draftline-stamp"
-if [ -z "$force" ] && [ -x "$directory/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$pins" ]; then
+source "$here/../environment.sh"
+if up_to_date; then
     echo "SGLang environment ($variant) is up to date: $directory"
     exit 0
 fi
 
-python="$(command -v python3.11 || true)"
-if [ -z "$python" ]; then
-    echo "setup.sh: python3.11 is not on PATH; install it (for example: apt-get install python3.11 python3.11-venv)" >&2
-    exit 1
-fi
-
-mkdir -p "$directory"
-log="$directory/setup.log"
-exec 9>"$directory/.setup.lock"
-flock 9
-rm -f "$stamp"
-echo "building the SGLang environment ($variant) in $directory; log: $log"
-if [ -n "$force" ] || ! "$directory/bin/python" -c '' 2>/dev/null; then
-    "$python" -m venv --clear "$directory"
-    exec 9>"$directory/.setup.lock"
-    flock 9
-fi
-: >"$log"
-
-install() {
-    if ! "$directory/bin/python" -m pip install -q "$@" >>"$log" 2>&1; then
-        echo "setup.sh: pip install $* failed; the end of $log:" >&2
-        tail -n 15 "$log" >&2
-        exit 1
-    fi
-}
-
+begin "the SGLang environment ($variant)"
 if [ "$variant" = cuda ]; then
     install "sglang==$sglang_version"
     install -r "$here/requirements-draftline.txt" "$cuda_mooncake"
@@ -87,7 +61,7 @@ else
 fi
 install --no-deps --no-build-isolation -e "$repo"
 
-"$directory/bin/python" - <<'PYTHON' >>"$log" 2>&1 || { echo "setup.sh: the environment does not import; see $log" >&2; tail -n 15 "$log" >&2; exit 1; }
+check "$directory/bin/python" - <<'PYTHON'
 from importlib.metadata import entry_points, version
 
 import msgspec, pydantic_settings, torch, transformers  # noqa: E401
@@ -99,5 +73,4 @@ names = [point.name for point in entry_points(group="sglang.srt.plugins")]
 assert "draftline_capture" in names, f"the capture plugin is not among the entry points: {names}"
 print("sglang", version("sglang"), "torch", torch.__version__, "transformers", transformers.__version__, names)
 PYTHON
-echo "$pins" >"$stamp"
-echo "done: $directory/bin/python"
+finish

@@ -22,42 +22,15 @@ case "${1:-}" in
 esac
 
 pins="$(sha256sum "$requirements" | cut -d' ' -f1)"
-stamp="$directory/.draftline-stamp"
-if [ -z "$force" ] && [ -x "$directory/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$pins" ]; then
+source "$here/../environment.sh"
+if up_to_date; then
     echo "vLLM environment is up to date: $directory"
     exit 0
 fi
 
-python="$(command -v python3.11 || true)"
-if [ -z "$python" ]; then
-    echo "setup.sh: python3.11 is not on PATH; install it (for example: apt-get install python3.11 python3.11-venv)" >&2
-    exit 1
-fi
-
-mkdir -p "$directory"
-exec 9>"$directory/.setup.lock"
-flock 9
-log="$directory/setup.log"
-rm -f "$stamp"
-echo "building the vLLM environment in $directory; log: $log"
-if [ -n "$force" ] || ! "$directory/bin/python" -c '' 2>/dev/null; then
-    "$python" -m venv --clear "$directory"
-    exec 9>"$directory/.setup.lock"
-    flock 9
-fi
-: >"$log"
-
-check() {
-    if ! "$@" >>"$log" 2>&1; then
-        echo "setup.sh: $* failed; the end of $log:" >&2
-        tail -n 15 "$log" >&2
-        exit 1
-    fi
-}
-
+begin "the vLLM environment"
 # torch alone and first: nothing that follows may choose another build of it.
-check "$directory/bin/python" -m pip install -q "$(grep '^torch==' "$requirements")"
-check "$directory/bin/python" -m pip install -q --no-deps -r "$requirements"
+install "$(grep '^torch==' "$requirements")"
+install --no-deps -r "$requirements"
 check "$directory/bin/python" -c "import torch, vllm; assert torch.version.cuda is None, torch.__version__; vllm.LLM"
-echo "$pins" >"$stamp"
-echo "done: $directory/bin/python"
+finish
