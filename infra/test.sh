@@ -37,6 +37,7 @@ case "$tier" in
     real) bash infra/smollm2/setup.sh ;;
 esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+unset PYTHONDONTWRITEBYTECODE  # a hundred processes would each compile all of our modules, and each worker all tests
 chosen="$slow and $tier and not chaos"
 parallel=()
 case "$tier" in
