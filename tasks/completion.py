@@ -16,11 +16,13 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from disagg_core.errors import RoleFailed, StoreError, TooManyLost
+from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.bad_records import count_reasons
 from disagg_core.report.accounting import Accounting
 from disagg_core.report.document import DraftFigures, ServerFigures, TrainingFigures
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document
+from disagg_core.run.metrics import read_metrics
 from disagg_core.run.outcomes import RoleOutcome
 from disagg_core.run.plan import PlannedDraft, RunPlan
 from disagg_core.store.endpoints import StoreEndpoints
@@ -42,6 +44,7 @@ class Completion(BaseModel):
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
     refused_reasons: dict[str, int] = {}
+    quarantined_reasons: dict[str, int] = {}
     servers: list[ServerFigures]
 
 
@@ -98,9 +101,9 @@ def judge_training(plan: RunPlan, completion: Completion) -> None:
     if accounting.quarantined > allowed:
         raise TooManyLost(
             f"{accounting.quarantined} of {accounting.published} samples were quarantined by the trainer, "
-            f"training.max_quarantined allows {spec.training.max_quarantined:.1%}; the consumer's log names each with "
-            "its reason. The draft is exported and archived; look at the target's states, or give the next run a "
-            "larger share"
+            f"training.max_quarantined allows {spec.training.max_quarantined:.1%}; quarantined.jsonl in the attempts' "
+            "states names each with its reason. The draft is exported and archived; look at the target's states, or "
+            "give the next run a larger share"
         )
 
 
@@ -150,6 +153,7 @@ def complete(
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
         rejected_reasons=count_reasons(record.reason for record in rejections),
         refused_reasons=count_reasons(record.reason for record in rejections if record.kind != "rejected"),
+        quarantined_reasons=count_reasons(_quarantines(plan, OrdinalSet(trained.quarantined_ordinals))),
         servers=made.servers,
     )
 
@@ -186,6 +190,7 @@ class _Trained(BaseModel):
     steps: int
     samples: int
     quarantined: int
+    quarantined_ordinals: list[tuple[int, int]] = []
     lost: int = 0
     reason: str
     checkpoint: str
@@ -220,9 +225,19 @@ class _Rejected(msgspec.Struct):
 
 def _rejections(plan: RunPlan, attempt: int) -> list[_Rejected]:
     """Return what was rejected; lines that cannot be read are passed over, as a restarted producer does."""
-    path = plan.dir.attempt(attempt).state / "rejected.jsonl"
+    path = plan.dir.attempt(attempt).rejected
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             found.append(msgspec.json.decode(line, type=_Rejected))
     return found
+
+
+def _quarantines(plan: RunPlan, ordinals: OrdinalSet) -> list[str]:
+    """Return why each sample of `ordinals` was quarantined, as the last attempt that met it said."""
+    reasons: dict[object, str] = {}
+    for attempt in plan.dir.begun_attempts():
+        for record in read_metrics(plan.dir.attempt(attempt).quarantined):
+            if record.get("ordinal") in ordinals:
+                reasons[record["ordinal"]] = str(record.get("reason"))
+    return list(reasons.values())

@@ -166,6 +166,7 @@ class RunRecord:
             attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
             store_counters=done.store_counters if done else {},
             rejected_reasons=done.rejected_reasons if done else {},
+            quarantined_reasons=done.quarantined_reasons if done else {},
             servers=done.servers if done else [],
             run_dir=str(self.plan.root),
             export=drafts[0].export if len(drafts) == 1 else None,

@@ -199,6 +199,7 @@ class RunReport(_Part):
     attempts: list[AttemptFigures]
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
+    quarantined_reasons: dict[str, int] = {}
     servers: list[ServerFigures] = []
     run_dir: str
     export: str | None

@@ -62,14 +62,19 @@ def _accounting(report: RunReport) -> Iterator[Figure]:
         return
     yield Figure("prompts", f"{a.prompts} = {a.published} published + {a.rejected} rejected")
     if report.rejected_reasons:
-        reasons = (f"{count} x {reason}" for reason, count in sorted(report.rejected_reasons.items()))
-        yield Figure("rejected", "; ".join(reasons))
+        yield Figure("rejected", _counted(report.rejected_reasons))
     unused = f" + {a.unused} unused" if a.unused else ""
     samples = f"{a.published} = {a.trained} trained + {a.quarantined} quarantined{unused}"
     yield Figure("samples", samples, brief={"trained": str(a.trained)})
+    if report.quarantined_reasons:
+        yield Figure("quarantined", _counted(report.quarantined_reasons))
     yield Figure("left in the store", str(a.store_keys_left))
     for problem in a.problems():
         yield Figure("does not add up", problem, "alarm")
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))
 
 
 def _training(report: RunReport) -> Iterator[Figure]:

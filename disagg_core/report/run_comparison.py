@@ -19,7 +19,7 @@ _POINTS = 10
 """Points of a curve that are shown."""
 _CURVES = ("loss", "simulated_accept_length")
 _IDENTITY = ("target", "capture", "tokenizer_version", "draft_vocab_size", "warm_starts")
-_RESULTS = ("state", "accounting", "training", "evaluation", "gate", "rejected_reasons")
+_RESULTS = ("state", "accounting", "training", "evaluation", "gate", "rejected_reasons", "quarantined_reasons")
 
 
 class CurvePoint(BaseModel):

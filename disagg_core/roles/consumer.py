@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from pydantic import JsonValue
 
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.drafts.method import DraftModel, FrozenParts
@@ -38,6 +39,7 @@ from disagg_core.training.consumer import DraftToTrain, build_disagg_online_cons
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.inputs import Selection
 from disagg_core.training.observers import (
+    GivenUpObserver,
     LapObserver,
     MetricsObserver,
     Observers,
@@ -88,9 +90,14 @@ def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
             write_failure(_outcome_path(state, ranks.rank), started, _true_cause(error, state, ranks))
             raise
         if ranks.is_first:
-            result = {**msgspec.to_builtins(outcome), "store_counters": counters}
-            write_outcome(_outcome_path(state, 0), started, result)
+            write_outcome(_outcome_path(state, 0), started, result_of(outcome, counters))
         return outcome
+
+
+def result_of(outcome: TrainOutcome, counters: dict[str, float]) -> dict[str, JsonValue]:
+    """Return what the outcome file says of a fit, in JSON's own types: a pair is a list there."""
+    said: dict[str, JsonValue] = msgspec.json.decode(msgspec.json.encode(outcome))
+    return {**said, "store_counters": dict(counters)}
 
 
 def _outcome_path(state: Path, rank: int) -> Path:
@@ -262,7 +269,11 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
 
 def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     plan = assignment.plan
-    observers: list[StepObserver] = [ProgressObserver(progress, plan.total_steps), LapObserver(plan.dir.phases)]
+    observers: list[StepObserver] = [
+        ProgressObserver(progress, plan.total_steps),
+        LapObserver(plan.dir.phases),
+        GivenUpObserver(assignment.dir.quarantined),
+    ]
     if plan.spec.training.profile is not None:
         observers.append(ProfileObserver(plan.spec.training.profile, plan.dir.profiles))
     for draft in plan.drafts:

@@ -211,7 +211,7 @@ def _open_source(
 ) -> PromptSource:
     """Return the prompts without those that are trained or rejected already; further rejected ones go to the file."""
     plan = assignment.plan
-    rejected = stack.enter_context(RejectedFile(assignment.dir.state / "rejected.jsonl"))
+    rejected = stack.enter_context(RejectedFile(assignment.dir.rejected))
     source = PromptSource(
         pool,
         group=largest_group(plan.watermarks, target.batch_size),

@@ -8,7 +8,7 @@
       continuations.jsonl       what the target said to the prompts, with data.generate
       attempts/<n>/channel/     the reference channel (file backend)
       attempts/<n>/logs/        one file for each process
-      attempts/<n>/state/       progress of the roles, plain JSON
+      attempts/<n>/state/       progress of the roles, plain JSON; rejected.jsonl and quarantined.jsonl with reasons
       checkpoints/step-<k>/     complete when its manifest exists
       metrics/                  train.jsonl, rollout.jsonl, phases.jsonl, tensorboard/
       profiles/                 traces of single steps, with training.profile
@@ -53,6 +53,16 @@ class AttemptDir:
     def state(self) -> Path:
         """Progress and outcome files of the roles."""
         return self.root / "state"
+
+    @property
+    def rejected(self) -> Path:
+        """The prompts that no sample was published for, with reasons; written by the producer."""
+        return self.state / "rejected.jsonl"
+
+    @property
+    def quarantined(self) -> Path:
+        """The samples that could not be trained on, with reasons; written by the consumer."""
+        return self.state / "quarantined.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""What the trainer writes while it runs: metrics/train.jsonl, TensorBoard, and the role's progress file."""
+"""What the trainer writes while it runs: metrics/train.jsonl, TensorBoard, what it gave up, and its progress file."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from disagg_core.contracts import ordinal_of
 from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.phases import DATA_WAIT, RecentShares, fields_of
@@ -14,6 +15,7 @@ from disagg_core.run.progress import ProgressFile, figure_of
 from disagg_core.training.phase_clock import Lap
 from disagg_core.training.progress import TrainingProgress
 from disagg_core.training.trainer import StepObserver
+from disagg_core.training.window import GivenUp
 
 DRAFT = "draft"
 """The field of a step's record that says which draft took it; empty for the only one."""
@@ -35,6 +37,9 @@ class MetricsObserver:
 
     def on_lap(self, lap: Lap) -> None:
         """Where the time of a window went is no draft's own: `LapObserver` writes it."""
+
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """They are counted in the next step's record."""
 
     def on_wait(self) -> None:
         """Waiting is in the next step's `data_wait_s`."""
@@ -73,6 +78,9 @@ class TensorBoardObserver:
     def on_lap(self, lap: Lap) -> None:
         """Where the time of a window went is no draft's own: `LapObserver` writes it."""
 
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """They are counted in the next step's record."""
+
     def on_wait(self) -> None:
         """Waiting is in the next step's `data_wait_s`."""
 
@@ -95,6 +103,35 @@ class LapObserver:
 
     def on_wait(self) -> None:
         """Waiting is in the next lap."""
+
+
+class GivenUpObserver:
+    """Keeps the attempt's ``quarantined.jsonl``: every sample that was not trained on, and why.
+
+    `kind` is ``quarantined`` for one that is given up for good, and ``lost`` for one that is captured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = JsonlMetrics(path)
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Steps are trained on."""
+
+    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
+        """Phases give up nothing."""
+
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """Append a line for each."""
+        for item in given_up:
+            kind = "lost" if item.lost else "quarantined"
+            ordinal = ordinal_of(item.sample_id)
+            self._file.write(ordinal=ordinal, sample_id=item.sample_id, kind=kind, reason=item.reason)
+
+    def on_lap(self, lap: Lap) -> None:
+        """Laps give up nothing."""
+
+    def on_wait(self) -> None:
+        """Waiting gives up nothing."""
 
 
 class ProgressObserver:
@@ -134,6 +171,9 @@ class ProgressObserver:
         )
         self._file.flush()
 
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """They are counted in the next step's record."""
+
     def on_wait(self) -> None:
         """Show that the trainer is alive."""
         self._file.update(phase="waiting for samples")
@@ -159,6 +199,11 @@ class Observers:
         """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_lap(lap)
+
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """Pass it on to every observer."""
+        for observer in self._observers:
+            observer.on_given_up(given_up)
 
     def on_wait(self) -> None:
         """Pass it on to every observer."""

@@ -7,7 +7,7 @@ training goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from disagg_core.run_spec.document import ProfileSection
 from disagg_core.training.phase_clock import Lap
 from disagg_core.training.progress import TrainingProgress
+from disagg_core.training.window import GivenUp
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class ProfileObserver:
 
     def on_lap(self, lap: Lap) -> None:
         """On a GPU laps are known too late to begin or to end by."""
+
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """Nothing to trace."""
 
     def on_wait(self) -> None:
         """Waits are part of the profile."""

@@ -16,11 +16,11 @@ from disagg_core.training.checkpoint import DataCursor, DraftProgress
 class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a fit ended. Counts with `_here` are of this fit, the others of the run since its first attempt.
 
-    `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good; `given_up` lists
-    both, (sample id, reason) each. `skipped` windows had a loss or gradient that was not finite, for every draft.
-    `unused` counts references that were published but not trained when the last step was reached. Rates are per second
-    from the first window on, over all ranks. By a draft's folder in a checkpoint, `drafts` has what is its own, and
-    `parameters` how many it trains.
+    `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good, their ordinals in
+    closed ranges; `given_up` lists both of this fit, (sample id, reason) each. `skipped` windows had a loss or gradient
+    that was not finite, for every draft. `unused` counts references that were published but not trained when the last
+    step was reached. Rates are per second from the first window on, over all ranks. By a draft's folder in a
+    checkpoint, `drafts` has what is its own, and `parameters` how many it trains.
     """
 
     reason: str
@@ -28,6 +28,7 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     tokens: int
     quarantined: int
+    quarantined_ordinals: list[tuple[int, int]]
     lost: int
     skipped: int
     unused: int

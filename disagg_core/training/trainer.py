@@ -59,6 +59,9 @@ class StepObserver(Protocol):
     def on_lap(self, lap: Lap) -> None:
         """Record where the time of a window went; on a GPU that is known some steps later."""
 
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """Take samples of a window that weigh zero, before the window is acknowledged."""
+
     def on_wait(self) -> None:
         """Record that the trainer waits for references."""
 
@@ -278,6 +281,8 @@ class Trainer:
             given_up = _skipped(window, given_up, skipped[0].fault())
         self._count(window, given_up, tally, tokens=stepped[0].tokens if stepped else 0)
         self._counted = self._applied()
+        if given_up and self._observer is not None:
+            self._observer.on_given_up(given_up)
         self._clock.enter("ack")
         loader.complete(window, step=self.progress.step, given_up=given_up)
         loader.note(f"trained step {self.progress.step}")
@@ -355,6 +360,7 @@ class Trainer:
             samples=self.progress.samples,
             tokens=self.progress.tokens,
             quarantined=len(self.progress.quarantined),
+            quarantined_ordinals=self.progress.quarantined.ranges(),
             lost=tally.lost,
             skipped=tally.skipped,
             unused=unused,

@@ -19,7 +19,7 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training import loader as loader_module
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.observers import LapObserver, MetricsObserver, Observers
+from disagg_core.training.observers import GivenUpObserver, LapObserver, MetricsObserver, Observers
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 
 pytestmark = pytest.mark.integration
@@ -90,6 +90,8 @@ def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
         def on_phase(self, phase, progress): ...
 
         def on_lap(self, lap): ...
+
+        def on_given_up(self, given_up): ...
 
         def on_wait(self): ...
 
@@ -313,6 +315,8 @@ class StopWhen:
 
     def on_lap(self, lap): ...
 
+    def on_given_up(self, given_up): ...
+
     def on_wait(self):
         if self._due():
             self._loader.request_stop()
@@ -409,10 +413,14 @@ def test_a_sample_that_is_not_finite_is_quarantined_for_good(attempt, ranks, tmp
     attempt.writer.publish_many(refs)
     end(attempt.writer, refs)
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    trainer._observer = GivenUpObserver(tmp_path / "quarantined.jsonl")
 
     outcome = trainer.fit(loader)
 
     assert (outcome.samples, outcome.quarantined, outcome.lost) == (4, 1, 0)
+    assert outcome.quarantined_ordinals == [(4, 4)]
+    (line,) = read_metrics(tmp_path / "quarantined.jsonl")
+    assert (line["ordinal"], line["kind"], line["reason"]) == (4, "quarantined", outcome.given_up[0][1])
     assert outcome.given_up[0][0] == "s000000004"
     assert "last_hidden_state is not finite" in outcome.given_up[0][1]
     assert attempt.store.key_count() == 0
@@ -497,6 +505,8 @@ def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_wa
         def on_phase(self, phase, progress): ...
 
         def on_lap(self, lap): ...
+
+        def on_given_up(self, given_up): ...
 
         def on_wait(self): ...
 

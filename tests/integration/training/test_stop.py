@@ -37,6 +37,9 @@ class AtFirstWait:
     def on_lap(self, lap) -> None:
         """Laps are no waits."""
 
+    def on_given_up(self, given_up) -> None:
+        """What is given up is no wait."""
+
     def on_wait(self) -> None:
         self._do()
 

@@ -175,6 +175,18 @@ def test_a_torn_line_of_the_rejected_prompts_costs_no_run(plan: RunPlan) -> None
     assert completion.refused_reasons == {"why refused": 1}
 
 
+def test_the_report_lists_why_samples_were_quarantined_by_the_word_of_the_last_attempt(plan: RunPlan) -> None:
+    """Attempt 1 died before its checkpoint: what it gave up was met again by attempt 2, which could train on 3."""
+    for attempt, given_up in ((1, {3: "not finite", 5: "torn"}), (2, {5: "hidden is not finite", 8: "lost"})):
+        state = plan.dir.attempt(attempt).state
+        state.mkdir(parents=True)
+        lines = (json.dumps({"ordinal": number, "reason": why}) + "\n" for number, why in given_up.items())
+        (state / "quarantined.jsonl").write_text("".join(lines))
+    trained = done(**TRAINED | {"samples": 8, "quarantined": 1, "quarantined_ordinals": [[5, 5]]})
+    completion = complete(plan, 2, done(**PRODUCED), trained, keys_left=0)
+    assert completion.quarantined_reasons == {"hidden is not finite": 1}
+
+
 def rejections(plan: RunPlan, *kinds: str) -> None:
     state = plan.dir.attempt(1).state
     state.mkdir(parents=True, exist_ok=True)

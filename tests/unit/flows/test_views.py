@@ -93,6 +93,7 @@ def test_the_report_says_the_identity_the_accept_length_and_the_overlap() -> Non
     assert "| prompts | 10 = 9 published + 1 rejected |" in markdown
     assert "| accept length, k=5 | **1.01 before, 2.53 after training (95% interval 2.40 to 2.70)" in markdown
     assert "1 x too long" in markdown
+    assert "| quarantined | 2 x not finite |" in to_markdown(a_report(quarantined_reasons={"not finite": 2}))
     assert report.roles_overlap_seconds == 7
     assert RunReport.model_validate_json(report.model_dump_json()) == report
 

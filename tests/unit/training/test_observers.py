@@ -6,8 +6,15 @@ from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.training import observers
-from disagg_core.training.observers import MetricsObserver, Observers, ProgressObserver, TensorBoardObserver
+from disagg_core.training.observers import (
+    GivenUpObserver,
+    MetricsObserver,
+    Observers,
+    ProgressObserver,
+    TensorBoardObserver,
+)
 from disagg_core.training.progress import TrainingProgress
+from disagg_core.training.window import GivenUp
 from flows.cli.run_view import _training_detail
 
 pytestmark = pytest.mark.unit
@@ -65,6 +72,18 @@ def test_each_of_several_drafts_has_its_own_metrics_and_its_loss_in_the_progress
     assert (state["loss eagle3"], state["loss dflash"], state["step"]) == (2.5, 4.5, 3)
     shown = _training_detail("Running", {}, state)
     assert "loss eagle3 2.500, loss dflash 4.500" in shown
+
+
+def test_samples_that_are_not_trained_on_are_kept_with_their_reasons(tmp_path):
+    all_of_them = Observers(MetricsObserver(tmp_path / "train.jsonl"), GivenUpObserver(tmp_path / "quarantined.jsonl"))
+
+    all_of_them.on_step(RECORD)
+    all_of_them.on_given_up([GivenUp("s000000007", "hidden is not finite", lost=False)])
+    all_of_them.on_given_up([GivenUp("s000000009", "no longer in the store", lost=True)])
+
+    found = [(r["ordinal"], r["kind"], r["reason"]) for r in read_metrics(tmp_path / "quarantined.jsonl")]
+    assert found == [(7, "quarantined", "hidden is not finite"), (9, "lost", "no longer in the store")]
+    assert len(list(read_metrics(tmp_path / "train.jsonl"))) == 1
 
 
 def test_progress_is_written_at_most_once_a_second(tmp_path):
