@@ -19,7 +19,7 @@ _SLIDING = "sliding_attention"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "norm_before_residual": (False,),
+    "norm_before_residual": (False, True),
     "norm_before_fc": (False, None),
     "fc_norm": (False, None),
     "norm_output": (False, None),
@@ -51,6 +51,9 @@ class PEagleConfig(BaseModel):
     rms_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
     rope_parameters: dict[str, Any] = Field(description="rope_type, rope_theta and that type's own parameters.")
     sliding_window: int | None = Field(None, gt=0, description="Positions that a slot sees in every layer.")
+    norm_before_residual: bool = Field(
+        False, description="Whether the first layer's residual is the normed state, and not the state itself."
+    )
     depths: int = Field(_DEFAULT_DEPTHS, gt=0, description="Depths D that were trained.")
     mask_token_id: int = Field(ge=0, description="Token of the slots beyond the first.")
     aux_layer_ids: tuple[int, ...] | None = Field(None, description="Captured decoder layers (0-based outputs).")
@@ -117,13 +120,22 @@ class PEagleConfig(BaseModel):
             document.get("para_depths") or document.get("depths") or _proposed_tokens(document) or _DEFAULT_DEPTHS
         )
         fields["aux_layer_ids"] = _layers_read(document, plain=plain)
+        fields["norm_before_residual"] = said["norm_before_residual"]
         return cls._validated(fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``config.json`` as plain JSON values, without what only an export knows (dtype, target, tokens)."""
         rope = dict(self.rope_parameters)
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        own = {"draft_vocab_size", "depths", "mask_token_id", "aux_layer_ids", "rope_parameters", "sliding_window"}
+        own = {
+            "draft_vocab_size",
+            "depths",
+            "mask_token_id",
+            "aux_layer_ids",
+            "norm_before_residual",
+            "rope_parameters",
+            "sliding_window",
+        }
         layer: dict[str, Any] = {
             "model_type": "llama",
             "hidden_act": "silu",
@@ -147,7 +159,7 @@ class PEagleConfig(BaseModel):
             _LAYER_IDS: [layer_id + 1 for layer_id in layers] if layers else None,
             "mask_token_id": self.mask_token_id,
             "para_depths": self.depths,
-            "norm_before_residual": False,
+            "norm_before_residual": self.norm_before_residual,
             "norm_before_fc": False,
             "fc_norm": False,
             "norm_output": False,

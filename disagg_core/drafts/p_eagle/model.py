@@ -227,8 +227,10 @@ class PEagleDraft(DraftModel):
         """
         first = self.layers[0]
         assert isinstance(first, FirstLayer)
-        inputs = torch.cat((first.input_layernorm(embedded.to(state.dtype)), first.hidden_norm(state)), dim=-1)
+        normed = first.hidden_norm(state)
+        inputs = torch.cat((first.input_layernorm(embedded.to(state.dtype)), normed), dim=-1)
         query, key, value = first.self_attn.project(inputs)
+        state = normed if self.config.norm_before_residual else state
         if source is not None:
             state, query, key, value = (x.index_select(0, source) for x in (state, query, key, value))
 

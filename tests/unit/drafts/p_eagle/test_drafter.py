@@ -56,10 +56,11 @@ def trained_logits(draft: PEagleDraft, ids: Tensor, states: Tensor) -> Tensor:
     return table
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_a_pass_computes_what_was_trained(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "normed"), [(None, False), (9, False), (None, True)])
+def test_a_pass_computes_what_was_trained(window: int | None, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafter_module, "_PREFILL_SLOTS", 4)
-    draft = small_draft(sliding_window=window, layer_types=["sliding_attention"] * 3 if window else None)
+    layers = ["sliding_attention"] * 3 if window else None
+    draft = small_draft(sliding_window=window, layer_types=layers, norm_before_residual=normed)
     known = [sequence(draft, ordinal) for ordinal in range(3)]
     with torch.inference_mode():
         tables = [trained_logits(draft, *pair) for pair in known]

@@ -103,10 +103,37 @@ def test_a_plain_config_is_read_too() -> None:
     assert config == draft.config
 
 
+def test_a_draft_whose_residual_is_normed_computes_so_and_says_so() -> None:
+    """It computes what a draft with the state as its residual does where the norm changes nothing, and only there."""
+    normed, plain = small_draft(norm_before_residual=True), small_draft()
+    document, tensors = exported(normed)
+    assert document["norm_before_residual"] is True
+    assert "norm_before_residual" not in document["transformer_layer_config"]
+    config, _ = read(document, tensors, "export")
+    assert config == normed.config
+
+    embedded, state = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    state = state * torch.rsqrt(state.pow(2).mean(-1, keepdim=True))
+    first = normed.layers[0].hidden_norm.weight
+    ones = torch.ones_like(first)
+    angles = normed.rotary(torch.arange(5), 5, torch.float32)
+
+    def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.repeat_interleave(2, dim=-2)
+
+    def output(draft: PEagleDraft, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            draft.layers[0].hidden_norm.weight.copy_(weight)
+            return draft.backbone(embedded, state, angles, attend)
+
+    assert not torch.allclose(output(normed, 2 * ones), output(plain, 2 * ones), atol=1e-2)
+    torch.testing.assert_close(output(normed, ones), output(plain, ones), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"norm_before_residual": True}, "norm_before_residual: expected False, found True"),
+        ({"norm_before_residual": None}, "norm_before_residual: expected False, found None"),
         ({"norm_before_fc": True}, "norm_before_fc: expected False, found True"),
         ({"target_hidden_size": 32}, "target_hidden_size: expected the draft's 16, found 32"),
         ({"mask_token_id": 40}, "mask_token_id: expected an id below 40, found 40"),
