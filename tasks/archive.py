@@ -81,9 +81,9 @@ def archive_url(plan: RunPlan) -> str:
 
 
 def _sources(plan: RunPlan) -> dict[str, Path]:
-    from disagg_core.training.checkpoint import newest_checkpoints
+    from disagg_core.training.checkpoint import kept_checkpoints
 
-    kept = newest_checkpoints(plan.dir.checkpoints, plan.spec.archive.keep)
+    kept = kept_checkpoints(plan.dir.checkpoints, plan.spec.archive.keep)
     return {
         "run.json": plan.dir.document,
         "completion.json": plan.dir.completion,

@@ -38,6 +38,9 @@ class ShardedModule(Protocol):
     def set_reshard_after_backward(self, reshard_after_backward: bool) -> None:
         """Free the gathered weights after the next backward, or keep them for the next forward."""
 
+    def reshard(self) -> None:
+        """Free the gathered weights at once."""
+
 
 @dataclass
 class Ranks:
@@ -108,6 +111,12 @@ class Ranks:
         if self.control is not None:
             dist.all_reduce(values, group=self.control)
         return values
+
+    def another_group(self) -> dist.ProcessGroup | None:
+        """Return a gloo group over all ranks for a thread of its own; None without a process group. A collective."""
+        if not dist.is_initialized():
+            return None
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
 
     def first_does(self, work: Callable[[], object]) -> None:
         """Have rank 0 do `work`, and all ranks wait for its end: one that left sooner would have torchrun end rank 0.

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from disagg_core.drafts.method import DraftModel
+from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS
 from disagg_core.errors import TrainingDiverged
-from disagg_core.training.checkpoint import DraftContent, DraftProgress
+from disagg_core.training.checkpoint import DraftContent, DraftProgress, TrainerState, load_into
+from disagg_core.training.checkpoint.document import OPTIMIZER_FILE, RNG_FILE
 from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.randomness import RandomState
-from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
+from disagg_core.training.state import gather_weights, optimizer_tensors, prepared_optimizer_tensors
 from disagg_core.training.step import OptimizerStep, StepResult
 
 _log = logging.getLogger(__name__)
@@ -93,17 +99,27 @@ class Trainee:
         return gather_weights(self.draft, self.draft.serving_state_dict())
 
     def content(self) -> DraftContent:
-        """Return its part of a checkpoint, whole on rank 0; every rank must call it."""
-        optimizer = gather_optimizer(self.draft, self.step.optimizer)
-        return DraftContent(self.weights(), self.draft.config.to_dict(), optimizer, self.random.tensors())
+        """Return its part of a checkpoint: the tensors themselves, sharded as they are."""
+        optimizer = optimizer_tensors(self.draft, self.step.optimizer)
+        return DraftContent(
+            self.draft.serving_state_dict(), self.draft.config.to_dict(), optimizer, self.random.tensors()
+        )
 
-    def restore(self, content: DraftContent, progress: DraftProgress) -> None:
-        """Take weights, optimizer and random state from `content`, and the counts that go with them.
+    def restore(self, path: Path, state: TrainerState, group: ProcessGroup | None) -> None:
+        """Take weights, optimizer and random state from the checkpoint at `path`, and the counts that go with them.
+
+        A collective of `group`; each rank reads the rows that it has.
 
         Raises:
             CheckpointError: its tensors are not this draft's.
         """
-        restore_weights(self.draft, self.draft.serving_state_dict(), content.weights)
-        restore_optimizer(self.draft, self.step.optimizer, content.optimizer)
-        self.random.load(content.rng)
+
+        def fill(file: str, tensors: Mapping[str, Tensor], what: str) -> None:
+            load_into(path, str(Path(self.folder, file)), tensors, what, group)
+
+        progress = state.drafts[self.folder]
+        fill(CHECKPOINT_WEIGHTS, self.draft.serving_state_dict(), "draft tensors")
+        if progress.step:
+            fill(OPTIMIZER_FILE, prepared_optimizer_tensors(self.draft, self.step.optimizer), "optimizer state")
+        self.random.load(load_file(path / self.folder / RNG_FILE))
         self.progress = msgspec.structs.replace(progress, skipped_in_row=0)

@@ -16,23 +16,13 @@ from typing import Any, Protocol
 from disagg_core.contracts import ordinal_of
 from disagg_core.errors import (
     ChannelError,
-    CheckpointError,
     DraftlineError,
     PeerFailed,
     Preempted,
     TrainingDiverged,
     classify,
 )
-from disagg_core.ordinals import OrdinalSet
-from disagg_core.training.checkpoint import (
-    CheckpointContent,
-    DataCursor,
-    TrainerState,
-    checkpoint_path,
-    load_checkpoint,
-    newest_complete,
-    save_checkpoint,
-)
+from disagg_core.training.checkpointing import Checkpointing
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.phase_clock import Lap, PhaseClock
@@ -84,88 +74,41 @@ class Trainer:
         """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits."""
         self.trainees = trainees
         self._ranks = ranks
-        self._policy = checkpoints
         self._max_steps = max_steps
         self._max_diverged_windows = max_diverged_windows
         self._on_progress = on_progress
         self._clock = clock or PhaseClock()
         self._counted: list[int] = self._applied()
-        self._saving = False
         self._observer = observer if ranks.is_first else None
-        self._saved: Path | None = None
-        self._saved_cursor: DataCursor | None = None
-        self.progress = TrainingProgress()
-        self._note_drafts()
+        self.progress = TrainingProgress(drafts={trainee.folder: trainee.progress for trainee in trainees})
+        self._checkpoints = Checkpointing(
+            checkpoints, trainees, self.progress, ranks=ranks, on_saving=lambda: self._phase("saving")
+        )
 
     def _applied(self) -> list[int]:
         return [trainee.step.applied for trainee in self.trainees]
 
-    def _note_drafts(self) -> None:
-        self.progress.drafts = {trainee.folder: trainee.progress for trainee in self.trainees}
-
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def restore_newest(self) -> Path | None:
-        """Restore the newest whole checkpoint, if there is one, on every rank; return where it lies.
+        """Go on from the newest whole checkpoint, if there is one, on every rank; return where it lies.
 
         Raises:
-            CheckpointError: it belongs to another run, target or vocabulary map.
+            CheckpointError: it belongs to another run, target or vocabulary map, or has other drafts.
         """
-        if self._policy is None:
-            return None
-        newest = newest_complete(self._policy.root) if self._ranks.is_first else None
-        name = self._ranks.broadcast(str(newest or "").encode()).decode()
-        if not name:
-            return None
-        self.restore(load_checkpoint(Path(name), identity=self._policy.identity, verify=False))
-        self._saved = Path(name)
-        _log.info("continuing from %s: %d samples trained", name, self.progress.samples)
-        return self._saved
+        return self._checkpoints.restore_newest()
 
-    def restore(self, content: CheckpointContent) -> None:
-        """Take weights, optimizer, random state, counts and cursor from `content`.
+    def save(self) -> None:
+        """Have a whole checkpoint of this step boundary; every rank must call it, none returns before.
 
         Raises:
-            CheckpointError: its drafts or their tensors are not these.
+            CheckpointNotSaved: it could not be written.
         """
-        state, folders = content.state, [trainee.folder for trainee in self.trainees]
-        if sorted(folders) != sorted(content.drafts):
-            raise CheckpointError(f"expected a checkpoint of the drafts {folders}, found {sorted(content.drafts)}")
-        for trainee in self.trainees:
-            trainee.restore(content.drafts[trainee.folder], state.drafts[trainee.folder])
-        self._note_drafts()
-        self.progress.step, self.progress.samples, self.progress.tokens = state.step, state.samples, state.tokens
-        for ordinals, ranges in (
-            (self.progress.trained, state.cursor.trained),
-            (self.progress.quarantined, state.cursor.quarantined),
-        ):
-            for ordinal in OrdinalSet(ranges):
-                ordinals.add(ordinal)
-        self._saved_cursor = self.progress.cursor()
-
-    def save(self) -> Path | None:
-        """Write a checkpoint of this step boundary, if there is none; every rank must call it, none returns before.
-
-        One of the same step with another cursor is replaced: a window without anything to train on is acknowledged
-        all the same. None without a checkpoint policy.
-        """
-        policy = self._policy
-        if policy is None:
-            return None
-        path, cursor = checkpoint_path(policy.root, self.progress.step), self.progress.cursor()
-        if (self._saved, self._saved_cursor) == (path, cursor):
-            return path
-        self._phase("saving")
         self._clock.enter("save")
-        self._saving = True
-        drafts = {trainee.folder: trainee.content() for trainee in self.trainees}
-        content = CheckpointContent(drafts, self._state(policy))
-        self._ranks.first_does(lambda: save_checkpoint(policy.root, content, keep=policy.keep))
-        self._saving = False
-        self._saved, self._saved_cursor = path, cursor
+        self._checkpoints.start()
+        self._checkpoints.finish()
         self._clock.enter("other")
         self._on_progress("saved a checkpoint")
-        return path
 
     def _save_after(self, error: Exception) -> None:
         """Save what was trained until `error`, if the weights are sound and no other rank has to help.
@@ -174,25 +117,13 @@ class Trainer:
         Weights that only give numbers that are not finite are not sound; the newest checkpoint is from before them.
         """
         diverged = isinstance(error, TrainingDiverged)
-        sound = self._applied() == self._counted and not self._saving and not diverged
+        sound = self._applied() == self._counted and not self._checkpoints.failed and not diverged
         if not sound or self._ranks.size > 1 or self.progress.step == 0:
             return
         try:
             self.save()
         except (DraftlineError, RuntimeError, OSError) as further:
             error.add_note(f"what was trained until then could not be saved: {further}")
-
-    def _state(self, policy: CheckpointPolicy) -> TrainerState:
-        return TrainerState(
-            step=self.progress.step,
-            samples=self.progress.samples,
-            tokens=self.progress.tokens,
-            seed=policy.seed,
-            total_steps=policy.total_steps,
-            identity=dict(policy.identity),
-            cursor=self.progress.cursor(),
-            drafts=dict(self.progress.drafts),
-        )
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -221,6 +152,8 @@ class Trainer:
             except (ChannelError, Preempted) as further:
                 _log.error("the producer could not be told: %s", further)
             raise
+        finally:
+            self._checkpoints.close()
         self._tell_laps()
         self._phase("finished")
         return self._outcome(reason, tally, unused)
@@ -234,7 +167,7 @@ class Trainer:
     def _train(self, loader: FeatureDataLoader, tally: FitTally) -> str:
         """Train until the stream, the steps or the process's time end; return which."""
         if self.progress.step == 0:
-            self.save()
+            self._checkpoints.start()
         loader.on_wait = self._on_wait
         self._phase("waiting for samples")
         if self._reached_max_steps():
@@ -245,8 +178,10 @@ class Trainer:
                 self._clock.restart()
                 self._phase("training")
             stepped = self._train_window(loader, window, tally)
-            if stepped and self._policy is not None and self.progress.step % self._policy.every_steps == 0:
-                self.save()
+            self._clock.enter("save")
+            self._checkpoints.look()
+            if stepped and self._checkpoints.due:
+                self._checkpoints.start()
             self._end_lap(window)
             if self._reached_max_steps():
                 return "max_steps"
@@ -373,7 +308,7 @@ class Trainer:
             data_wait_s=tally.wait_s,
             samples_per_second=tally.samples / seconds if seconds else 0.0,
             tokens_per_second=tally.tokens / seconds if seconds else 0.0,
-            checkpoint=self._saved.name if self._saved else None,
+            checkpoint=self._checkpoints.newest.name if self._checkpoints.newest else None,
             given_up=tally.given_up,
         )
 

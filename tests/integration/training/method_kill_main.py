@@ -10,18 +10,21 @@ from pathlib import Path
 
 import torch
 
+from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS
 from disagg_core.training.checkpoint import (
     CheckpointContent,
     DataCursor,
     DraftContent,
     DraftProgress,
     TrainerState,
-    load_checkpoint,
+    load_into,
     newest_complete,
+    read_state,
     save_checkpoint,
 )
+from disagg_core.training.checkpoint.document import OPTIMIZER_FILE
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
+from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
 from tests.contract.drafts.kit import Case
 from tests.integration.training.method_rank_main import step_of, window_of
 
@@ -36,10 +39,9 @@ def main(name: str, root: Path, killed_at: int) -> None:
         step = step_of(case, draft, ranks)
         number = 0
         if (newest := newest_complete(root)) is not None:
-            content = load_checkpoint(newest)
-            restore_weights(draft, draft.serving_state_dict(), content.drafts[""].weights)
-            restore_optimizer(draft, step.optimizer, content.drafts[""].optimizer)
-            number = content.state.step
+            load_into(newest, CHECKPOINT_WEIGHTS, draft.serving_state_dict(), "weights")
+            load_into(newest, OPTIMIZER_FILE, prepared_optimizer_tensors(draft, step.optimizer), "optimizer")
+            number = read_state(newest).step
             torch.manual_seed(1000 + number)  # no step may depend on it
         while number < STEPS:
             if number == killed_at:
@@ -62,9 +64,9 @@ def content_of(case, draft, step, number: int) -> CheckpointContent:
         drafts={"": DraftProgress(step=number)},
     )
     saved = DraftContent(
-        weights=gather_weights(draft, draft.serving_state_dict()),
+        weights=draft.serving_state_dict(),
         config=case.config.to_dict(),
-        optimizer=gather_optimizer(draft, step.optimizer),
+        optimizer=optimizer_tensors(draft, step.optimizer),
         rng={"cpu": torch.get_rng_state()},
     )
     return CheckpointContent(drafts={"": saved}, state=state)

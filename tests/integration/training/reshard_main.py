@@ -1,17 +1,28 @@
-"""Child of the test of resharding: rank 0 saves, after a step, what the ranks hold; or all load it and compare."""
+"""Child of the test of resharding: the ranks save, after a step, what they hold; or all load it and compare."""
 
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS
 from disagg_core.run_spec.document import TrainingSection
+from disagg_core.training.checkpoint import (
+    CheckpointContent,
+    CheckpointSaver,
+    DataCursor,
+    DraftContent,
+    DraftProgress,
+    TrainerState,
+    load_checkpoint,
+    load_into,
+)
+from disagg_core.training.checkpoint.document import OPTIMIZER_FILE
 from disagg_core.training.distributed import Ranks, shard
 from disagg_core.training.optimizer import build_optimizer
-from disagg_core.training.state import gather_optimizer, gather_weights, restore_optimizer, restore_weights
+from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
 
 
 def main(what: str, folder: Path) -> None:
@@ -25,21 +36,45 @@ def main(what: str, folder: Path) -> None:
         if what == "save":
             module(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
-            weights, state = gather_weights(module, module.state_dict()), gather_optimizer(module, optimizer)
-            if ranks.is_first:
-                save_file(weights, folder / "weights.safetensors")
-                save_file(state, folder / "optimizer.safetensors")
-            else:
-                assert (weights, state) == ({}, {})
+            save(folder, module, optimizer, ranks)
             return
-        weights, state = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
-        restore_weights(module, module.state_dict(), weights)
-        restore_optimizer(module, optimizer, state)
+        load_into(folder / "step-1", CHECKPOINT_WEIGHTS, module.state_dict(), "weights", ranks.another_group())
+        state = prepared_optimizer_tensors(module, optimizer)
+        load_into(folder / "step-1", OPTIMIZER_FILE, state, "optimizer", ranks.another_group())
         assert len(optimizer.state) == 2
+        saved = load_checkpoint(folder / "step-1").drafts[""]
+        assert not torch.equal(saved.optimizer["0.weight.exp_avg"], torch.zeros(5, 4))
         for name, parameter in module.named_parameters():
-            assert torch.equal(_whole(parameter), weights[name]), name
+            assert torch.equal(_whole(parameter), saved.weights[name]), name
             for kind, value in optimizer.state.get(parameter, {}).items():
-                assert torch.equal(_whole(value), state[f"{name}.{kind}"]), (name, kind)
+                assert torch.equal(_whole(value), saved.optimizer[f"{name}.{kind}"]), (name, kind)
+
+
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.AdamW, ranks: Ranks) -> None:
+    """Save in the background while the weights and the optimizer's state change already."""
+    before = {name: _whole(tensor).clone() for name, tensor in module.state_dict().items()}
+    state = TrainerState(
+        step=1,
+        samples=0,
+        tokens=0,
+        seed=0,
+        total_steps=None,
+        identity={},
+        cursor=DataCursor(),
+        drafts={"": DraftProgress(step=1)},
+    )
+    tensors = optimizer_tensors(module, optimizer)
+    content = DraftContent(module.state_dict(), {}, tensors, {"cpu": torch.get_rng_state()})
+    saver = CheckpointSaver(folder, keep=1, group=ranks.another_group(), device=ranks.device)
+    saver.start(CheckpointContent({"": content}, state))
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *tensors.values()]:
+            tensor.fill_(7.0)
+    assert saver.take() == folder / "step-1"
+    saver.close()
+    saved = load_checkpoint(folder / "step-1").drafts[""]
+    assert all(torch.equal(saved.weights[name], tensor) for name, tensor in before.items())
+    assert not any(bool((tensor == 7.0).any()) for tensor in saved.optimizer.values())
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ class Training:
     endpoints: StoreEndpoints
     root: Path
     run_id: str
+    save_every_steps: int = 2
     number: int = 0
     processes: list[ForkServerProcess] = field(default_factory=list)
 
@@ -81,7 +82,11 @@ class Training:
 
     def _start(self, attempt: Attempt, size: int) -> None:
         told = self.root / f"told-{self.number}.json"
-        training = {"batch_size": 1, "accumulation_steps": GLOBAL_BATCH // size, "save_every_steps": 2}
+        training = {
+            "batch_size": 1,
+            "accumulation_steps": GLOBAL_BATCH // size,
+            "save_every_steps": self.save_every_steps,
+        }
         told.write_text(
             json.dumps(
                 {
@@ -130,9 +135,9 @@ def new_training(endpoints: StoreEndpoints, tmp_path: Path, run_id: str):
     """Begin trainings; what is left of them at the end is killed."""
     begun: list[Training] = []
 
-    def begin(name: str) -> Training:
+    def begin(name: str, **options: int) -> Training:
         (tmp_path / name).mkdir()
-        begun.append(Training(endpoints, tmp_path / name, f"{run_id}-{name}"))
+        begun.append(Training(endpoints, tmp_path / name, f"{run_id}-{name}", **options))
         return begun[-1]
 
     yield begin
@@ -177,3 +182,28 @@ def test_after_random_kills_of_ranks_each_sample_is_in_the_cursor_once(new_train
 
     assert storm.trained() == calm.trained() == (SAMPLES, [(0, SAMPLES - 1)])
     assert storm.losses() == pytest.approx(calm.losses(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seed"), [((2,), 10), *(pytest.param((1, 2, 4, 2, 1), n, marks=pytest.mark.slow) for n in range(11, 15))]
+)
+def test_a_run_killed_while_it_saves_goes_on_on_another_number_of_ranks(new_training, sizes, seed):
+    """It saves after every step, so that whenever it is killed a checkpoint is being written, or was just begun."""
+    drawn = random.Random(seed)
+    moments = sorted(drawn.sample(range(1, STEPS - 2), len(sizes)))
+    kills = [(drawn.randrange(size), step, drawn.uniform(0, 0.05)) for size, step in zip(sizes, moments, strict=True)]
+    print(f"seed {seed}: {kills}")  # with the output of a test that fails
+    calm, storm = new_training("calm"), new_training("storm", save_every_steps=1)
+    calm.attempt(1)
+
+    for size, kill in zip(sizes, kills, strict=True):
+        storm.attempt(size, kill=kill)
+        found = newest_complete(storm.checkpoints)
+        assert found is not None
+        state = read_state(found)
+        assert state.cursor.trained == ([(0, state.step * GLOBAL_BATCH - 1)] if state.step else [])
+    storm.attempt(4 if sizes[-1] == 2 else 2)
+
+    assert storm.trained() == calm.trained() == (SAMPLES, [(0, SAMPLES - 1)])
+    assert storm.losses() == pytest.approx(calm.losses(), rel=1e-5, abs=1e-5)
+    assert not list(storm.checkpoints.glob(".step-*"))

@@ -9,34 +9,35 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import RoleFailed
 from disagg_core.processes.retry import wait_until
 from disagg_core.run.outcomes import exit_with
-from disagg_core.training import trainer as trainer_module
+from disagg_core.training.checkpoint import newest_complete, saving
 from disagg_core.training.distributed import Ranks
 from tests.integration.training.consumer_kit import consumer
 
 
 def save(ranks: Ranks, folder: Path) -> None:
     """Save a checkpoint that rank 0 takes its time to write; rank 1 notes what it finds when it may go on."""
-    write = trainer_module.save_checkpoint
+    complete = saving._complete
 
-    def slowly(*args, **kwargs):
+    def slowly(*args):
         wait_until((folder / "rank 1 went on").exists, timeout_s=3.0, every_s=0.05)
-        write(*args, **kwargs)
+        complete(*args)
 
-    trainer_module.save_checkpoint = slowly
+    saving._complete = slowly
     with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
         trainer, _ = consumer(channel if ranks.is_first else None, None, ranks, checkpoints=folder / "checkpoints")
-        path = trainer.save()
+        trainer.save()
         if not ranks.is_first:
-            (folder / "rank 1 went on").write_text(f"complete: {(path / 'manifest.json').exists()}")
+            found = newest_complete(folder / "checkpoints")
+            (folder / "rank 1 went on").write_text(f"complete: {found is not None}")
 
 
 def fail(ranks: Ranks, folder: Path) -> None:
     """Have rank 0 fail to write; each rank notes what it sees of that."""
 
-    def broken(*args, **kwargs):
+    def broken(*args):
         raise MemoryError("no room")
 
-    trainer_module.save_checkpoint = broken
+    saving._complete = broken
     with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
         trainer, _ = consumer(channel if ranks.is_first else None, None, ranks, checkpoints=folder / "checkpoints")
         try:

@@ -13,19 +13,23 @@ import pytest
 import torch
 
 from disagg_core.errors import CheckpointError, CheckpointNotSaved
-from disagg_core.training import checkpoint
 from disagg_core.training.checkpoint import (
+    BestMeasured,
     CheckpointContent,
+    CheckpointSaver,
     DataCursor,
     DraftContent,
     DraftProgress,
     TrainerState,
     covered_ordinals,
+    directory,
+    kept_checkpoints,
     load_checkpoint,
     newest_complete,
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    saving,
     verify_checkpoint,
 )
 from tests.unit.core.test_files import largest_file
@@ -160,7 +164,7 @@ def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
         verify_checkpoint(path)
     (path / "manifest.json").write_bytes(msgspec.json.encode({"format": 7, "step": 1, "files": {}}))
-    with pytest.raises(CheckpointError, match="expected checkpoint format 2, found 7"):
+    with pytest.raises(CheckpointError, match="expected checkpoint format 3, found 7"):
         verify_checkpoint(path)
 
 
@@ -171,8 +175,8 @@ class Mount:
         self._code = code
         self._away: dict[Path, int] = {}
         self._verify = verify_checkpoint
-        monkeypatch.setattr(checkpoint, "verify_checkpoint", self)
-        monkeypatch.setattr(checkpoint, "_READ_PAUSES_S", (0.001, 0.001))
+        monkeypatch.setattr(directory, "verify_checkpoint", self)
+        monkeypatch.setattr(directory, "_READ_PAUSES_S", (0.001, 0.001))
 
     def refuse(self, path: Path, times: int) -> None:
         self._away[path] = times
@@ -212,7 +216,7 @@ def test_with_no_checkpoint_that_can_be_read_the_run_does_not_begin_anew(tmp_pat
 
 def test_an_unreadable_file_inside_a_checkpoint_counts_as_one(tmp_path, monkeypatch):
     """The error comes from the file system itself here: a directory stands where the weights were."""
-    monkeypatch.setattr(checkpoint, "_READ_PAUSES_S", ())
+    monkeypatch.setattr(directory, "_READ_PAUSES_S", ())
     paths = [save_checkpoint(tmp_path, content(step), keep=9) for step in (1, 2)]
     (paths[1] / "manifest.json").unlink()
     (paths[1] / "manifest.json").symlink_to("/proc/self/mem")
@@ -235,7 +239,7 @@ def test_a_disk_that_refuses_what_it_had_taken_leaves_no_half_checkpoint_either(
     def refuse(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_sync", refuse)
+    monkeypatch.setattr(saving, "_sync", refuse)
     with pytest.raises(CheckpointNotSaved, match="No space left"):
         save_checkpoint(tmp_path, content(2), keep=2)
     assert list(tmp_path.iterdir()) == [older]
@@ -245,8 +249,9 @@ def test_what_killed_writers_left_makes_room_before_the_next_is_written(tmp_path
     left = tmp_path / ".step-4.123.tmp"
     left.mkdir()
     seen = []
-    write = checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda draft, what: (seen.append(left.exists()), write(draft, what)))
+    writer = saving.SafetensorsWriter
+    write = writer.write_data
+    monkeypatch.setattr(writer, "write_data", lambda *planned: (seen.append(left.exists()), write(*planned))[1])
     save_checkpoint(tmp_path, content(5), keep=2)
     assert seen == [False]
 
@@ -276,6 +281,82 @@ def test_old_checkpoints_go_but_the_untrained_draft_stays(tmp_path):
         save_checkpoint(tmp_path, content(step), keep=2)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-10", "step-15"]
+
+
+def with_best(saved: CheckpointContent, step: int) -> CheckpointContent:
+    best = BestMeasured(step=step, figure="loss", value=1.0)
+    drafts = {name: msgspec.structs.replace(own, best=best) for name, own in saved.state.drafts.items()}
+    return dataclasses.replace(saved, state=msgspec.structs.replace(saved.state, drafts=drafts))
+
+
+def test_the_best_checkpoint_stays_beside_the_newest_and_is_archived_with_them(tmp_path):
+    for step, best in ((0, 0), (5, 5), (10, 5), (15, 5), (20, 5)):
+        save_checkpoint(tmp_path, with_best(content(step), best), keep=2)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-15", "step-20", "step-5"]
+    assert [path.name for path in kept_checkpoints(tmp_path, 1)] == ["step-20", "step-5"]
+    save_checkpoint(tmp_path, with_best(content(25), 25), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-20", "step-25"]
+    (tmp_path / "step-25" / "trainer.json").write_text("torn")
+    assert [path.name for path in kept_checkpoints(tmp_path, 1)] == ["step-25"]
+
+
+def test_a_checkpoint_of_the_format_before_is_read(tmp_path):
+    path = save_checkpoint(tmp_path, content(4), keep=2)
+    state = json.loads((path / "trainer.json").read_text())
+    for own in state["drafts"].values():
+        del own["best"]
+    (path / "trainer.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text()) | {"format": 2}
+    manifest["files"]["trainer.json"] = msgspec.to_builtins(directory.entry_of(path / "trainer.json"))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+    assert newest_complete(tmp_path) == path
+    assert same(load_checkpoint(path), content(4))
+
+
+@pytest.fixture
+def saver(tmp_path):
+    opened = CheckpointSaver(tmp_path, keep=2, group=None, device=torch.device("cpu"))
+    yield opened
+    opened.close()
+
+
+def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path, saver):
+    saved = content(4)
+    saver.start(saved)
+    saved.drafts[""].weights["fc.weight"].zero_()
+    saved.drafts[""].optimizer["fc.weight.exp_avg"].zero_()
+
+    assert saver.take() == tmp_path / "step-4"
+    assert saver.done
+    assert same(load_checkpoint(tmp_path / "step-4"), content(4))
+
+
+def test_a_save_that_fails_in_the_background_says_so_when_its_end_is_taken_and_the_next_one_works(tmp_path, saver):
+    older = save_checkpoint(tmp_path, content(1), keep=2)
+    with largest_file(400):
+        saver.start(content(2))
+        with pytest.raises(CheckpointNotSaved, match=r"step-2: .* needs \d+ bytes, \d+ .* free"):
+            saver.take()
+    assert list(tmp_path.iterdir()) == [older]
+
+    saver.start(content(3))
+    saver.take()
+    assert newest_complete(tmp_path) == tmp_path / "step-3"
+
+
+def test_a_saver_that_is_closed_lets_its_save_come_to_its_end(tmp_path, caplog):
+    opened = CheckpointSaver(tmp_path, keep=2, group=None, device=torch.device("cpu"))
+    opened.start(content(4))
+    opened.close()
+    assert newest_complete(tmp_path) == tmp_path / "step-4"
+
+    opened = CheckpointSaver(tmp_path, keep=2, group=None, device=torch.device("cpu"))
+    with largest_file(400):
+        opened.start(content(5))
+        opened.close()
+    assert "is not whole" in caplog.text
 
 
 def test_what_a_killed_writer_left_is_removed_and_never_loaded(tmp_path):

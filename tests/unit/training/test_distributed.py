@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from disagg_core.errors import BadInput
 from disagg_core.training.distributed import Ranks, choose_device, compute_dtype, shard
 from disagg_core.training.optimizer import clip_gradients
-from disagg_core.training.state import gather_weights, restore_weights
+from disagg_core.training.state import gather_weights
 
 pytestmark = pytest.mark.unit
 
@@ -57,8 +57,7 @@ def test_frozen_parameters_stay_whole_and_trained_ones_are_fp32_masters():
         saved = gather_weights(module, module.state_dict())
         assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
         assert torch.equal(saved["0.weight"], before)
-        restore_weights(module, module.state_dict(), saved | {"0.weight": before + 1})
-        assert torch.equal(module[0].weight.full_tensor(), before + 1)
+        module[0].weight.data.add_(1)
         assert torch.equal(saved["0.weight"], before), "what was gathered is a copy"
         assert module(torch.ones(3, 4)).shape == (3, 2)
 

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from disagg_core.errors import CheckpointError
 from disagg_core.run_spec.document import TrainingSection
+from disagg_core.training.checkpoint import load_into
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.optimizer import (
     WARMUP_STEPS_OF_UNKNOWN_LENGTH,
@@ -15,7 +17,7 @@ from disagg_core.training.optimizer import (
     build_optimizer,
     clip_gradients,
 )
-from disagg_core.training.state import gather_optimizer, restore_optimizer
+from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
 
 pytestmark = pytest.mark.unit
 
@@ -83,9 +85,10 @@ def trained(steps: int, resume_after: int | None = None) -> nn.Linear:
     optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
     for step in range(steps):
         if step == resume_after:
-            saved = gather_optimizer(layer, optimizer)
+            saved = {name: tensor.clone() for name, tensor in optimizer_tensors(layer, optimizer).items()}
             optimizer = build_optimizer(layer.parameters(), TrainingSection(learning_rate=1e-2))
-            restore_optimizer(layer, optimizer, saved)
+            for name, tensor in prepared_optimizer_tensors(layer, optimizer).items():
+                tensor.copy_(saved[name])
         optimizer.zero_grad()
         layer(torch.randn(2, 5, generator=torch.Generator().manual_seed(step))).square().sum().backward()
         optimizer.step()
@@ -102,22 +105,23 @@ def test_asking_an_optimizer_for_its_state_before_its_first_step_leaves_it_alone
     layer = nn.Linear(5, 3)
     optimizer = build_optimizer(layer.parameters(), TrainingSection())
 
-    assert gather_optimizer(layer, optimizer) == {}
+    assert optimizer_tensors(layer, optimizer) == {}
     assert not optimizer.state
 
 
-def test_a_state_that_does_not_fit_is_named():
+def test_a_state_that_does_not_fit_is_named(tmp_path):
     layer = nn.Linear(5, 3)
     optimizer = build_optimizer(layer.parameters(), TrainingSection())
     layer(torch.ones(1, 5)).sum().backward()
     optimizer.step()
-    saved = gather_optimizer(layer, optimizer)
-    assert saved.keys() == {
+    state = optimizer_tensors(layer, optimizer)
+    assert state.keys() == {
         f"{name}.{kind}" for name in ("weight", "bias") for kind in ("exp_avg", "exp_avg_sq", "step")
     }
 
-    without = {name: value for name, value in saved.items() if name != "bias.exp_avg"}
-    with pytest.raises(CheckpointError, match=r"missing \['bias.exp_avg'\]"):
-        restore_optimizer(layer, optimizer, without)
+    save_file({name: value for name, value in state.items() if name != "bias.exp_avg"}, tmp_path / "without")
+    with pytest.raises(CheckpointError, match=r"optimizer state: missing \['without:bias.exp_avg'\]"):
+        load_into(tmp_path, "without", state, "optimizer state")
+    save_file(state | {"weight.exp_avg": torch.zeros(5, 3)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"weight.exp_avg: expected shape \[3, 5\], found \[5, 3\]"):
-        restore_optimizer(layer, optimizer, saved | {"weight.exp_avg": torch.zeros(5, 3)})
+        load_into(tmp_path, "other", state, "optimizer state")
