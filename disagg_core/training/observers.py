@@ -101,6 +101,9 @@ class LapObserver:
         """Append the window."""
         self._metrics.write(step=lap.step, samples=lap.samples, **fields_of(lap.seconds))
 
+    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
+        """They are counted in the next step's record."""
+
     def on_wait(self) -> None:
         """Waiting is in the next lap."""
 
