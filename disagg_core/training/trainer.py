@@ -178,10 +178,11 @@ class Trainer:
                 self._clock.restart()
                 self._phase("training")
             stepped = self._train_window(loader, window, tally)
-            self._clock.enter("save")
             self._checkpoints.look()
             if stepped and self._checkpoints.due:
+                self._clock.enter("save")
                 self._checkpoints.start()
+                self._clock.enter("other")
             self._end_lap(window)
             if self._reached_max_steps():
                 return "max_steps"
