@@ -33,8 +33,9 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.training.checkpoint import newest_complete, read_state
 from tests.chaos.leftovers import Footprint
-from tests.chaos.platform import FINAL, ChaosPlatform, alive, command_of, environment_of
+from tests.chaos.platform import FINAL, ChaosPlatform
 from tests.chaos.record import STANDS_STILL_S, Record
+from tests.kit.processes import alive, command_of, environment_of
 
 DOCUMENT = Path(__file__).with_name("chaos.yaml")
 TRAINING_S = 400.0

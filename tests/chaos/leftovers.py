@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from disagg_core.processes.tree import lives
-from tests.chaos.platform import ChaosPlatform, command_of, environment_of
+from tests.chaos.platform import ChaosPlatform
+from tests.kit.processes import command_of, environment_of
 
 _SHARED = re.compile(r"(/dev/shm/\S+)")
 

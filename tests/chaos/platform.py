@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from disagg_core.processes.retry import wait_until
+from tests.kit.processes import alive, environment_of
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 START_S = 200.0
@@ -160,25 +161,3 @@ def _prefect_settings(home: Path, port: int) -> dict[str, str]:
     from flows.platform import local
 
     return local.environment(Settings(home=home), port)
-
-
-def alive() -> Iterator[psutil.Process]:
-    """Yield every process that runs, zombies aside."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    """Return the environment that a process was started with; nothing if it has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return process.environ()
-    return {}
-
-
-def command_of(process: psutil.Process) -> str:
-    """Return the command line of a process; nothing if it has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return " ".join(process.cmdline())
-    return ""

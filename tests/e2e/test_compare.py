@@ -9,8 +9,7 @@ import pytest
 
 from disagg_core.drafts.export import import_draft
 from disagg_core.report.archive import verify_archive
-from tests.e2e.conftest import ROOT
-from tests.e2e.test_run import Draftline, Ours, report_of
+from tests.kit.runs import ROOT, Draftline, Ours, report_of, settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -26,7 +25,7 @@ METHODS = {"eagle3", "dflash", "dflash2", "dspark"}
 
 
 def test_four_methods_are_compared_at_equal_samples(home: Path, draftline: Draftline, ours: Ours) -> None:
-    changes = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    changes = settings(*(f"{key}={value}" for key, value in SMALL.items()))
     run = draftline("run", str(ROOT / "infra/runs/compare.yaml"), *changes)
     output, _ = run.communicate(timeout=580)
     assert run.returncode == 0, output

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from disagg_core.processes.retry import wait_until
-from disagg_core.report.document import RunReport
-
-Draftline = Callable[..., subprocess.Popen[str]]
-Ours = Callable[[], list[psutil.Process]]
+from tests.kit.runs import Draftline, Ours, report_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(560)]
 
@@ -52,8 +47,7 @@ def test_a_run_ends_well_in_the_shell_of_somebody_else_although_its_workers_are_
     output, _ = run.communicate(timeout=500)
 
     assert run.returncode == 0, output
-    (path,) = home.glob("runs/*/report.json")
-    report = RunReport.model_validate_json(path.read_bytes())
+    report = report_of(home)
     assert report.state == "completed"
     assert [attempt.failure_class for attempt in report.attempts] == [None]
     assert "the workers died (killed by SIGKILL) and are started again" in (home / "logs" / "workers.log").read_text()

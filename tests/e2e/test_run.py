@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,20 +15,12 @@ import pytest
 
 from disagg_core.drafts.export import import_draft
 from disagg_core.report.archive import verify_archive
-from disagg_core.report.document import RunReport
 from disagg_core.run.outcomes import read_outcome
-
-Draftline = Callable[..., subprocess.Popen[str]]
-Ours = Callable[[], list[psutil.Process]]
+from tests.kit.runs import Draftline, Ours, report_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 STEPS = 6  # 44 prompts in windows of 8: five whole ones and a partial one
-
-
-def report_of(home: Path) -> RunReport:
-    (path,) = home.glob("runs/*/report.json")
-    return RunReport.model_validate_json(path.read_bytes())
 
 
 def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(

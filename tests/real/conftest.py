@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +13,12 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.target.facts import TargetFacts, read_target_facts
 from disagg_core.target.tokenizer import load_tokenizer
+from tests.kit.runs import ROOT, draftline, home
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["draftline", "home"]
+
 DOCUMENT = ROOT / "infra" / "runs" / "smollm2.yaml"
 PROMPTS = ROOT / "infra" / "smollm2" / "prompts.jsonl"
-
-Draftline = Callable[..., subprocess.Popen[str]]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -51,29 +47,3 @@ def chats(spec: RunSpec) -> list[PromptTask]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tasks.append(PromptTask(ordinal=ordinal, source=f"x:{ordinal}", input_ids=ids, loss_mask=[0] * len(ids)))
     return tasks
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def draftline(home: Path, tmp_path: Path) -> Iterator[Draftline]:
-    """Start the command in the test's home; whatever the test leaves running is taken down at its end."""
-    environment = {**os.environ, "DRAFTLINE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = Path(sys.executable).with_name("draftline")
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [command, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-
-    yield start
-    start("down").communicate(timeout=90)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,12 +17,10 @@ from disagg_core.engines.contract import Captured
 from disagg_core.engines.generation import Sampling, continue_tasks
 from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.report.archive import verify_archive
-from disagg_core.report.document import RunReport
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import TargetFacts, read_target_facts
 from disagg_core.target.loading import load_target
-
-Draftline = Callable[..., subprocess.Popen[str]]
+from tests.kit.runs import Draftline, report_of, settings
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -108,13 +105,12 @@ def test_the_producers_memory_follows_the_batch(chats: list[PromptTask], tmp_pat
 
 
 def test_a_whole_run_continues_each_prompt_once_and_is_lossless(home: Path, draftline: Draftline) -> None:
-    run = draftline("run", str(DOCUMENT), *(word for setting in SHORT for word in ("--set", setting)))
+    run = draftline("run", str(DOCUMENT), *settings(*SHORT))
     output, _ = run.communicate(timeout=1700)
     assert run.returncode == 0, output
     assert "prompts for the vocabulary map" in output
 
-    (path,) = home.glob("runs/*/report.json")
-    report = RunReport.model_validate_json(path.read_bytes())
+    report = report_of(home)
     accounting = report.accounting
     assert accounting is not None
     assert (accounting.prompts, accounting.published, accounting.trained) == (48, 48, 48)
@@ -122,7 +118,7 @@ def test_a_whole_run_continues_each_prompt_once_and_is_lossless(home: Path, draf
     assert report.evaluation is not None
     assert report.evaluation.lossless
 
-    _, *groups = (path.parent / "continuations.jsonl").read_text().splitlines()
+    _, *groups = (Path(report.run_dir) / "continuations.jsonl").read_text().splitlines()
     assert sum(len(json.loads(group)["keys"]) for group in groups) == 24  # of two epochs
     assert report.archive is not None
     assert verify_archive(report.archive.url) > 10

@@ -19,7 +19,10 @@ from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
+from tests.kit.runs import draftline, home
 from tests.sglang.support import CAPTURE, MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, save_model
+
+__all__ = ["draftline", "home"]
 
 
 @pytest.fixture(scope="session", autouse=True)

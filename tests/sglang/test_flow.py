@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,50 +16,17 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import sample_id_of
 from disagg_core.report.document import RunReport
 from disagg_core.report.markdown import to_markdown
+from tests.kit.runs import TINY, Draftline, report_of, settings
 from tests.sglang.support import START_TIMEOUT_S, await_true
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "e2e" / "tiny.yaml"
 PATIENT = ("orchestration.stall_timeout_s=600", "channel.idle_timeout_s=600")
 
-Draftline = Callable[..., subprocess.Popen[str]]
 
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def draftline(home: Path, tmp_path: Path) -> Iterator[Draftline]:
-    """Start the command in a home of its own; what is left running is taken down at the end."""
-    environment = {**os.environ, "DRAFTLINE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = Path(sys.executable).with_name("draftline")
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [command, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-
-    yield start
-    start("down").communicate(timeout=90)
-
-
-def sglang_run(*settings: str) -> list[str]:
+def sglang_run(*changes: str) -> list[str]:
     """Return the arguments of a run of the tiny document over SGLang servers."""
-    return [
-        "run",
-        str(TINY),
-        *(word for setting in ("target.backend=sglang", *PATIENT, *settings) for word in ("--set", setting)),
-    ]
+    return ["run", str(TINY), *settings("target.backend=sglang", *PATIENT, *changes)]
 
 
 def report_after(run: subprocess.Popen[str], home: Path) -> RunReport:
@@ -69,8 +34,7 @@ def report_after(run: subprocess.Popen[str], home: Path) -> RunReport:
     output, _ = run.communicate(timeout=700)
     logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in home.glob("runs/*/attempts/*/logs/*.log"))
     assert run.returncode == 0, f"{output}\n{logs}"
-    (path,) = home.glob("runs/*/report.json")
-    return RunReport.model_validate_json(path.read_bytes())
+    return report_of(home)
 
 
 def servers_of(home: Path) -> dict[str, int]:
