@@ -15,12 +15,11 @@ from prefect.logging import get_run_logger
 from disagg_core.errors import DraftlineError
 from disagg_core.registry.retained import prune
 from disagg_core.report.archive import Archive, ArchiveFacts, add_files, archive_base, archive_files
+from disagg_core.report.records import REPORT_FILES
 from disagg_core.run.environment import write_environment
 from disagg_core.run.plan import RunPlan
 from disagg_core.settings import get_settings
 from tasks.completion import Completion
-
-REPORTS = ("report.json", "report.md", "report.png")
 
 
 @task(name="archive-run", task_run_name="archive", cache_policy=NO_CACHE)
@@ -51,7 +50,7 @@ def archive_report(plan: RunPlan, archive: Archive | None) -> Archive | None:
     """Add to the archive, if the run came to have one, what was found out after it: the evaluation and the report."""
     if archive is None:
         return None
-    reports = {name: plan.root / name for name in REPORTS}
+    reports = {name: plan.root / name for name in REPORT_FILES}
     return add_files({"evaluation": plan.dir.evaluation, **reports}, archive.url)
 
 

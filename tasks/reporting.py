@@ -68,7 +68,7 @@ def emit_for(run_id: str, event: Event, **payload: str | int | float | None) -> 
 
 @task(name="publish-report", task_run_name="report", cache_policy=NO_CACHE)
 def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
-    """Write report.json, report.md and report.png, and show the same in the UI."""
+    """Write the files of the report, and show the same in the UI."""
     picture = write_report(plan, report)
     wait_for_server()
     try:

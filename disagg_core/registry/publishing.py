@@ -11,9 +11,8 @@ from disagg_core.drafts.tensor_files import CHECKPOINT_WEIGHTS
 from disagg_core.drafts.warm_start import vocabulary_of
 from disagg_core.registry.registry import CHECKPOINT, EXPORT, REPORT, Registry
 from disagg_core.registry.versions import DataMark, Provenance, Version
+from disagg_core.report.records import REPORT_FILES
 from disagg_core.run.plan import PlannedDraft, RunPlan
-
-_REPORTS = ("report.json", "report.md", "report.png")
 
 
 def publish_draft(
@@ -53,7 +52,7 @@ def publish_draft(
         EXPORT: exports,
         f"{REPORT}/run.json": plan.dir.document,
         f"{REPORT}/evaluation": plan.dir.evaluation,
-        **{f"{REPORT}/{name}": plan.root / name for name in _REPORTS},
+        **{f"{REPORT}/{name}": plan.root / name for name in REPORT_FILES},
     }
     return registry.publish(sources, _provenance(plan, draft, checkpoint, accept_length, archive, mark))
 

@@ -151,4 +151,4 @@ def _places(report: RunReport) -> Iterator[Figure]:
         yield Figure("export", report.export)
     if report.archive:
         yield Figure("archive", report.archive.url)
-    yield Figure("report", f"{run.report.with_suffix('.md')} (.json, .png)")
+    yield Figure("report", f"{run.report.with_suffix('.md')} (.html, .json, .png)")

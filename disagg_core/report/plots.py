@@ -16,7 +16,7 @@ _BARS = ("#b8c4d6", "#1f5fa8")
 
 
 def plot_run(train_metrics: Path, out: Path, *, title: str, accept_lengths: Sequence[float] = ()) -> None:
-    """Draw `train_metrics` (train.jsonl) and the accept lengths (before, after) into the PNG file `out`.
+    """Draw `train_metrics` (train.jsonl) and the accept lengths (before, after), if any, into the PNG file `out`.
 
     Of a step that an attempt took again, the last loss counts.
     """
@@ -26,20 +26,18 @@ def plot_run(train_metrics: Path, out: Path, *, title: str, accept_lengths: Sequ
     steps, losses = _by_step(train_metrics, "loss")
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 2, width_ratios=(3, 1))
-    loss_axes = figure.add_subplot(grid[0, 0])
+    axes = figure.subplots(1, 2, width_ratios=(3, 1)) if accept_lengths else [figure.subplots()]
+    loss_axes = axes[0]
     loss_axes.plot(steps, losses, color=_LOSS, alpha=0.3, linewidth=1, label="each step")
     loss_axes.plot(steps, _moving_mean(losses, 20), color=_SMOOTH, linewidth=1.8, label="mean of 20 steps")
     loss_axes.set(xlabel="optimizer step", ylabel="training loss", title="Loss")
     loss_axes.set_ylim(bottom=0)
     loss_axes.legend(frameon=False)
-    accept_axes = figure.add_subplot(grid[0, 1])
     if accept_lengths:
-        bars = accept_axes.bar(["before", "after"][: len(accept_lengths)], accept_lengths, color=_BARS, width=0.6)
-        accept_axes.bar_label(bars, fmt="%.2f", padding=2)
-        accept_axes.set_ylim(0, max(accept_lengths) * 1.15)
-    accept_axes.set(title="Accept length", ylabel="tokens per target pass")
-    _save(figure, (loss_axes, accept_axes), out, title)
+        bars = axes[1].bar(["before", "after"][: len(accept_lengths)], accept_lengths, color=_BARS, width=0.6)
+        axes[1].bar_label(bars, fmt="%.2f", padding=2)
+        axes[1].set(title="Accept length", ylabel="tokens per target pass", ylim=(0, max(accept_lengths) * 1.15))
+    _save(figure, axes, out, title)
 
 
 def plot_comparison(

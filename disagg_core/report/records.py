@@ -10,10 +10,13 @@ import logging
 import time
 from pathlib import Path
 
+import yaml
+
 from disagg_core.errors import FailureClass
 from disagg_core.files import write_atomically
 from disagg_core.report.document import AttemptFigures, EndState, Failure, ProgressFigures, RunReport
 from disagg_core.report.markdown import to_markdown
+from disagg_core.report.page import to_html
 from disagg_core.report.plots import plot_comparison, plot_run
 from disagg_core.report.time_spent import time_spent
 from disagg_core.run.directory import RunDir
@@ -22,11 +25,13 @@ from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue, read_progress
 
+REPORT_FILES = ("report.json", "report.md", "report.html", "report.png")
+"""The files of a report, in the run's directory."""
 log = logging.getLogger(__name__)
 
 
 def write_report(plan: RunPlan, report: RunReport) -> Path | None:
-    """Write report.png, report.md and, last, report.json into the run's directory.
+    """Write report.png, report.md, report.html and, last, report.json into the run's directory.
 
     Returns the picture; None if it could not be drawn, which is logged and costs nothing else.
     """
@@ -35,6 +40,13 @@ def write_report(plan: RunPlan, report: RunReport) -> Path | None:
     if picture is not None:
         shown += f"\n![Loss and accept length]({picture.name})\n"
     write_atomically(plan.dir.root / "report.md", shown)
+    page = to_html(
+        report,
+        subtitle=_title(plan),
+        document=yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        picture=picture.read_bytes() if picture is not None else None,
+    )
+    write_atomically(plan.dir.root / "report.html", page)
     write_atomically(plan.dir.report, report.model_dump_json(indent=2))
     return picture
 
@@ -51,8 +63,7 @@ def _picture(plan: RunPlan, report: RunReport) -> Path | None:
 
 
 def _draw(plan: RunPlan, report: RunReport, picture: Path) -> None:
-    target = "/".join(Path(plan.spec.target.model).parts[-2:])
-    title = f"{plan.run_id}: {plan.spec.drafts_title} for {target}"
+    title = f"{plan.run_id}: {_title(plan)}"
     if len(plan.drafts) > 1:
         metrics = {draft.name: draft.dir.train_metrics for draft in plan.drafts}
         plot_comparison(metrics, report.evaluations, picture, title=title)
@@ -60,6 +71,11 @@ def _draw(plan: RunPlan, report: RunReport, picture: Path) -> None:
     found = report.evaluation
     lengths = (found.accept_length_before, found.accept_length_after) if found else ()
     plot_run(plan.dir.train_metrics, picture, title=title, accept_lengths=lengths)
+
+
+def _title(plan: RunPlan) -> str:
+    target = "/".join(Path(plan.spec.target.model).parts[-2:])
+    return f"{plan.spec.drafts_title} for {target}"
 
 
 def read_report(path: Path) -> RunReport:

@@ -17,7 +17,7 @@
       gate.json                 what the gate decided
       completion.json           the checked end of the training, once it is complete
       export/                   what a serving engine loads
-      report.json  report.md  report.png
+      report.json  report.md  report.html  report.png
 
 Of several drafts each has vocabulary map, ``metrics/train.jsonl`` and export in ``drafts/<name>/``, and its part of a
 checkpoint in ``checkpoints/step-<k>/<name>/``; its results are ``evaluation/<name>-before.json`` and ``-after.json``.
@@ -182,5 +182,5 @@ class RunDir(DraftDir):
 
     @property
     def report(self) -> Path:
-        """The machine-readable report; report.md and report.png lie beside it."""
+        """The machine-readable report; report.md, report.html and report.png lie beside it."""
         return self.root / "report.json"

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from disagg_core.storage.trees import Filter
 
 HIDDEN = "***"
-_TEXTS = (".json", ".log", ".txt", ".md", ".yaml", ".yml", ".err", ".out")
+_TEXTS = (".json", ".log", ".txt", ".md", ".html", ".yaml", ".yml", ".err", ".out")
 _LEFT_ALONE = ("checkpoints/", "export/")
+_PICTURE = b'<img src="data:'
+"""How the line of a page begins that holds a picture: in base64 anything occurs by chance."""
 _LONGEST_LINE = 1024**2
 _SHORTEST_SECRET = 8
 """Characters of a value in the environment that is looked for: shorter ones occur by chance."""
@@ -69,6 +71,9 @@ def redaction_of(name: str) -> Filter | None:
 
     def lines_redacted(blocks: Iterable[bytes]) -> Iterator[bytes]:
         for line in _lines(blocks):
+            if line.startswith(_PICTURE):
+                yield line
+                continue
             yield redact(line.decode(errors="surrogateescape"), secrets).encode(errors="surrogateescape")
 
     return lines_redacted

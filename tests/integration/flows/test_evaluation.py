@@ -29,6 +29,7 @@ from disagg_core.errors import AccountingError, EvaluationFailed, RoleFailed, To
 from disagg_core.report.archive import MANIFEST, verify_archive
 from disagg_core.report.document import RunReport
 from disagg_core.report.figures import figures_of
+from disagg_core.report.records import REPORT_FILES
 from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.outcomes import RoleOutcome
 from disagg_core.run.plan import RunPlan, StoreEndpoints
@@ -276,7 +277,7 @@ def assert_archived(report: RunReport, files: list[str]) -> None:
     archive = Path(report.archive.url)
     manifest = json.loads((archive / MANIFEST).read_text())["files"]
     assert verify_archive(str(archive)) == len(manifest)
-    expected = {"run.json", "report.json", "report.md", "report.png", "checkpoints/step-6/draft.safetensors", *files}
+    expected = {"run.json", *REPORT_FILES, "checkpoints/step-6/draft.safetensors", *files}
     assert expected <= set(manifest)
     assert RunReport.model_validate_json((archive / "report.json").read_bytes()) == report
     import_draft(archive / "export")

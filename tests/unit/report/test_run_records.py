@@ -66,6 +66,10 @@ def test_a_cancelled_run_says_how_far_it_came_and_how_its_attempts_ended(plan: R
     for row in ("| attempt | 2 |", "| prompts captured | 70 of 100 |", "| samples trained | 56 in 2 of 4 steps |"):
         assert row in markdown
     assert "resumes from its newest checkpoint" in markdown
+    page = (plan.root / "report.html").read_text()
+    assert "70 of 100" in page
+    assert "data:image/png;base64," in page
+    assert "name: qwen3-8b-eagle3" in page, "the document with every default filled in"
     assert (plan.root / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -192,4 +196,5 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_the_report(
     assert report_interrupted(plan.dir, "crashed", "its host died", "f") is not None
     assert read_report(plan.dir.report).state == "crashed"
     assert "report.png" not in (plan.root / "report.md").read_text()
+    assert "data:image" not in (plan.root / "report.html").read_text()
     assert not (plan.root / "report.png").exists()
