@@ -46,8 +46,8 @@ def time_rows(time: TimeFigures) -> list[Sequence[str]]:
     """Return the table of shares, a row for each phase that took time, under `HEAD`."""
     rows: list[Sequence[str]] = []
     sides: tuple[tuple[str, Mapping[str, str], Mapping[str, float]], ...] = (
-        ("training", {str(phase): label for phase, label in TRAINING_PHASES.items()}, time.training),
-        ("capture", {str(phase): label for phase, label in PRODUCER_PHASES.items()}, time.producer),
+        ("training", TRAINING_PHASES, time.training),
+        ("capture", PRODUCER_PHASES, time.producer),
     )
     for side, labels, seconds in sides:
         shares = shares_of(seconds)

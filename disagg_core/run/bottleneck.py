@@ -103,8 +103,8 @@ def finding_of(spec: RunSpec, shares: Shares) -> str:
 
 
 def _finding(shares: Shares) -> str:
-    rates = _capacities(shares)
-    match shares.bound:
+    rates, bound = _capacities(shares), shares.bound
+    match bound:
         case "inference-bound":
             waits = f"training waits {shares.refs + shares.features:.0%} for features"
             return f"inference-bound: {waits}; capture is the slower side{rates}: "
@@ -125,7 +125,8 @@ def _capacities(shares: Shares) -> str:
 
 
 def _remedy(spec: RunSpec, shares: Shares) -> str:
-    match shares.bound:
+    bound = shares.bound
+    match bound:
         case "inference-bound":
             return " or ".join(_faster_capture(spec, shares))
         case "training-bound":

@@ -28,9 +28,8 @@ TrainingPhase = Literal[
     "evaluate",
     "other",
 ]
-ProducerPhase = Literal["space", "generate", "prefill", "d2h", "put", "other"]
 
-TRAINING_PHASES: dict[TrainingPhase, str] = {
+TRAINING_PHASES: dict[str, str] = {
     "refs": "waiting for references",
     "features": "waiting for features (store get)",
     "collate": "packing or padding into batches",
@@ -46,7 +45,7 @@ TRAINING_PHASES: dict[TrainingPhase, str] = {
 }
 """The trainer's phases, in the order in which a step goes through them."""
 
-PRODUCER_PHASES: dict[ProducerPhase, str] = {
+PRODUCER_PHASES: dict[str, str] = {
     "space": "waiting for space (watermarks)",
     "generate": "generate",
     "prefill": "prefill",

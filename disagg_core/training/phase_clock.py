@@ -59,13 +59,13 @@ class EventMarks:
 
     def mark(self) -> torch.cuda.Event:
         """Record an event."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def passed(self, mark: torch.cuda.Event) -> bool:
         """Whether the stream has passed it."""
-        return bool(mark.query())
+        return bool(mark.query())  # type: ignore[no-untyped-call]
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
         """Return the stream's seconds between two events."""
@@ -78,7 +78,7 @@ class Lap:
 
     step: int
     samples: int
-    seconds: dict[TrainingPhase, float]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class PhaseClock:
         """Yield the laps that the device has come to the end of, oldest first, each once."""
         while self._laps and self._marks.passed(self._laps[0].end):
             lap = self._laps.popleft()
-            seconds: dict[TrainingPhase, float] = {}
+            seconds: dict[str, float] = {}
             ends = [mark for _, mark in lap.marks[1:]] + [lap.end]
             for (phase, mark), end in zip(lap.marks, ends, strict=True):
                 seconds[phase] = seconds.get(phase, 0.0) + self._marks.between(mark, end)
@@ -132,9 +132,9 @@ class PhaseClock:
         FSDP reduces them in a callback that it queues when its own hook sees the gradient of the module's output; a
         hook on `total`, which is computed from that output, runs before and queues its callback before.
         """
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]  # as FSDP and DDP do
+        engine = torch.autograd.Variable._execution_engine  # as FSDP and DDP do
 
         def queue(gradient: Tensor) -> None:
             engine.queue_callback(lambda: self.enter("reduce"))
 
-        total.register_hook(queue)
+        total.register_hook(queue)  # type: ignore[no-untyped-call]

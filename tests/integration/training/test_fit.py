@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from disagg_core.channel import patience as patience_module
 from disagg_core.contracts import StreamTotals, sample_id_of
@@ -76,6 +77,22 @@ def test_where_the_time_of_every_window_went_is_a_line_of_the_metrics_and_adds_u
         assert all(phases[phase] > 0 for phase in ("forward", "backward", "reduce", "optimizer", "ack"))
     assert spent[1]["features"] > 0
     assert [phases["save"] > 0 for phases in spent] == [False, True, False]
+
+
+def test_what_fsdp_does_when_the_gradients_are_there_is_counted_as_reduction(attempt, ranks, monkeypatch):
+    attempt.publish(range(4))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    entered = []
+    reduced = FSDPParamGroup.post_backward
+
+    def noted(group, *unused):
+        entered.append(trainer._clock._entered[-1][0])
+        return reduced(group, *unused)
+
+    monkeypatch.setattr(FSDPParamGroup, "post_backward", noted)
+    trainer.fit(loader)
+
+    assert entered == ["backward", "reduce"], "of two micro-batches the last one's gradients are reduced"
 
 
 def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
