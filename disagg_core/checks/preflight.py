@@ -7,6 +7,7 @@ the run's directory. Whatever is found is told at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ from disagg_core.store.capacity import check_capacity
 from disagg_core.target.facts import TargetFacts, read_target_facts
 from disagg_core.target.parts import check_target_parts
 from disagg_core.target.tokenizer import load_tokenizer, version_in_use
+
+logger = logging.getLogger(__name__)
 
 
 def sketch_plan(spec: RunSpec, settings: Settings) -> RunPlan:
@@ -125,6 +128,9 @@ def _checked(
     findings.of(lambda: check_external_store(spec))
     if plan is not None:
         findings.of(lambda: check_servers(plan))
+        for draft in plan.drafts:
+            if unserved := draft.method.unserved(plan.target):
+                logger.warning("%s", unserved)
         configs = findings.of(lambda: draft_configs(plan)) if _starts_known(plan) else None
         if configs is not None:
             findings.of(lambda: check_disk(plan, configs, archive))

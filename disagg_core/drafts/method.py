@@ -48,6 +48,8 @@ class FrozenParts:
     """Bound c of the target's logits, which are ``c * tanh(z / c)``."""
     logit_scale: float = 1.0
     """Factor that `lm_head` holds and the target's own LM head, which an engine gives a draft, does not."""
+    embedding_scale: float = 1.0
+    """Factor on `embedding` in what an engine gives a draft that has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,10 @@ class DraftMethod(ABC):
         Raises:
             BadInput: each option that does not fit is named, with what is allowed.
         """
+
+    def unserved(self, facts: TargetFacts) -> str | None:
+        """Return which engine cannot serve such a draft for this target, in words, or None where none is known."""
+        return None
 
     @abstractmethod
     def vocabulary(self, options: DraftSection, facts: TargetFacts) -> DraftVocabulary:

@@ -234,7 +234,7 @@ def _build_drafts(
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     loaded = load_target_parts(plan.spec.target, dtype=dtype)
     embedding, lm_head = loaded.embedding.to(device), loaded.lm_head.to(device)
-    parts = FrozenParts(embedding, lm_head, loaded.logit_cap, loaded.logit_scale)
+    parts = FrozenParts(embedding, lm_head, loaded.logit_cap, loaded.logit_scale, loaded.embedding_scale)
     drafts = []
     for draft, vocab_map in zip(plan.drafts, maps, strict=True):
         model = _build_draft(draft, vocab_map, plan.spec.run.seed)

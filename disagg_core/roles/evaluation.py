@@ -35,7 +35,7 @@ from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.loading import load_target
 from disagg_core.target.parts import parts_of
-from disagg_core.target.text_model import logit_scale
+from disagg_core.target.text_model import logit_scale, shared_embedding_scale
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,14 @@ def attached(draft: DraftModel, target: nn.Module) -> DraftModel:
     """Give `draft` the frozen parts of the loaded `target`, and move it to the target's device and dtype."""
     embedding, lm_head = parts_of(target)
     model: Any = target
-    draft.attach(FrozenParts(embedding, lm_head, logit_scale=logit_scale(model.config)))
+    draft.attach(
+        FrozenParts(
+            embedding,
+            lm_head,
+            logit_scale=logit_scale(model.config),
+            embedding_scale=shared_embedding_scale(model.config.get_text_config()),
+        )
+    )
     return draft.to(device=embedding.device, dtype=embedding.dtype)
 
 

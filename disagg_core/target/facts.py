@@ -16,7 +16,15 @@ from disagg_core.contracts import DTYPE_BYTES
 from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
-from disagg_core.target.text_model import logit_cap, logit_scale, sizes_of, text_config, token_ids, value_of
+from disagg_core.target.text_model import (
+    logit_cap,
+    logit_scale,
+    shared_embedding_scale,
+    sizes_of,
+    text_config,
+    token_ids,
+    value_of,
+)
 
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
@@ -26,7 +34,8 @@ class TargetFacts(BaseModel):
 
     `rope_parameters` are one flat set, empty for a target without RoPE; `eos_token_ids` are those of the config and of
     the generation config together; logits are ``z = logit_scale * last_hidden_state @ lm_head.T``, capped as
-    ``logit_cap * tanh(z / logit_cap)``.
+    ``logit_cap * tanh(z / logit_cap)``. A draft without an embedding of its own is given the target's times
+    `embedding_scale` when it is served.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +55,7 @@ class TargetFacts(BaseModel):
     tie_word_embeddings: bool
     logit_cap: float | None = None
     logit_scale: float = 1.0
+    embedding_scale: float = 1.0
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
@@ -86,6 +96,7 @@ def read_target_facts(target: TargetSection) -> TargetFacts:
         tie_word_embeddings=is_tied(config),
         logit_cap=logit_cap(text),
         logit_scale=logit_scale(config),
+        embedding_scale=shared_embedding_scale(text),
         bos_token_id=value_of(text, "bos_token_id"),
         eos_token_ids=eos,
         pad_token_id=value_of(text, "pad_token_id"),

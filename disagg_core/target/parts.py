@@ -25,7 +25,7 @@ from disagg_core.errors import TargetError
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.run_spec.section import is_local
 from disagg_core.target.facts import is_tied, load_target_config
-from disagg_core.target.text_model import logit_cap, logit_scale
+from disagg_core.target.text_model import logit_cap, logit_scale, shared_embedding_scale
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ class TargetParts:
     final_norm: FinalNorm | None
     logit_cap: float | None = None
     logit_scale: float = 1.0  # factor that `lm_head` holds
+    embedding_scale: float = 1.0  # factor on `embedding` in what SGLang gives a draft that has none of its own
 
     def logits(self, last_hidden_state: Tensor) -> Tensor:
         """Return the target's logits [..., V] of states after its final norm [..., H]."""
@@ -166,6 +167,7 @@ def load_target_parts(
         final_norm=_final_norm(raw[norm_name], text) if norm_name else None,
         logit_cap=logit_cap(text),
         logit_scale=logit_scale(config),
+        embedding_scale=shared_embedding_scale(text),
     )
 
 

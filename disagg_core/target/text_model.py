@@ -39,6 +39,8 @@ _MULTIPLIED = frozenset({"hyperclovax"})
 """Families whose ``logits_scaling`` is a factor; the others divide by it."""
 _UNSCALED = frozenset({"aya_vision", "cohere2_vision"})
 """Wrappers in transformers that leave out their text model's factor."""
+_SCALED_EMBEDDINGS = frozenset({"gemma4_text", "gemma4_unified_text"})
+"""Families whose embedding module multiplies in SGLang 0.5.23, among those that it serves drafts of blocks for."""
 
 
 def text_config(config: Any) -> Any:
@@ -166,6 +168,15 @@ def logit_scale(config: Any) -> float:
         return scale * divisor if text.model_type in _MULTIPLIED else scale / divisor
     base, hidden = value_of(text, "dim_model_base"), text.hidden_size
     return scale * float(base) / float(hidden) if base else scale
+
+
+def shared_embedding_scale(text: Any) -> float:
+    """Return the factor on the rows of a text model's embedding in what SGLang gives a draft that has none of its own.
+
+    SGLang hands such a draft the target's embedding module. Gemma 4's multiplies by the root of the hidden size; other
+    families multiply outside of theirs, or not at all.
+    """
+    return float(text.hidden_size**0.5) if text.model_type in _SCALED_EMBEDDINGS else 1.0
 
 
 def logit_cap(text: Any) -> float | None:

@@ -118,7 +118,7 @@ class Trial:
     def frozen(self) -> FrozenParts:
         """What a draft takes from the target."""
         parts = self.parts
-        return FrozenParts(parts.embedding, parts.lm_head, parts.logit_cap, parts.logit_scale)
+        return FrozenParts(parts.embedding, parts.lm_head, parts.logit_cap, parts.logit_scale, parts.embedding_scale)
 
     def trained_draft(self, plan: RunPlan, samples: list[Sample]) -> DraftModel:
         """A draft after one step on `samples`; every weight that training touches is finite and has moved."""

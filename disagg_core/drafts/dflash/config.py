@@ -94,7 +94,9 @@ class DFlashConfig(BaseModel):
     num_target_layers: int | None = Field(None, gt=0, description="Decoder layers of the target.")
     output_multiplier: float = Field(1.0, gt=0, description="Factor on the logits.")
     final_logit_softcapping: float | None = Field(None, gt=0, description="Logits z become cap * tanh(z / cap).")
-    input_embedding_scale: float = Field(1.0, gt=0, description="Factor on the embedding.")
+    input_embedding_scale: float | None = Field(
+        None, gt=0, description="Factor on the embedding; None where it is what the engine multiplies by."
+    )
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -189,7 +191,9 @@ class DFlashConfig(BaseModel):
         own = (*_OWN, *_OPTIONAL, *self.own_keys)
         values = self.model_dump(mode="json")
         inner = {key: values.pop(key) for key in own}
-        optional = {key: value for key, value in inner.items() if key in _OPTIONAL and value not in (None, 1.0)}
+        optional = {key: inner[key] for key in _OPTIONAL if inner[key] is not None}
+        if self.output_multiplier == 1.0:
+            del optional["output_multiplier"]
         rope = values["rope_parameters"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         sliding = "sliding_attention" in self.layer_types
@@ -255,6 +259,8 @@ class DFlashConfig(BaseModel):
                 "target_layer_ids": list(capture.layers),
                 "num_target_layers": facts.num_layers,
                 "output_multiplier": facts.logit_scale if "output_multiplier" not in cls.required_values else None,
+                "input_embedding_scale": options.embedding_scale
+                or (facts.embedding_scale if facts.embedding_scale != 1.0 else None),
                 "bos_token_id": facts.bos_token_id,
                 "eos_token_id": facts.eos_token_ids[0]
                 if len(facts.eos_token_ids) == 1

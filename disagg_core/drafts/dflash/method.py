@@ -35,6 +35,9 @@ from disagg_core.errors import BadInput, IncompatibleDraft, TargetError
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
 
+_NOT_IN_SGLANG = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "qwen2_moe"})
+"""Widely used families whose models lack ``set_dflash_layers_to_capture`` in SGLang 0.5.23."""
+
 
 class DFlash(DraftMethod):
     """DFlash (https://arxiv.org/abs/2602.06036): one pass of the draft proposes a whole block."""
@@ -90,6 +93,12 @@ class DFlash(DraftMethod):
 
     def _check_sizes(self, section: BlockShapeSection, facts: TargetFacts, capture: Capture) -> None:
         self._config(section.model_copy(update={"mask_token_id": 0}), facts, capture, 0)
+
+    def unserved(self, facts: TargetFacts) -> str | None:
+        """Name SGLang, for families of targets that it cannot capture the layers of for drafts of blocks."""
+        if facts.model_type not in _NOT_IN_SGLANG:
+            return None
+        return f"SGLang 0.5.23 cannot serve a {self.title} draft for a {facts.model_type} target"
 
     def vocabulary(self, options: DraftSection, facts: TargetFacts) -> DraftVocabulary:
         """Return the target's whole vocabulary."""

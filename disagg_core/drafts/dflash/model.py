@@ -117,6 +117,7 @@ class DFlashDraft(DraftModel):
         self.rotary = RotaryEmbedding(config)
         self.register_parameter("embed_tokens", None)
         self.register_parameter("lm_head", None)
+        self.embedding_scale = config.input_embedding_scale or 1.0  # factor on the attached embedding
         self.head_scale = 1.0  # factor that the attached head holds and the one that an engine gives the draft does not
         self.add_parts()
         self.reset_parameters()
@@ -151,6 +152,8 @@ class DFlashDraft(DraftModel):
         shared = parts.lm_head is parts.embedding
         self.lm_head = self.embed_tokens if shared else nn.Parameter(parts.lm_head.detach(), requires_grad=False)
         self.head_scale = parts.logit_scale
+        if self.config.input_embedding_scale is None:
+            self.embedding_scale = parts.embedding_scale
 
     def serving_state_dict(self) -> dict[str, Tensor]:
         """Return the draft's own tensors by serving name; nothing of the target."""
@@ -181,7 +184,7 @@ class DFlashDraft(DraftModel):
         return context
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the target's embedding ``[..., H]`` of token ids (any shape, int64).
+        """Return the target's embedding ``[..., H]`` of token ids (any shape, int64), as an engine gives it.
 
         Raises:
             IncompatibleDraft: nothing is attached.
@@ -190,7 +193,7 @@ class DFlashDraft(DraftModel):
             raise IncompatibleDraft(
                 "the draft has no embedding: expected the target's, found none; call attach() first"
             )
-        return F.embedding(ids, self.embed_tokens).to(self.fc.weight.dtype) * self.config.input_embedding_scale
+        return F.embedding(ids, self.embed_tokens).to(self.fc.weight.dtype) * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits ``[..., V]`` of states after the final norm ``[..., H]``.

@@ -67,6 +67,12 @@ class BlockShapeSection(OwnRope, DraftSection):
     mask_token_id: int | None = Field(
         None, ge=0, description="Token that stands in the slots to be predicted; by default found in the tokenizer."
     )
+    embedding_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Factor on the target's embedding; by default what SGLang multiplies it by, which vLLM leaves out "
+        "for DFlash: the root of the hidden size for Gemma 4, else 1.",
+    )
     anchors: int = Field(512, ge=1, le=8192, description="Blocks of a sample in a step at most, drawn at random.")
     noise: float = Field(0.0, ge=0, le=1, description="Uniform noise on the captured states is within this of 0.")
 

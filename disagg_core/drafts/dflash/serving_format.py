@@ -182,7 +182,7 @@ def _speculators_config(
     shaped = {
         "output_multiplier": config.output_multiplier != 1.0,
         "final_logit_softcapping": config.final_logit_softcapping is not None,
-        "input_embedding_scale": config.input_embedding_scale != 1.0,
+        "input_embedding_scale": config.input_embedding_scale not in (None, 1.0),
         "is_causal": config.is_causal is True,
     }
     unsaid = [name for name, given in shaped.items() if given]

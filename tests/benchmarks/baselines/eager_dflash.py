@@ -90,7 +90,7 @@ def eager_blocks(draft: DFlashDraft, inputs: Mapping[str, Tensor], *, by_anchor:
     block_ids = torch.full_like(own, config.mask_token_id)
     block_ids[:, :, 0] = torch.where(keep, own[:, :, 0], config.mask_token_id)
     context = rms_norm(F.linear(states, draft.fc.weight), draft.hidden_norm)
-    state = F.embedding(block_ids.flatten(1), draft.embed_tokens) * config.input_embedding_scale
+    state = F.embedding(block_ids.flatten(1), draft.embed_tokens) * draft.embedding_scale
     at = torch.cat((torch.arange(tokens).expand(batch, -1), positions.flatten(1)), dim=1)
     for layer, kind in zip(draft.layers, config.layer_masks, strict=True):
         seen = dense_mask(anchors, keep, tokens, size, kind._replace(by_anchor=by_anchor))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.gemma3 import Gemma3Config, Gemma3TextConfig
+from transformers.models.gemma4 import Gemma4TextConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5_moe import Qwen3_5MoeTextConfig
@@ -64,6 +65,14 @@ def test_a_wrapper_ends_texts_as_its_text_part_does(tmp_path: Path) -> None:
 
     assert {5, 6} <= set(facts.eos_token_ids)
     assert (facts.hidden_size, facts.model_type) == (32, "gemma3_text")
+
+
+def test_a_draft_is_served_with_the_embedding_of_gemma_4_times_its_width(tmp_path: Path) -> None:
+    """SGLang gives a draft of blocks the target's embedding module: Gemma 4's scales, Gemma 3 has no such drafts."""
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 48, "head_dim": 16}
+
+    assert facts_of(Gemma4TextConfig(**sizes), tmp_path / "4").embedding_scale == 8.0
+    assert facts_of(Gemma3TextConfig(**sizes), tmp_path / "3").embedding_scale == 1.0
 
 
 def test_of_kinds_of_layers_with_unlike_rotation_it_is_full_attentions(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,30 @@ def test_layers_that_the_target_cannot_give_are_named(layers: tuple[int, ...]) -
 def test_a_target_of_one_layer_is_refused() -> None:
     with pytest.raises(TargetError, match="at least 2 decoder layers"):
         METHOD.check(DFlashSection(**OPTIONS), some_facts(num_layers=1), max_tokens=64, draft_tokens=5)
+
+
+def test_a_draft_sees_the_embedding_that_it_is_served_with() -> None:
+    """The target's times a factor: the engine's, unless the document or a published file says another."""
+    target = some_facts(embedding_scale=4.0)
+    served = METHOD.config_for(DFlashSection(**OPTIONS), target, CAPTURE, VOCAB)
+    chosen = METHOD.config_for(DFlashSection(**OPTIONS, embedding_scale=1.0), target, CAPTURE, VOCAB)
+    published = served.model_copy(update={"input_embedding_scale": None})
+    assert served.to_dict()["dflash_config"]["input_embedding_scale"] == 4.0, "vLLM reads it for DFlash2"
+    assert DFlashConfig.from_dict(chosen.to_dict()) == chosen
+    usual = METHOD.config_for(DFlashSection(**OPTIONS), some_facts(), CAPTURE, VOCAB)
+    assert "input_embedding_scale" not in usual.to_dict()["dflash_config"]
+
+    parts = replace(target_parts(served), embedding_scale=4.0)
+    for config, factor in ((served, 4.0), (chosen, 1.0), (published, 4.0)):
+        draft = METHOD.model(config)
+        draft.attach(parts)
+        torch.testing.assert_close(draft.embed(torch.tensor([3, 5])), factor * parts.embedding[[3, 5]].float())
+
+
+def test_a_target_that_sglang_cannot_capture_for_such_drafts_is_named() -> None:
+    assert METHOD.unserved(some_facts()) is None
+    said = METHOD.unserved(some_facts(model_type="gemma3_text"))
+    assert said == "SGLang 0.5.23 cannot serve a DFlash draft for a gemma3_text target"
 
 
 def test_what_fits_passes() -> None:
