@@ -12,6 +12,7 @@ from disagg_core.errors import EvaluationFailed, RoleFailed
 from disagg_core.files import write_atomically
 from disagg_core.recurring.candidate import INCUMBENT, Incumbent
 from disagg_core.report.document import EvaluationFigures
+from disagg_core.report.suites import suite_figures
 from disagg_core.run.plan import PlannedDraft, RunPlan
 from tasks.children import Supervision, run_child, state_name
 from tasks.completion import Completion
@@ -34,6 +35,7 @@ async def evaluate_drafts(
     checkpoints = [
         (draft.result_name(when), str(draft.checkpoint_in(step))) for draft in plan.drafts for when, step in steps
     ]
+    champion = [INCUMBENT] if incumbent is not None else []
     if incumbent is not None:
         checkpoints.append((INCUMBENT, str(incumbent.path)))
     write_atomically(
@@ -42,7 +44,8 @@ async def evaluate_drafts(
             {
                 "plan": plan.model_dump(mode="json"),
                 "checkpoints": checkpoints,
-                "suites_of": [draft.result_name("after") for draft in plan.drafts],
+                "suites_of": [draft.result_name("after") for draft in plan.drafts] + champion,
+                "references": champion,
                 "threads": plan.spec.target.cpu_threads,
             }
         ),
@@ -76,6 +79,7 @@ def _figures(plan: RunPlan, draft: PlannedDraft) -> EvaluationFigures:
         per_position_after=after["per_position"],
         lossless=before["lossless"] and after["lossless"],
         tokens_per_second=after["tokens"] / after["seconds"],
+        suites=suite_figures(after.get("suites", {}), incumbent=INCUMBENT),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_core.errors import PromptError, PromptRejected
-from disagg_core.evaluation.suites import read_suite
+from disagg_core.evaluation.questions import read_suite
 from disagg_core.prompts.encode import PromptEncoder
 from disagg_core.prompts.pinned import PinnedData, PinnedFile
 from disagg_core.run_spec.document import RunSpec

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg_core.errors import BadInput
+from disagg_core.report.suites import SUITE_HEAD, suite_figures, suite_rows
 from disagg_core.run.known import find_run, read_plan
 from disagg_core.run.plan import RunPlan
 from disagg_core.run_spec.yaml_file import parse_spec, with_overrides
 from disagg_core.settings import get_settings
 
-_WIDTH_IN_A_PIPE = 140
+_WIDTH_IN_A_PIPE = 180
 
 Run = Annotated[str, typer.Argument(help="Id of a run, or the beginning of it.", show_default=False)]
 Draft = Annotated[
@@ -70,6 +71,15 @@ def evaluate(
     server: Annotated[
         str | None, typer.Option(help="SGLang server that serves target and draft; measured by its own counters.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Draft to compare with on the same prompts, as champion; named as --draft is.")
+    ] = None,
+    plain_server: Annotated[
+        str | None, typer.Option(help="With --server: SGLang server of the same target without a draft.")
+    ] = None,
+    against_server: Annotated[
+        str | None, typer.Option(help="With --server: SGLang server of the same target with the draft to compare with.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the result in the run's evaluation folder.")] = "again",
     suites: Annotated[
         list[str] | None,
@@ -82,9 +92,11 @@ def evaluate(
 ) -> None:
     """Measure the accept length of a draft on the held-out prompts of a run, here or on an SGLang server.
 
-    The suites of the run, or those given, are measured as well, by category.
+    The suites of the run, or those given, are measured as well, by category. Decoding without a draft takes turns with
+    it on the same prompts, and so does a draft that it is compared with.
     """
-    from disagg_core.roles.evaluation import result_file, run_evaluation, run_server_evaluation
+    from disagg_core.roles.evaluation import result_file, run_evaluation
+    from disagg_core.roles.server_evaluation import Servers, run_server_evaluation
 
     plan = _with_evaluation(read_plan(find_run(get_settings().runs_dir, run)), suites or (), overrides or ())
     if server is not None:
@@ -93,16 +105,23 @@ def evaluate(
                 "--draft and --server: a server serves the draft that it was started with; give one of the two, or the "
                 "name of the run's draft that it serves"
             )
-        result = run_server_evaluation(plan, server, name, draft)
+        if against is not None:
+            raise BadInput("--against and --server: the draft to compare with is served, too; give --against-server")
+        result = run_server_evaluation(plan, Servers(server, plain_server, against_server), name, draft)
     else:
-        result = run_evaluation(plan, draft_of(plan, draft), name)
+        if plain_server is not None or against_server is not None:
+            raise BadInput("--plain-server and --against-server take effect beside --server only")
+        other = draft_of(plan, against) if against is not None else None
+        result = run_evaluation(plan, draft_of(plan, draft), name, other)
     Console().print(
         f"accept length {result['accept_length']:.3f} on {result['prompts']} prompts, "
         f"{result['target_passes']} target passes; written to {result_file(plan, name)}",
         soft_wrap=True,
     )
-    if "suites" in result:
-        Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE).print(_suites(result["suites"]))
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE)
+    by_load = result.get("by_concurrency") or {None: result["suites"]}
+    for load, found in by_load.items():
+        console.print(_suites(found, title=f"{load} requests at once" if load is not None else None))
 
 
 def _with_evaluation(plan: RunPlan, suites: Sequence[str], overrides: Sequence[str]) -> RunPlan:
@@ -124,14 +143,10 @@ def _with_evaluation(plan: RunPlan, suites: Sequence[str], overrides: Sequence[s
     return plan.model_copy(update={"spec": spec, "data": data})
 
 
-def _suites(results: dict[str, Any]) -> Table:
-    from disagg_core.evaluation.suites import suite_lines
-
-    table = Table("suite", "questions", "accept length (95 %)", "tokens/s (95 %)", "kept by drafted position")
-    for name, suite in results.items():
-        for line in suite_lines(name, suite):
-            table.add_row(*line)
-        table.add_section()
+def _suites(results: dict[str, Any], *, title: str | None) -> Table:
+    table = Table(*SUITE_HEAD, title=title)
+    for row in suite_rows(suite_figures(results), parts=True):
+        table.add_row(*row)
     return table
 
 

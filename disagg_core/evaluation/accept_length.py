@@ -10,9 +10,9 @@ rare; in bf16, where logits have 8 bits, they are not.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from torch import nn
 
 from disagg_core.drafts.method import DraftModel
 from disagg_core.errors import BadInput, EvaluationFailed
-from disagg_core.evaluation.speculative import Generation, Progress, generate_all
+from disagg_core.evaluation.speculative import Decode, Generation, Progress, generate_all
+from disagg_core.evaluation.turns import PLAIN, Decoded, decode_in_turn
 
 logger = logging.getLogger(__name__)
 
 _TIE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Logits closer than this part of the largest one count as equal."""
+_DRAFT = "draft"
 
 
 @dataclass(frozen=True)
@@ -70,37 +72,6 @@ class AcceptLength:
         return {**asdict(self), "interval": list(self.interval), "by_prompt": [list(pair) for pair in self.by_prompt]}
 
 
-@dataclass(frozen=True)
-class PlainDecoding:
-    """What the target says without a draft, and how long it took."""
-
-    generations: list[Generation]
-    seconds: float
-
-
-def decode_plainly(
-    target: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 64,
-    eos_token_ids: Collection[int] = (),
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> PlainDecoding:
-    """Decode `prompts` greedily without a draft; `target` is in eval mode."""
-    started = time.perf_counter()
-    generations = generate_all(
-        target,
-        None,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return PlainDecoding(generations, time.perf_counter() - started)
-
-
 def measure_accept_length(
     target: nn.Module,
     draft: DraftModel,
@@ -111,13 +82,12 @@ def measure_accept_length(
     eos_token_ids: Collection[int] = (),
     batch_size: int = 16,
     compare_with_plain: bool = True,
-    plain: PlainDecoding | None = None,
     progress: Progress | None = None,
 ) -> AcceptLength:
-    """Decode `prompts` greedily with `draft` and, to compare, without; `target` is in eval mode.
+    """Decode `prompts` greedily with `draft` and, to compare, without, batch by batch; `target` is in eval mode.
 
-    What `plain` has of the same prompts and lengths is not decoded again. `progress` is called with the number of
-    finished prompts and of all, twice as many when they are decoded without the draft too.
+    `progress` is called with the number of finished prompts and of all, twice as many when they are decoded without the
+    draft too.
 
     Raises:
         BadInput: no prompts, an empty one, fewer than 2 new tokens (the first needs no pass of its own), or more draft
@@ -125,44 +95,53 @@ def measure_accept_length(
         EvaluationFailed: every prompt ended with its first token, so there was nothing to measure.
         TargetError: see `TargetRunner`.
     """
+    check_measurable(prompts, max_new_tokens)
+    decoder = partial(
+        generate_all, target, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, batch_size=batch_size
+    )
+    decoders: dict[str, Decode] = {_DRAFT: partial(decoder, draft, draft_tokens=draft_tokens)}
+    if compare_with_plain:
+        decoders[PLAIN] = partial(decoder, None)
+    decoded = decode_in_turn(prompts, decoders, batch_size=batch_size, progress=progress)
+    return accept_length_of(target, prompts, decoded[_DRAFT], decoded.get(PLAIN), draft_tokens=draft_tokens)
+
+
+def check_measurable(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Check that there is something to decode, and passes to count.
+
+    Raises:
+        BadInput: no prompts, or fewer than 2 new tokens.
+    """
     if not prompts or max_new_tokens < 2:
         raise BadInput(
             "evaluation: expected at least one prompt and max_new_tokens of at least 2, "
             f"found {len(prompts)} prompts and {max_new_tokens}"
         )
-    again = compare_with_plain and plain is None
-    total = len(prompts) * (2 if again else 1)
-    started = time.perf_counter()
-    speculative = generate_all(
-        target,
-        draft,
-        prompts,
-        draft_tokens=draft_tokens,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        batch_size=batch_size,
-        progress=(lambda done, _: progress(done, total)) if progress else None,
-    )
-    seconds = time.perf_counter() - started
-    if again:
-        plain = decode_plainly(
-            target,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            batch_size=batch_size,
-            progress=(lambda done, _: progress(len(prompts) + done, total)) if progress else None,
-        )
+
+
+def accept_length_of(
+    target: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    drafted: Decoded,
+    plain: Decoded | None,
+    *,
+    draft_tokens: int,
+) -> AcceptLength:
+    """Return what was measured with a draft, and whether its output is that of `plain` decoding, where there is some.
+
+    Raises:
+        EvaluationFailed: there was no pass to measure, or one of the two stopped early.
+    """
     divergences: list[Divergence] = []
     if plain is not None:
-        divergences = _divergences(target, prompts, plain.generations, speculative)
+        divergences = _divergences(target, prompts, plain.generations, drafted.generations)
         for divergence in divergences:
             logger.warning("speculative decoding differs from plain decoding: %s", divergence)
     return summarise(
-        [generation.accepted for generation in speculative],
+        [generation.accepted for generation in drafted.generations],
         draft_tokens=draft_tokens,
-        seconds=seconds,
-        plain_seconds=plain.seconds if plain is not None else None,
+        seconds=sum(drafted.seconds),
+        plain_seconds=sum(plain.seconds) if plain is not None else None,
         lossless=all(divergence.tie for divergence in divergences) if plain is not None else None,
         divergences=divergences,
     )

@@ -10,7 +10,7 @@ everywhere in this package, so that both measures can be compared. A pass in whi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,72 @@ import httpx
 
 from disagg_core.errors import BadInput, EvaluationFailed, TargetUnavailable
 from disagg_core.evaluation.accept_length import AcceptLength, summarise
-from disagg_core.evaluation.speculative import Generation, Progress
+from disagg_core.evaluation.speculative import Generation
+from disagg_core.evaluation.turns import Decoded, decode_in_turn
+
+
+class ServerDecoder:
+    """Continues batches of prompts on a server, so many at a time as its pool has threads; see `decoding_on_server`.
+
+    `draft_tokens` is the largest number of tokens that a pass was seen to draft.
+    """
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        pool: ThreadPoolExecutor,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        drafts: bool,
+        flags: str,
+    ) -> None:
+        self._client = client
+        self._pool = pool
+        self._sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        self._drafts = drafts
+        self._flags = flags
+        self.draft_tokens = 1
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+        """Return the continuations of `prompts`, in order; their passes are in no particular order."""
+        return list(self._pool.map(self._continue, prompts))
+
+    def _continue(self, prompt: Sequence[int]) -> Generation:
+        started = time.perf_counter()
+        reply = _generate(self._client, prompt, self._sampling)
+        seconds = time.perf_counter() - started
+        counts: list[int] = []
+        if self._drafts:
+            counts, proposed = _read_counters(reply, str(self._client.base_url), self._flags)
+            self.draft_tokens = max(self.draft_tokens, proposed)
+        return Generation(reply["output_ids"], counts, in_order=False, seconds=seconds)
+
+
+@contextmanager
+def decoding_on_server(
+    url: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    concurrency: int = 16,
+    timeout_s: float = 120.0,
+    drafts: bool = True,
+    flags: str = "",
+) -> Iterator[ServerDecoder]:
+    """Yield what has the SGLang server at `url` continue a batch of prompts, `concurrency` of them at a time.
+
+    A server that does not draft, `drafts` False, has no counters, and its answers no passes. It raises as
+    `measure_on_server` does.
+    """
+    limits = httpx.Limits(max_connections=concurrency)
+    with (
+        httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, limits=limits) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        yield ServerDecoder(
+            client, pool, max_new_tokens=max_new_tokens, temperature=temperature, drafts=drafts, flags=flags
+        )
 
 
 def measure_on_server(
@@ -31,7 +96,6 @@ def measure_on_server(
     timeout_s: float = 120.0,
     expected: Sequence[Sequence[int]] | None = None,
     flags: str = "",
-    progress: Progress | None = None,
 ) -> AcceptLength:
     """Let the SGLang server at `url` continue `prompts` greedily and return the accept length that it counted.
 
@@ -46,65 +110,33 @@ def measure_on_server(
     """
     if not prompts:
         raise BadInput("evaluation: expected at least one prompt, found none")
-    started = time.perf_counter()
-    accepted: list[list[int]] = []
-    outputs: list[list[int]] = []
-    drafted = 1
-    with (
-        httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
-        replies = pool.map(lambda prompt: _generate(client, prompt, max_new_tokens), prompts)
-        for number, reply in enumerate(replies, start=1):
-            counts, proposed = _read_counters(reply, url, flags)
-            accepted.append(counts)
-            outputs.append(reply["output_ids"])
-            drafted = max(drafted, proposed)
-            if progress is not None:
-                progress(number, len(prompts))
+    with decoding_on_server(
+        url, max_new_tokens=max_new_tokens, concurrency=concurrency, timeout_s=timeout_s, flags=flags
+    ) as decode:
+        decoded = decode_in_turn(prompts, {url: decode}, batch_size=len(prompts))[url]
+    return served_accept_length(decoded, draft_tokens=decode.draft_tokens, expected=expected)
+
+
+def served_accept_length(
+    decoded: Decoded, *, draft_tokens: int, expected: Sequence[Sequence[int]] | None = None
+) -> AcceptLength:
+    """Return what a server's counters say of `decoded`; see `measure_on_server`.
+
+    Raises:
+        EvaluationFailed: there was no pass at all.
+    """
+    outputs = [generation.tokens for generation in decoded.generations]
     return summarise(
-        accepted,
-        draft_tokens=drafted,
-        seconds=time.perf_counter() - started,
+        [generation.accepted for generation in decoded.generations],
+        draft_tokens=draft_tokens,
+        seconds=sum(decoded.seconds),
         lossless=None if expected is None else outputs == [list(tokens) for tokens in expected],
     )
 
 
-@contextmanager
-def decoding_on_server(
-    url: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    concurrency: int = 16,
-    timeout_s: float = 120.0,
-    flags: str = "",
-) -> Iterator[Callable[[Sequence[Sequence[int]]], list[Generation]]]:
-    """Yield a function that has the SGLang server at `url` continue a batch of prompts.
-
-    The passes of a `Generation` that it returns are in no particular order. It raises as `measure_on_server` does.
-    """
-    with (
-        httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
-
-        def one(prompt: Sequence[int]) -> Generation:
-            reply = _generate(client, prompt, max_new_tokens, temperature)
-            return Generation(reply["output_ids"], _read_counters(reply, url, flags)[0])
-
-        yield lambda prompts: list(pool.map(one, prompts))
-
-
-def _generate(
-    client: httpx.Client, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0
-) -> dict[str, Any]:
-    request = {
-        "input_ids": list(prompt),
-        "sampling_params": {"temperature": temperature, "max_new_tokens": max_new_tokens},
-    }
+def _generate(client: httpx.Client, prompt: Sequence[int], sampling: Mapping[str, float]) -> dict[str, Any]:
     try:
-        reply = client.post("/generate", json=request)
+        reply = client.post("/generate", json={"input_ids": list(prompt), "sampling_params": sampling})
     except httpx.TransportError as error:
         raise TargetUnavailable(
             f"{client.base_url}: no answer to /generate ({type(error).__name__}: {error}); is the server up?"

@@ -42,10 +42,15 @@ class Generation:
     token more. The first of `tokens` comes from the pass over the prompt, which is not counted; `tokens` ends at the
     length asked for or with an end-of-sequence token. The last pass counts whole, wherever the text ends in it: so do
     serving engines, and what a pass verified says nothing less for what stands before.
+
+    A server that counts passes without saying which came when gives them `in_order` False. `seconds` are the prompt's
+    own, where it was continued beside others and each is answered when it is done.
     """
 
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    in_order: bool = True
+    seconds: float | None = None
 
     @property
     def target_passes(self) -> int:
@@ -56,6 +61,10 @@ class Generation:
     def accept_length(self) -> float:
         """Tokens per target pass, 1 … k + 1; 1 if there was no pass."""
         return 1.0 + sum(self.accepted) / len(self.accepted) if self.accepted else 1.0
+
+
+Decode = Callable[[Sequence[Sequence[int]]], list[Generation]]
+"""Continues a batch of prompts."""
 
 
 def speculative_generate(

@@ -17,10 +17,8 @@ from disagg_core.registry.registry import Registry, whoami
 from disagg_core.registry.versions import ChampionMoved, DataMark, Version
 from disagg_core.run.known import read_document
 from disagg_core.run.plan import RunPlan
+from disagg_core.run_spec.results import HELD_OUT
 from disagg_core.settings import Settings
-
-HELD_OUT = "held-out"
-"""The suite that the run's own held-out prompts are."""
 
 
 def incumbent_of(plan: RunPlan, settings: Settings) -> Incumbent | None:
@@ -61,20 +59,31 @@ def judge(plan: RunPlan, published: Version, incumbent: Incumbent | None) -> Can
         BadInput: what the gate needs was not measured.
     """
     after = _result(plan, plan.drafts[0].result_name("after"))
-    other = _result(plan, INCUMBENT)["by_prompt"] if incumbent is not None else [None] * len(after["by_prompt"])
-    prompts = [
-        PairedPrompt(HELD_OUT, str(index), Decoded(*own), Decoded(*theirs) if theirs is not None else None)
-        for index, (own, theirs) in enumerate(zip(after["by_prompt"], other, strict=True))
-    ]
+    other = _result(plan, INCUMBENT) if incumbent is not None else None
+    own, theirs = _by_suite(after), _by_suite(other) if other is not None else None
     gate = decide(
         plan.spec.gate,
-        prompts,
+        [pair for suite in own for pair in _pairs(suite, own[suite], theirs[suite] if theirs is not None else None)],
         candidate=published.label,
         incumbent=f"v{incumbent.number}" if incumbent is not None else None,
         lossless=after["lossless"],
         seed=plan.spec.run.seed,
     )
     return Candidate(number=published.number, incumbent=incumbent.number if incumbent is not None else None, gate=gate)
+
+
+def _by_suite(result: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
+    """Return tokens and passes of each prompt, by suite."""
+    suites = {name: suite["by_question"] for name, suite in result.get("suites", {}).items()}
+    return {**suites, HELD_OUT: result["by_prompt"]}
+
+
+def _pairs(suite: str, own: list[tuple[int, int]], theirs: list[tuple[int, int]] | None) -> list[PairedPrompt]:
+    other = [Decoded(*pair) for pair in theirs] if theirs is not None else [None] * len(own)
+    return [
+        PairedPrompt(suite, str(number), Decoded(*pair), beside)
+        for number, (pair, beside) in enumerate(zip(own, other, strict=True))
+    ]
 
 
 def promote(plan: RunPlan, settings: Settings, candidate: Candidate, by: str | None = None) -> Candidate:

@@ -52,6 +52,32 @@ class TimeFigures(_Part):
     bottleneck: str
 
 
+class Estimate(_Part):
+    """A figure with its 95 % bootstrap interval, which needs several prompts or batches."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+class MeasuredFigures(_Part):
+    """A suite, or a part of it: questions of a category or with prompts of some length, passes at some place.
+
+    Lengths and places are ranges of tokens. `speedup` is tokens per second over those of plain decoding; the gains are
+    parts of the champion's accept length and tokens per second. All of these are of the same questions and batches.
+    """
+
+    suite: str
+    kind: Literal["suite", "category", "prompt_length", "position"]
+    part: str | None
+    questions: int
+    accept_length: Estimate | None
+    per_position: list[float]
+    tokens_per_second: Estimate | None
+    speedup: Estimate | None
+    gain: Estimate | None
+    speed_gain: Estimate | None
+
+
 class EvaluationFigures(_Part):
     """Speculative decoding of held-out prompts; accept length is tokens per target pass."""
 
@@ -64,6 +90,8 @@ class EvaluationFigures(_Part):
     lossless: bool
     tokens_per_second: float | None = None
     """With the trained draft, all prompts together, where the evaluation ran."""
+    suites: list[MeasuredFigures] = []
+    """With the trained draft: each suite, the held-out prompts first, followed by its parts."""
 
 
 class DraftFigures(_Part):

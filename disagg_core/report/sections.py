@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from disagg_core.report.comparison import HEAD, comparison_of
 from disagg_core.report.document import RunReport, SuiteFigures
+from disagg_core.report.suites import SUITE_HEAD, suite_rows
 from disagg_core.report.time_spent import HEAD as TIME_HEAD
 from disagg_core.report.time_spent import time_rows
 
-_SUITES = ("suite", "prompts", "candidate", "champion", "gain")
+_GATE = ("suite", "prompts", "candidate", "champion", "gain")
 _SERVERS = ("server", "captured", "failures", "restarts", "what happened")
 
 
@@ -29,7 +30,8 @@ def tables_of(report: RunReport) -> list[TableSection]:
     tables = (
         TableSection("Where time went", TIME_HEAD, time_rows(spent) if spent is not None else []),
         TableSection("Drafts", HEAD, comparison_of(report)),
-        TableSection("Suites", _SUITES, [_suite(suite) for suite in report.gate.suites] if report.gate else []),
+        *_measured(report),
+        TableSection("Gate", _GATE, [_judged(suite) for suite in report.gate.suites] if report.gate else []),
         TableSection("Servers", _SERVERS, _servers(report)),
     )
     return [table for table in tables if table.rows]
@@ -48,7 +50,15 @@ def attempts_of(report: RunReport) -> list[str]:
     return ends
 
 
-def _suite(found: SuiteFigures) -> tuple[str, ...]:
+def _measured(report: RunReport) -> list[TableSection]:
+    """Return a table of suites and categories for each draft that was measured by suite."""
+    return [
+        TableSection(f"Suites, {name}" if len(report.drafts) > 1 else "Suites", SUITE_HEAD, [*suite_rows(found.suites)])
+        for name, found in report.evaluations.items()
+    ]
+
+
+def _judged(found: SuiteFigures) -> tuple[str, ...]:
     low, high = found.candidate_interval
     return (
         found.suite,

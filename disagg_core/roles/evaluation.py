@@ -1,5 +1,7 @@
 """The evaluation of a run as a process of its own: held-out prompts, target and drafts in, one JSON file per draft out.
 
+All drafts, and the target without one, take turns batch by batch on the same prompts, and are compared pair by pair.
+
 ``python -m disagg_core.roles.evaluation <request.json>`` reads an `EvaluationRequest`. The prompts are
 ``<run>/evaluation/prompts.jsonl``, lines of ``{"input_ids": [...]}``, written by the step that prepares the run.
 
@@ -13,7 +15,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,14 +28,18 @@ from torch import nn
 from disagg_core.drafts.export import import_draft
 from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.errors import BadInput, DraftlineError, IncompatibleDraft, PromptError
-from disagg_core.evaluation.accept_length import AcceptLength, decode_plainly, measure_accept_length
-from disagg_core.evaluation.server import measure_on_server
+from disagg_core.evaluation.accept_length import AcceptLength, accept_length_of, check_measurable
+from disagg_core.evaluation.slices import SuiteResult, measured_prompts, results_of
+from disagg_core.evaluation.speculative import Decode, generate_all
+from disagg_core.evaluation.turns import PLAIN, decode_in_turn
 from disagg_core.files import write_atomically
 from disagg_core.prompts.pinned import PinnedFile
-from disagg_core.roles.suites import measure_suites, measure_suites_on_server
+from disagg_core.recurring.candidate import INCUMBENT
+from disagg_core.roles.suites import SuiteResults, measure_suites
 from disagg_core.run.directory import NAME_PATTERN
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressFile
+from disagg_core.run_spec.results import HELD_OUT
 from disagg_core.target.loading import load_target
 from disagg_core.target.parts import parts_of
 from disagg_core.target.text_model import logit_scale, shared_embedding_scale
@@ -59,44 +66,43 @@ class EvaluationRequest(BaseModel):
         default_factory=dict, description="Files of the results by name; by default <run>/evaluation/<name>.json."
     )
     suites_of: tuple[Name, ...] = Field((), description="Results that have the suites of the run measured, too.")
+    references: tuple[Name, ...] = Field(
+        (), description="Results that the others are compared with, besides that of decoding without a draft."
+    )
     threads: int | None = Field(None, ge=1, description="Threads on a CPU; by default torch's.")
 
     @model_validator(mode="after")
-    def _outputs_have_a_checkpoint(self) -> EvaluationRequest:
-        if unknown := set(self.outputs) - {name for name, _ in self.checkpoints}:
-            raise ValueError(f"outputs: no checkpoint is called {sorted(unknown)}")
+    def _names_are_of_checkpoints(self) -> EvaluationRequest:
+        names = [name for name, _ in self.checkpoints]
+        if len(set(names) - {PLAIN}) < len(names):
+            raise ValueError(f"checkpoints: expected unlike names, none of them {PLAIN!r}, found {names}")
+        for field in ("outputs", "suites_of", "references"):
+            if unknown := set(getattr(self, field)) - set(names):
+                raise ValueError(f"{field}: no checkpoint is called {sorted(unknown)}")
         return self
 
 
-def run_evaluation(plan: RunPlan, checkpoint: Path, name: str) -> dict[str, Any]:
-    """Measure the draft in `checkpoint` on the run's held-out prompts, as `evaluate_drafts` does for one draft.
+def run_evaluation(plan: RunPlan, checkpoint: Path, name: str, against: Path | None = None) -> dict[str, Any]:
+    """Measure the draft in `checkpoint` on the run's held-out prompts and suites, as `evaluate_drafts` does.
+
+    It is compared with the draft in `against`, too, whose result has the same name and ``-against``.
 
     Raises:
-        BadInput: `name` is not a plain name; otherwise as `evaluate_drafts`.
+        BadInput: `name` is not a plain name, or one that the other decoders have; otherwise as `evaluate_drafts`.
     """
     result_file(plan, name)
-    return evaluate_drafts(EvaluationRequest(plan=plan, checkpoints=((name, checkpoint),), suites_of=(name,)))[0]
-
-
-def run_server_evaluation(plan: RunPlan, url: str, name: str, draft: str | None = None) -> dict[str, Any]:
-    """Measure the draft that the SGLang server at `url` serves, on the same prompts; the result file is `name`'s.
-
-    `draft` names the one that is served, of a run with several.
-
-    Raises:
-        PromptError, BadInput, TargetUnavailable, EvaluationFailed: see `read_prompts` and `measure_on_server`.
-    """
-    section, target = plan.spec.evaluation, plan.spec.target
-    output = result_file(plan, name)
-    result = measure_on_server(
-        url,
-        read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts, _pinned(plan)),
-        max_new_tokens=section.max_new_tokens,
-        concurrency=target.server_concurrency,
-        timeout_s=target.request_timeout_s,
-        flags=plan.draft(draft).method.server_flags(section.draft_tokens),
+    if name in (PLAIN, INCUMBENT):
+        raise BadInput(f"expected another name for the result than {PLAIN!r} and {INCUMBENT!r}, found {name!r}")
+    drafts = ((name, checkpoint), *(((INCUMBENT, against),) if against is not None else ()))
+    names = tuple(draft for draft, _ in drafts)
+    request = EvaluationRequest(
+        plan=plan,
+        checkpoints=drafts,
+        outputs={INCUMBENT: result_file(plan, f"{name}-against")} if against is not None else {},
+        suites_of=names,
+        references=names[1:],
     )
-    return _write_result(output, result, {"server": url}, measure_suites_on_server(plan, url, draft))
+    return evaluate_drafts(request)[0]
 
 
 def result_file(plan: RunPlan, name: str) -> Path:
@@ -121,50 +127,77 @@ def evaluate_drafts(request: EvaluationRequest) -> list[dict[str, Any]]:
         EvaluationFailed: nothing could be measured.
     """
     plan, section = request.plan, request.plan.spec.evaluation
-    prompts = read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts, _pinned(plan))
+    prompts = read_prompts(plan.dir.evaluation / PROMPTS_FILE, section.prompts, pinned_prompts(plan))
+    check_measurable(prompts, section.max_new_tokens)
     device = torch.device(_device(plan))
     if request.threads is not None and device.type == "cpu":
         torch.set_num_threads(request.threads)
-    drafts = [(name, checkpoint, read_draft(checkpoint, plan)) for name, checkpoint in request.checkpoints]
+    drafts = {name: read_draft(checkpoint, plan) for name, checkpoint in request.checkpoints}
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.target.dtype)
     target = load_target(plan.spec.target, plan.target, dtype=dtype)
+    for draft in drafts.values():
+        attached(draft, target)
     progress = ProgressFile(plan.dir.evaluation / PROGRESS_FILE)
-
-    def report(done: int, total: int, name: str) -> None:
-        progress.update(draft=name, done=done, total=total)
-
-    plain = decode_plainly(
-        target,
+    decoders = _decoders(plan, target, drafts)
+    decoded = decode_in_turn(
         prompts,
-        max_new_tokens=section.max_new_tokens,
-        eos_token_ids=plan.target.eos_token_ids,
-        progress=partial(report, name="none"),
+        decoders,
+        batch_size=section.batch_size,
+        progress=lambda done, total: progress.update(drafts=", ".join(decoders), done=done, total=total),
     )
+    measured = {name: measured_prompts(prompts, found) for name, found in decoded.items()}
+    held_out = results_of(measured, (PLAIN, *request.references))
+    suites = _suites(request, target, drafts, progress) if request.suites_of else {}
     results = []
-    for name, checkpoint, draft in drafts:
-
-        def told(suite: str, done: int, total: int, name: str = name) -> None:
-            progress.update(draft=f"{name}, suite {suite}", done=done, total=total)
-
-        result = measure_accept_length(
-            target,
-            attached(draft, target),
-            prompts,
-            draft_tokens=section.draft_tokens,
-            max_new_tokens=section.max_new_tokens,
-            eos_token_ids=plan.target.eos_token_ids,
-            plain=plain,
-            progress=partial(report, name=name),
-        )
+    for name, checkpoint in request.checkpoints:
+        result = accept_length_of(target, prompts, decoded[name], decoded[PLAIN], draft_tokens=section.draft_tokens)
         logger.info("%s: accept length %.3f over %d passes", name, result.accept_length, result.target_passes)
         output = request.outputs.get(name, result_file(plan, name))
-        suites = measure_suites(plan, target, draft, tell=told) if name in request.suites_of else {}
-        results.append(_write_result(output, result, {"checkpoint": str(checkpoint)}, suites))
+        found = {HELD_OUT: held_out[name], **suites.get(name, {})}
+        results.append(write_result(output, result, {"checkpoint": str(checkpoint)}, found))
     progress.flush()
     return results
 
 
-def _pinned(plan: RunPlan) -> PinnedFile | None:
+def _suites(
+    request: EvaluationRequest, target: nn.Module, drafts: Mapping[str, DraftModel], progress: ProgressFile
+) -> SuiteResults:
+    """Return what the request's drafts, and decoding without one, do with the suites of the run."""
+    section = request.plan.spec.evaluation
+    asked = {name: drafts[name] for name in request.suites_of}
+    return measure_suites(
+        request.plan,
+        _decoders(request.plan, target, asked, temperature=section.suite_temperature),
+        (PLAIN, *request.references),
+        batch_size=section.batch_size,
+        tell=lambda suite, done, total: progress.update(drafts=f"suite {suite}", done=done, total=total),
+    )
+
+
+def _decoders(
+    plan: RunPlan, target: nn.Module, drafts: Mapping[str, DraftModel], *, temperature: float = 0.0
+) -> dict[str, Decode]:
+    """Return what decodes with each of `drafts`, which are attached to `target`, and without one."""
+    section = plan.spec.evaluation
+    device = next(target.parameters()).device
+    return {
+        name: partial(
+            generate_all,
+            target,
+            draft,
+            draft_tokens=section.draft_tokens,
+            max_new_tokens=section.max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator(device=device).manual_seed(plan.spec.run.seed),
+            eos_token_ids=plan.target.eos_token_ids,
+            batch_size=section.batch_size,
+        )
+        for name, draft in (*drafts.items(), (PLAIN, None))
+    }
+
+
+def pinned_prompts(plan: RunPlan) -> PinnedFile | None:
+    """Return the pin of the run's held-out prompts, if they are pinned."""
     return plan.data.evaluation if plan.data is not None else None
 
 
@@ -267,8 +300,12 @@ def _device(plan: RunPlan) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 
 
-def _write_result(path: Path, result: AcceptLength, origin: dict[str, str], suites: dict[str, Any]) -> dict[str, Any]:
-    document = {**result.to_dict(), **origin, **({"suites": suites} if suites else {})}
+def write_result(
+    path: Path, result: AcceptLength, origin: Mapping[str, Any], suites: Mapping[str, SuiteResult]
+) -> dict[str, Any]:
+    """Write a result and what is known of it by suite as JSON, and return the document."""
+    by_suite = {name: asdict(suite) for name, suite in suites.items()}
+    document = {**result.to_dict(), **origin, "suites": by_suite}
     write_atomically(path, json.dumps(document, indent=2) + "\n")
     return document
 

@@ -14,6 +14,7 @@ from disagg_core.run_spec.data import DataSection as DataSection
 from disagg_core.run_spec.data import GenerateSection as GenerateSection
 from disagg_core.run_spec.draft import DraftSection, draft_field
 from disagg_core.run_spec.recurring import RecurringSection
+from disagg_core.run_spec.results import HELD_OUT
 from disagg_core.run_spec.results import ArchiveSection as ArchiveSection
 from disagg_core.run_spec.results import EvaluationSection as EvaluationSection
 from disagg_core.run_spec.results import GateSection as GateSection
@@ -310,6 +311,9 @@ def _check_published(spec: RunSpec) -> None:
         )
     if not spec.evaluation.measured:
         raise ValueError("registry.publish and recurring: expected evaluation.prompts above 0 and at_end: the gate")
+    if unknown := sorted(set(spec.gate.suites) - {HELD_OUT, *spec.evaluation.suites}):
+        measured = ", ".join((HELD_OUT, *spec.evaluation.suites))
+        raise ValueError(f"gate.suites: expected suites that are measured ({measured}), found {', '.join(unknown)}")
     if spec.recurring is None:
         return
     if spec.data.holdout is None:

@@ -8,7 +8,18 @@ from pydantic import Field, model_validator
 
 from disagg_core.run_spec.section import RegistryName, SecretFreeUrl, Section
 
+HELD_OUT = "held-out"
+"""The suite that the run's own held-out prompts are."""
 SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
+
+
+class ServerEvaluationSection(Section):
+    """How `draftline evaluate --server` asks an SGLang server."""
+
+    concurrency: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        (),
+        description="Requests at once, such as [1, 8, 32]; all is measured at each. Default: one load, the target's.",
+    )
 
 
 class EvaluationSection(Section):
@@ -22,6 +33,12 @@ class EvaluationSection(Section):
     )
     suite_prompts: int | None = Field(None, ge=1, description="Of each suite use only so many questions a category.")
     suite_temperature: float = Field(0.0, ge=0, description="Sampling of the suites; 0 is greedy.")
+    batch_size: int = Field(
+        4, ge=1, description="Prompts decoded together; drafts and plain decoding take turns batch by batch."
+    )
+    server: ServerEvaluationSection = Field(
+        default_factory=ServerEvaluationSection, description="Evaluation through an SGLang server."
+    )
     min_accept_length: float | None = Field(None, ge=1, description="The run fails below this accept length.")
     at_end: bool = Field(True, description="Decode at the end of the run; off: hold out for draftline evaluate only.")
 
@@ -29,6 +46,12 @@ class EvaluationSection(Section):
     def _a_minimum_is_measured(self) -> EvaluationSection:
         if self.min_accept_length is not None and not self.measured:
             raise ValueError("min_accept_length takes effect with evaluation.prompts above 0 and at_end only")
+        return self
+
+    @model_validator(mode="after")
+    def _suites_have_names_of_their_own(self) -> EvaluationSection:
+        if taken := {HELD_OUT, "all"} & set(self.suites):
+            raise ValueError(f"suites: expected other names than {HELD_OUT} and all, found {', '.join(sorted(taken))}")
         return self
 
     @property
@@ -50,7 +73,9 @@ class GateSection(Section):
         0.05, ge=0, description="Loss against the champion that no suite may have; 0.05 is 5 %."
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the intervals.")
-    suites: tuple[str, ...] = Field((), description="Suites of prompts that count; default: all that were measured.")
+    suites: tuple[str, ...] = Field(
+        (), description="Suites that count: held-out, and names of evaluation.suites; default: all that were measured."
+    )
     approval: Literal["never", "uncertain", "always"] = Field(
         "uncertain",
         description="When a person decides: never (uncertain is rejected), in doubt, or on every promotion.",

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from disagg_core.drafts.export import export_draft, import_draft
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.engines.sglang.launch import find_sglang_python
 from disagg_core.evaluation import generate_all, measure_accept_length
-from disagg_core.evaluation.server import measure_on_server
+from disagg_core.evaluation.server import decoding_on_server, measure_on_server
+from disagg_core.evaluation.slices import SuiteResult, measured_prompts, results_of
+from disagg_core.evaluation.turns import decode_in_turn
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 from disagg_core.settings import CHECKOUT, get_settings
 from tests.sglang.support import START_TIMEOUT_S, VOCABULARY, await_true, random_tokens
@@ -194,6 +196,7 @@ def test_a_server_keeps_as_many_of_the_exported_drafts_tokens_as_our_own_decoder
         served = measure_on_server(
             url, exported.prompts, max_new_tokens=NEW_TOKENS, concurrency=4, expected=exported.continuations
         )
+        loads = at_loads(url, exported.prompts, 1, 4)
 
     assert served.lossless
     assert served.draft_tokens == DRAFT_TOKENS
@@ -202,6 +205,25 @@ def test_a_server_keeps_as_many_of_the_exported_drafts_tokens_as_our_own_decoder
     one_token = 1.01 / own.target_passes
     assert served.per_position == pytest.approx(own.per_position, abs=one_token)
     assert served.accept_length == pytest.approx(own.accept_length, abs=one_token)
+    for result in loads.values():
+        assert result.total.accept_length == pytest.approx(own.accept_length, abs=one_token)
+        assert result.total.tokens == NEW_TOKENS * len(exported.prompts)
+    beside = loads["4"].total.against["1"]
+    assert beside.accept_length is not None
+    assert beside.accept_length.value == pytest.approx(1.0, abs=one_token)
+    assert beside.tokens_per_second is not None
+    assert beside.tokens_per_second.interval is not None
+
+
+def at_loads(url: str, prompts: list[list[int]], *loads: int) -> dict[str, SuiteResult]:
+    """What the server does at each number of requests at once, in turn over batches of four prompts."""
+    with ExitStack() as stack:
+        decoders = {
+            str(load): stack.enter_context(decoding_on_server(url, max_new_tokens=NEW_TOKENS, concurrency=load))
+            for load in loads
+        }
+        decoded = decode_in_turn(prompts, decoders, batch_size=4)
+    return results_of({load: measured_prompts(prompts, found) for load, found in decoded.items()}, ("1",))
 
 
 def test_trees_are_refused_where_there_are_no_kernels() -> None:

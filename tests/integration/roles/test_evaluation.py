@@ -20,19 +20,16 @@ from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft, training_time_t
 from disagg_core.drafts.eagle_layers import default_layers
 from disagg_core.drafts.export import export_draft
 from disagg_core.errors import BadInput, IncompatibleDraft, PromptError, SpecError
-from disagg_core.roles.evaluation import (
-    EvaluationRequest,
-    main,
-    read_draft,
-    read_prompts,
-    run_evaluation,
-    run_server_evaluation,
-)
+from disagg_core.report.suites import suite_figures
+from disagg_core.roles.evaluation import EvaluationRequest, main, read_draft, read_prompts, run_evaluation
+from disagg_core.roles.server_evaluation import Servers, run_server_evaluation
 from disagg_core.run.plan import RunPlan
 from disagg_core.run.watermarks import Watermarks
 from disagg_core.run_spec.document import RunSpec
+from disagg_core.run_spec.results import ServerEvaluationSection
 from disagg_core.target.facts import read_target_facts
 from tests.unit.evaluation.models import make_target
+from tests.unit.evaluation.test_server import Answer, reply, server
 
 pytestmark = pytest.mark.integration
 
@@ -135,7 +132,7 @@ def test_training_raises_the_accept_length_and_both_results_are_lossless(plan: R
     assert after["accept_length"] > before["interval"][1] + 0.3
     assert after["interval"][0] <= after["accept_length"] <= after["interval"][1]
     progress = json.loads((plan.dir.evaluation / "progress.json").read_text())
-    assert (progress["draft"], progress["done"], progress["total"]) == ("after", 6, 6)
+    assert (progress["drafts"], progress["done"], progress["total"]) == ("before, after, plain", 18, 18)
 
 
 def with_suite(plan: RunPlan, folder: Path, **evaluation: object) -> RunPlan:
@@ -170,8 +167,35 @@ def test_suites_are_measured_by_category_over_several_turns(plan: RunPlan, tmp_p
     low, high = bench["total"]["interval"]
     assert 1.0 <= low <= bench["total"]["accept_length"] <= high <= 5.0
     assert json.loads((plan.dir.evaluation / "suites.json").read_text()) == json.loads(json.dumps(result))
+    assert sum(tokens for tokens, _ in bench["by_question"]) >= bench["total"]["tokens"] - 12
+    assert set(bench["positions"]) == {"0-31"}
+    against = bench["categories"]["even"]["against"]
+    assert set(against) == {"plain"}
+    assert against["plain"]["tokens_per_second"]["value"] > 0
     few = run_evaluation(with_suite(plan, tmp_path, suite_prompts=1), plan.dir.checkpoints / "step-30", "few")
     assert few["suites"]["bench"]["total"]["questions"] == 2
+
+
+def test_candidate_incumbent_and_plain_decoding_are_paired_on_the_same_prompts(plan: RunPlan, tmp_path: Path) -> None:
+    asking = with_suite(plan, tmp_path, batch_size=2)
+
+    result = run_evaluation(asking, plan.dir.checkpoints / "step-30", "better", against=plan.dir.checkpoints / "step-0")
+
+    other = json.loads((plan.dir.evaluation / "better-against.json").read_text())
+    assert set(result["suites"]) == {"held-out", "bench"}
+    for suite, measured in result["suites"].items():
+        gain = measured["total"]["against"]["incumbent"]["accept_length"]
+        length = other["suites"][suite]["total"]["accept_length"]
+        assert gain["value"] == pytest.approx(measured["total"]["accept_length"] / length)
+        assert gain["interval"][0] > 1.0, "the draft that was trained is better than the one that was not"
+    figures = suite_figures(json.loads(json.dumps(result["suites"])))
+    held_out = figures[0]
+    assert (held_out.suite, held_out.kind, held_out.questions) == ("held-out", "suite", 6)
+    assert held_out.gain is not None
+    assert held_out.speedup is not None
+    assert held_out.speedup.interval is not None, "three batches of two"
+    with pytest.raises(BadInput, match="expected another name"):
+        run_evaluation(asking, plan.dir.checkpoints / "step-30", "incumbent")
 
 
 def test_the_command_measures_a_suite_that_is_given(
@@ -254,15 +278,59 @@ def test_a_request_that_cannot_be_met_ends_the_process_with_its_reason(
 
 
 def test_a_result_cannot_go_to_an_unknown_name(plan: RunPlan) -> None:
-    with pytest.raises(ValueError, match=r"no checkpoint is called \['afer'\]"):
+    with pytest.raises(ValueError, match=r"outputs: no checkpoint is called \['afer'\]"):
         EvaluationRequest(plan=plan, checkpoints=(("after", Path("x")),), outputs={"afer": Path("y")})
+    with pytest.raises(ValueError, match=r"references: no checkpoint is called \['incumbent'\]"):
+        EvaluationRequest(plan=plan, checkpoints=(("after", Path("x")),), references=("incumbent",))
+    with pytest.raises(ValueError, match="expected unlike names, none of them 'plain'"):
+        EvaluationRequest(plan=plan, checkpoints=(("plain", Path("x")),))
 
 
 def test_a_result_stays_in_the_evaluation_folder(plan: RunPlan) -> None:
     with pytest.raises(BadInput, match=r"found '\.\./\.\./run'"):
-        run_server_evaluation(plan, "http://127.0.0.1:9", "../../run")
+        run_server_evaluation(plan, Servers("http://127.0.0.1:9"), "../../run")
     with pytest.raises(BadInput, match="expected a name of letters"):
         run_evaluation(plan, plan.dir.checkpoints / "step-0", "")
+
+
+def test_servers_take_turns_at_every_load(plan: RunPlan, tmp_path: Path) -> None:
+    """Servers in place of real ones: what they are asked, in which order, and what is made of their counters."""
+    order: list[str] = []
+
+    def answering(name: str, kept: int | None) -> Answer:
+        def answer(request: dict[str, object]) -> tuple[int, object]:
+            order.append(name)
+            found = reply([0] * (kept or 0) + [2], 4)
+            if kept is None:
+                found["meta_info"] = {"completion_tokens": 5}
+            return 200, {**found, "output_ids": [3, 4, 5, 6, 7]}
+
+        return answer
+
+    asking = with_suite(plan, tmp_path, server=ServerEvaluationSection(concurrency=(1, 3)), suite_prompts=2)
+    with (
+        server(answering("draft", 3)) as (url, _),
+        server(answering("plain", None)) as (plain, _),
+        server(answering("incumbent", 1)) as (champion, _),
+    ):
+        result = run_server_evaluation(asking, Servers(url, plain, champion), "served")
+
+    assert json.loads((plan.dir.evaluation / "served.json").read_text()) == json.loads(json.dumps(result))
+    assert (result["accept_length"], result["draft_tokens"], result["concurrency"]) == (4.0, 4, 1)
+    assert set(result["by_concurrency"]) == {"1", "3"}
+    assert order[:3] == ["draft", "plain", "incumbent"], "one prompt each before anything is timed"
+    assert order[3:15] == [
+        *("draft", "draft", "plain", "plain", "incumbent", "incumbent"),
+        *("plain", "plain", "incumbent", "incumbent", "draft", "draft"),
+    ]
+    for suites in result["by_concurrency"].values():
+        for suite in ("held-out", "bench"):
+            total = suites[suite]["total"]
+            assert total["against"]["incumbent"]["accept_length"]["value"] == 2.0
+            assert total["against"]["plain"]["accept_length"] is None, "a server without a draft counts no passes"
+            assert total["against"]["plain"]["tokens_per_second"]["value"] > 0
+        assert set(suites["bench"]["categories"]) == {"even", "odd"}
+        assert suites["bench"]["positions"] == {}
 
 
 def test_a_draft_of_another_target_is_refused(plan: RunPlan) -> None:

@@ -36,7 +36,7 @@ def test_the_figures_of_a_measurement_agree_with_each_other(
     assert result.interval[0] < result.accept_length < result.interval[1]
     assert 1.5 < result.accept_length < 4.5
     assert result.tokens >= 31 * len(prompts)
-    assert seen == [(done, 16) for done in (3, 6, 8, 11, 14, 16)]
+    assert seen == [(done, 16) for done in (3, 6, 9, 12, 14, 16)], "the draft and plain decoding take turns"
     assert json.loads(json.dumps(result.to_dict()))["interval"] == list(result.interval)
 
 

@@ -68,12 +68,9 @@ def reply(histogram: list[int], draft_tokens: int, **changes: Any) -> dict[str, 
 
 def test_the_servers_counters_give_the_accept_length() -> None:
     histograms = {1: [2, 1, 0, 1], 2: [0, 0, 2]}
-    seen: list[tuple[int, int]] = []
 
     with server(lambda request: (200, reply(histograms[request["input_ids"][0]], 3))) as (url, requests):
-        result = measure_on_server(
-            url, [[1, 5], [2]], max_new_tokens=20, expected=[[7, 8], [7, 8]], progress=lambda *at: seen.append(at)
-        )
+        result = measure_on_server(url, [[1, 5], [2]], max_new_tokens=20, expected=[[7, 8], [7, 8]])
 
     assert {request["path"] for request in requests} == {"/generate"}
     assert requests[0]["sampling_params"] == {"temperature": 0.0, "max_new_tokens": 20}
@@ -81,7 +78,6 @@ def test_the_servers_counters_give_the_accept_length() -> None:
     assert result.accept_length == pytest.approx(14 / 6)
     assert result.per_position == pytest.approx([4 / 6, 3 / 6, 1 / 6])
     assert result.lossless is True
-    assert seen == [(1, 2), (2, 2)]
 
 
 def test_other_tokens_than_the_targets_are_not_lossless() -> None:
@@ -138,3 +134,15 @@ def test_a_server_answers_batches_of_a_suite_with_its_counters() -> None:
     assert (first.accepted, second.accepted, first.tokens) == ([0, 2], [0, 2, 2], [7, 8])
     assert [generation.accepted for generation in third] == [[0, 2, 2, 2]]
     assert requests[0]["sampling_params"] == {"temperature": 0.5, "max_new_tokens": 20}
+    assert decode.draft_tokens == 3
+    assert not first.in_order
+    assert first.seconds is not None
+
+
+def test_a_server_without_a_draft_has_no_counters() -> None:
+    with (
+        server(lambda _: (200, without_counters())) as (url, _),
+        decoding_on_server(url, max_new_tokens=20, drafts=False) as decode,
+    ):
+        (found,) = decode([[1, 5]])
+    assert (found.tokens, found.accepted) == ([7, 8], [])
