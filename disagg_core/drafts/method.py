@@ -5,7 +5,7 @@ torch) and a ``method.py`` whose ``METHOD`` is a `DraftMethod`; one line in the 
 tests in ``tests/contract/drafts`` run over every registered method.
 
 The way of a sample through a method: `DraftMethod.capture` says what the target gives up for it; a `Batcher` makes
-padded batches of samples and draws whatever is random in a step; the loss module turns a batch into a `LossOutput`;
+batches of samples and draws whatever is random in a step; the loss module turns a batch into a `LossOutput`;
 `DraftMethod.figures` says what its sums mean. The way of a draft: `DraftMethod.config_for` a target,
 `DraftMethod.model` of a config, `DraftModel.attach` to the target's frozen parts; a `Drafter` proposes tokens with it;
 `DraftMethod.written` and `DraftMethod.read` carry it to serving engines and back.
@@ -64,10 +64,13 @@ class Sample:
 
 
 class Batch(Protocol):
-    """A padded batch of samples, made by a `Batcher` and read by the method's loss module only."""
+    """A batch of samples, padded or packed, made by a `Batcher` and read by the method's loss module only."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Return the batch with the tensors that are computed with on `device`."""
+
+    def moved(self) -> Sequence[Tensor]:
+        """Return the tensors that `to` moves."""
 
 
 class Batcher(ABC):
@@ -80,8 +83,15 @@ class Batcher(ABC):
     """Whether samples of like length may share a micro-batch; False where the loss depends on which ones do."""
 
     @abstractmethod
-    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> Batch:
-        """Return `samples`, at least one, as a batch padded on the right to a multiple of `multiple_of` tokens."""
+    def collate(
+        self, samples: Sequence[Sample], *, multiple_of: int = 1, packed: bool = False, pin: bool = False
+    ) -> Batch:
+        """Return `samples`, at least one, as a batch; with `pin`, what leaves host memory is in pinned memory.
+
+        Each is padded on the right to a multiple of `multiple_of` tokens; `packed`, one follows the other in a row that
+        is padded so. The loss and its gradients are the same, and those of the samples one by one: nothing of a sample
+        sees, or is shifted into, another.
+        """
 
     @abstractmethod
     def dummy(self) -> Batch:

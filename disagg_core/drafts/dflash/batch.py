@@ -17,8 +17,10 @@ from torch import Tensor
 from disagg_core.drafts.dflash.anchors import draw_anchors, stacked
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, default_gamma
+from disagg_core.drafts.layout import Layout
 from disagg_core.drafts.method import Batch, Batcher, Sample
 from disagg_core.drafts.randomness import generator_of
+from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
 
 _INPUTS = {"input_ids": 2, "loss_mask": 2, "hidden_states": 3, "anchors": 2, "block_keep": 2}
@@ -27,14 +29,23 @@ _INPUTS = {"input_ids": 2, "loss_mask": 2, "hidden_states": 3, "anchors": 2, "bl
 
 @dataclass(frozen=True)
 class DFlashBatch:
-    """A right-padded batch of captured samples with their blocks. Only the states leave host memory."""
+    """A batch of captured samples with their blocks: right-padded, or with ids and states packed in one row.
 
-    input_ids: Tensor  # [batch, tokens] integer
+    Only the states leave host memory.
+    """
+
+    input_ids: Tensor  # [batch, tokens] integer, packed [1, tokens of all]; so are the states
     loss_mask: Tensor  # [batch, tokens], 1 where the token is trained on; 0 where padding stands
     hidden_states: Tensor  # [batch, tokens, C * H], low layer to high
     anchors: Tensor  # [batch, blocks] int64
     block_keep: Tensor  # [batch, blocks] bool, False where no block is
     last_hidden_state: Tensor | None = None  # [batch, tokens, H], after the target's final norm; for its labels
+    packing: Layout | None = None  # where a packed batch has its samples
+
+    @property
+    def layout(self) -> Layout:
+        """Where its samples lie."""
+        return self.packing or Layout.padded(*self.loss_mask.shape)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> DFlashBatch:
@@ -83,6 +94,10 @@ class DFlashBatch:
             last_hidden_state=None if last is None else last.to(device, non_blocking=non_blocking),
         )
 
+    def moved(self) -> tuple[Tensor, ...]:
+        """Return the states."""
+        return tuple(x for x in (self.hidden_states, self.last_hidden_state) if x is not None)
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -97,15 +112,18 @@ class BlockPlan:
     block_flat: Tensor  # [M] index into batch * blocks
     anchors: Tensor  # [M]
     context_start: Tensor  # [M] context row of position 0 of the block's sample
-    context_flat: Tensor  # [context rows] index into batch * tokens
+    context_flat: Tensor  # [context rows] index into the batch's tokens, flattened over its rows
     context_positions: Tensor  # [context rows]
     tokens: Tensor  # [M, K] ids that are embedded: the anchor's, then the mask token
     positions: Tensor  # [M, K]
-    source_flat: Tensor  # [M, K] index into batch * tokens of the slot's own token; the last one beyond the end
+    source_flat: Tensor  # [M, K] index, as of context rows, of the slot's own token; the last one beyond the end
     labels: Tensor  # [M, K] the token to predict: the slot's own, or one ahead of it
     mask: Tensor  # [M, K] fp32, 1 where a slot is trained
     trained: Sequence[int]  # [M] trained slots of each block, in host memory
     trained_flat: Tensor  # [R] index into M * K of the trained slots
+    taught_flat: Tensor  # [P] index, as of context rows, of the tokens before trained slots, each once
+    taught_by: Tensor  # [R] which of these a trained slot has
+    longest: int  # tokens of the longest sample, padding included
 
     @property
     def blocks(self) -> int:
@@ -127,7 +145,8 @@ def plan_blocks(
     `trained` says which slots are, bool ``[batch, blocks, K]``, by default as `slot_mask` does. A slot's label stands
     `ahead` tokens after the slot.
     """
-    tokens = batch.input_ids.shape[1]
+    layout = batch.layout
+    tokens, starts_at = layout.width, layout.starts.tolist()
     row, column = batch.block_keep.nonzero(as_tuple=True)
     order = torch.argsort(row * (tokens + 1) + batch.anchors[row, column], stable=True)
     row, column = row[order], column[order]
@@ -139,16 +158,18 @@ def plan_blocks(
         seen = int(anchors[block + count - 1])
         samples.append((block, block + count, context, context + seen))
         context_positions.append(torch.arange(seen))
-        context_flat.append(sample * tokens + torch.arange(seen))
+        context_flat.append(starts_at[sample] + torch.arange(seen))
         starts.append(torch.full((count,), context))
         block, context = block + count, context + seen
     positions = anchors[:, None] + torch.arange(block_size)
-    source = row[:, None] * tokens + positions.clamp(max=tokens - 1)
+    source = layout.inside(row[:, None], positions)
     mask = (slot_mask(batch, block_size) if trained is None else trained)[row, column]
     ids = torch.full_like(positions, mask_token_id)
     flat_ids = batch.input_ids.flatten().long()
     ids[:, 0] = flat_ids[source[:, 0]]
     nothing = torch.empty(0, dtype=torch.int64)
+    trained_flat = mask.flatten().nonzero().flatten()
+    taught_flat, taught_by = torch.unique(source.flatten()[trained_flat] - 1, return_inverse=True)
     tensors = {
         "block_flat": row * batch.anchors.shape[1] + column,
         "anchors": anchors,
@@ -158,15 +179,18 @@ def plan_blocks(
         "tokens": ids,
         "positions": positions,
         "source_flat": source,
-        "labels": flat_ids[row[:, None] * tokens + (positions + ahead).clamp(max=tokens - 1)],
+        "labels": flat_ids[layout.inside(row[:, None], positions + ahead)],
         "mask": mask.float(),
-        "trained_flat": mask.flatten().nonzero().flatten(),
+        "trained_flat": trained_flat,
+        "taught_flat": taught_flat,
+        "taught_by": taught_by,
     }
     return BlockPlan(
         block_size=block_size,
         samples=tuple(samples),
         bounds=anchors.tolist(),
         trained=mask.sum(1).tolist(),
+        longest=layout.width,
         **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
 
@@ -176,7 +200,7 @@ def slot_mask(batch: DFlashBatch, block_size: int) -> Tensor:
 
     Those of a block, after the anchor, not beyond the end, whose token is trained on.
     """
-    tokens = batch.input_ids.shape[1]
+    tokens = batch.loss_mask.shape[1]
     positions = batch.anchors[:, :, None] + torch.arange(block_size)
     inside = positions.clamp(max=tokens - 1)
     trained = (batch.loss_mask != 0).gather(1, inside.flatten(1)).view(positions.shape)
@@ -199,20 +223,24 @@ class BlockBatcher(Batcher):
     def slot_mask(self, batch: DFlashBatch) -> Tensor:
         """Return which slots are trained, bool ``[batch, blocks, K]``."""
 
-    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> DFlashBatch:
-        """Return `samples` as a batch padded on the right to a multiple of `multiple_of` tokens, with their blocks."""
-        longest = max(len(sample) for sample in samples)
-        tokens = -(-longest // multiple_of) * multiple_of
+    def collate(
+        self, samples: Sequence[Sample], *, multiple_of: int = 1, packed: bool = False, pin: bool = False
+    ) -> DFlashBatch:
+        """Return `samples` as a batch, with their blocks."""
+        layout = Layout.of([len(sample) for sample in samples], multiple_of=multiple_of, packed=packed, pin=pin)
         anchors, keep = stacked([self._anchors(sample) for sample in samples])
         states = [self._states(sample) for sample in samples]
         last = [sample.tensors["last_hidden_state"] for sample in samples] if self._last_state else None
         return DFlashBatch(
-            input_ids=_padded([sample.tensors["input_ids"] for sample in samples], tokens).long(),
-            loss_mask=_padded([sample.tensors["loss_mask"] for sample in samples], tokens),
-            hidden_states=_padded(states, tokens),
+            input_ids=layout.laid(
+                [sample.tensors["input_ids"] for sample in samples], multiple_of=multiple_of, dtype=torch.int64
+            ),
+            loss_mask=layout.grid([sample.tensors["loss_mask"] for sample in samples]),
+            hidden_states=layout.laid(states, multiple_of=multiple_of),
             anchors=anchors,
             block_keep=keep,
-            last_hidden_state=None if last is None else _padded(last, tokens),
+            last_hidden_state=None if last is None else layout.laid(last, multiple_of=multiple_of),
+            packing=layout if packed else None,
         )
 
     def dummy(self) -> DFlashBatch:
@@ -280,18 +308,3 @@ def divisor(mask: Tensor, by: str, weights: Tensor) -> Tensor:
 def _own(batch: Batch) -> DFlashBatch:
     assert isinstance(batch, DFlashBatch)
     return batch
-
-
-def _padded(rows: Sequence[Tensor], tokens: int) -> Tensor:
-    """Return the rows ``[t, ...]`` as one tensor ``[len(rows), tokens, ...]``, zeros after each."""
-    padded = rows[0].new_zeros(len(rows), tokens, *rows[0].shape[1:])
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return padded
-
-
-def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`; a host tensor is copied to a GPU without waiting."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -32,7 +32,7 @@ def run_blocks(
 
     Args:
         draft: with the target's parts.
-        hidden_states: the captured states, ``[batch, tokens, C * H]``.
+        hidden_states: the captured states, ``[batch, tokens, C * H]``, packed ``[1, tokens of all, C * H]``.
         plan: the batch's blocks.
         masks: what the slots of each layer see.
         kernel: of the attention.
@@ -40,7 +40,7 @@ def run_blocks(
     """
     context = draft.context(hidden_states.flatten(0, 1)[plan.context_flat])
     state = draft.embed(plan.tokens)
-    longest = hidden_states.shape[1] + plan.block_size
+    longest = plan.longest + plan.block_size
     far = draft.rotary(plan.context_positions, longest, state.dtype)
     near = draft.rotary(plan.positions, longest, state.dtype)
     attention = BlockAttention(plan, kernel)

@@ -30,6 +30,7 @@ from disagg_core.drafts.dflash.slot_loss import Head, SlotLoss, SlotWeights, slo
 from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.linear import linear
 from disagg_core.drafts.method import FrozenParts
+from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
 
 _ARGMAX_BYTES = 256 * 1024**2
@@ -132,6 +133,7 @@ class BlockStep:
     head: Head
     weights: SlotWeights
     divisor: Tensor  # scalar
+    slots: Tensor  # [K] fp64, fixed weight of each slot as it is computed with, in host memory
 
     @classmethod
     def of(
@@ -168,8 +170,9 @@ class BlockStep:
             plan=plan,
             labels=plan.labels if section.label == "data" else teacher_labels(plan, batch, head),
             head=Head(head, config.output_multiplier / scale, config.final_logit_softcapping),
-            weights=SlotWeights(section.type, slots.to(device, work), section.dpace_alpha),
+            weights=SlotWeights(section.type, uploaded(slots.to(work), device), section.dpace_alpha),
             divisor=whole.clamp(min=torch.finfo(work).tiny),
+            slots=slots.to(work).double(),
         )
 
     def by_slot(self, rows: Tensor) -> Tensor:
@@ -238,10 +241,10 @@ def teacher_labels(plan: BlockPlan, batch: DFlashBatch, lm_head: Tensor) -> Tens
     if batch.last_hidden_state is None:
         raise BadInput("batch: expected last_hidden_state, from which the target's labels follow; it is missing")
     states = batch.last_hidden_state.flatten(0, 1)
-    wanted, where = torch.unique(plan.source_flat.flatten()[plan.trained_flat] - 1, return_inverse=True)
+    wanted = plan.taught_flat
     step = max(1, _ARGMAX_BYTES // (4 * lm_head.shape[0]))
     found = [linear(states[part].to(lm_head.dtype), lm_head).argmax(-1) for part in wanted.split(step)]
-    labels = torch.cat(found)[where] if found else wanted
+    labels = torch.cat(found)[plan.taught_by] if found else wanted
     return plan.labels.flatten().index_copy(0, plan.trained_flat, labels).view(plan.labels.shape)
 
 
@@ -312,7 +315,8 @@ class DFlashLoss(nn.Module):
     def share(self, step: BlockStep) -> Tensor:
         """Return what this batch adds to the window's divisor."""
         mask = slot_mask(step.batch, step.plan.block_size)
-        return divisor(mask, self.section.divides_by, step.weights.decay.cpu().double()).float().to(step.divisor.device)
+        share = divisor(mask, self.section.divides_by, step.slots)
+        return torch.full((), float(share), device=step.divisor.device)
 
 
 @torch.no_grad()

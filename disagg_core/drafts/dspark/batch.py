@@ -17,7 +17,7 @@ from disagg_core.drafts.method import Batch
 
 def shifted_mask(batch: DFlashBatch, block_size: int) -> Tensor:
     """Return which slots are trained, bool ``[batch, blocks, K]``: those before the first untrained label."""
-    tokens = batch.input_ids.shape[1]
+    tokens = batch.loss_mask.shape[1]
     positions = batch.anchors[:, :, None] + torch.arange(block_size) + 1
     inside = positions.clamp(max=tokens - 1)
     trained = (batch.loss_mask != 0).gather(1, inside.flatten(1)).view(positions.shape)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disagg_core.drafts.dflash.batch import BlockPlan, DFlashBatch, plan_blocks, uploaded
+from disagg_core.drafts.dflash.batch import BlockPlan, DFlashBatch, plan_blocks
 from disagg_core.drafts.dflash.blocks import run_blocks
 from disagg_core.drafts.dflash.loss import kernel_of
 from disagg_core.drafts.dflash.model import DecoderLayer
@@ -33,6 +33,7 @@ from disagg_core.drafts.dspark.options import DSparkLossSection
 from disagg_core.drafts.dspark.slot_terms import SlotTerms, Teaching, slot_terms
 from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.method import FrozenParts
+from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
 
 
@@ -79,9 +80,9 @@ class DSparkStep:
             batch=batch,
             plan=plan,
             previous=uploaded(batch.input_ids.flatten().long(), device)[plan.source_flat],
-            weights=decay(config.block_size, section.gamma).to(device, work),
+            weights=uploaded(decay(config.block_size, section.gamma).to(work), device),
             divisor=whole.clamp(min=torch.finfo(work).tiny),
-            own_divisor=own.to(device),
+            own_divisor=torch.full((), float(own), dtype=work, device=device),
             lm_head=head,
             head_scale=draft.head_scale,
             logit_cap=logit_cap,

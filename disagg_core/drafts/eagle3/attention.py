@@ -2,13 +2,14 @@
 
 The scores of test step k at position t are those of the step-0 keys up to t and of the position's own keys of steps
 1 .. k, under one softmax. The block is causal and the same in shape for every step; the own terms are k more scores per
-row. Neither kernel here writes a ``T x (T + k)`` matrix:
+row. No kernel writes a ``T x (T + k)`` matrix:
 
 - `chunked` (any device and dtype) walks over query rows, a slice of scores at a time, and computes the slice again in
   the backward pass from the saved logsumexp. Rows that no step needs are not there at all.
 - `flash` (one sample after the other has the same number of key rows) runs the device's flash kernel on the block and
   merges the own terms by their logsumexp. Its backward pass is the flash kernel's own, given the **merged** output and
   logsumexp: the gradient of a softmax needs nothing else (https://arxiv.org/abs/2205.14135, algorithm 4).
+- `flex` (packed samples on CUDA) is `disagg_core.drafts.eagle3.flex`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from disagg_core.drafts.eagle3.batch import StepPlan
 from disagg_core.drafts.linear import outer, product
 
-AttentionKernel = Literal["chunked", "flash"]
+AttentionKernel = Literal["chunked", "flash", "flex"]
 
 _SCORE_BYTES = {"cpu": 1 * 1024**2, "cuda": 256 * 1024**2}
 """Bytes of one slice of scores: on CPU about what a core's cache holds."""
@@ -47,7 +48,7 @@ def own_column_attention(
 
     Args:
         plan: rows and their bounds.
-        kernel: ``flash`` needs a dense plan without padding among the keys that live rows see.
+        kernel: ``chunked`` or ``flash``, which needs a dense plan without padding among the keys that live rows see.
         query: ``[rows, heads, head_dim]``, rotated.
         key: ``[key rows, kv_heads, head_dim]`` of step 0, rotated.
         value: ``[key rows, kv_heads, head_dim]`` of step 0.

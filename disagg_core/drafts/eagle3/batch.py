@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.layout import Layout
+from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
 
 MaskMode = Literal["aligned", "compat"]
@@ -21,17 +23,23 @@ MaskMode = Literal["aligned", "compat"]
 
 @dataclass(frozen=True)
 class Eagle3Batch:
-    """A right-padded batch of captured samples, unshifted.
+    """A batch of captured samples, unshifted: right-padded, or with ids and states packed in one row.
 
     Keep the two masks in host memory, also for a draft on a GPU: the step then knows its live rows without a device
     synchronisation. `to` does so. With masks on the GPU every row is computed.
     """
 
-    input_ids: Tensor  # [batch, tokens] integer
+    input_ids: Tensor  # [batch, tokens] integer, packed [1, tokens of all]; so are the states
     attention_mask: Tensor  # [batch, tokens] integer or bool, 1 where a token stands
     loss_mask: Tensor  # [batch, tokens] integer or bool, 1 where the token is trained on
     aux_hidden_states: Tensor  # [batch, tokens, 3 * target_hidden], low layer to high
     last_hidden_state: Tensor  # [batch, tokens, target_hidden], after the target's final norm
+    packing: Layout | None = None  # where a packed batch has its samples
+
+    @property
+    def layout(self) -> Layout:
+        """Where its samples lie; on the device of the masks."""
+        return self.packing or Layout.padded(*self.loss_mask.shape, self.loss_mask.device)
 
     @classmethod
     def of(cls, tensors: Eagle3Batch | Mapping[str, Tensor]) -> Eagle3Batch:
@@ -40,15 +48,17 @@ class Eagle3Batch:
         Raises:
             BadInput: a tensor is missing or the shapes do not fit each other.
         """
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.name != "packing"]
         if isinstance(tensors, Mapping):
             missing = [name for name in names if name not in tensors]
             if missing:
                 raise BadInput(f"batch: expected {', '.join(names)}; missing: {', '.join(missing)}")
             tensors = cls(**{name: tensors[name] for name in names})
-        shape = tensors.input_ids.shape
         for name in names:
             tensor: Tensor = getattr(tensors, name)
+            shape = (tensors.loss_mask if name.endswith("mask") else tensors.input_ids).shape
+            if tensors.packing is None:
+                shape = tensors.input_ids.shape
             expected_dims = 3 if name.endswith(("states", "state")) else 2
             if tensor.shape[:2] != shape or tensor.dim() != expected_dims:
                 raise BadInput(
@@ -65,6 +75,10 @@ class Eagle3Batch:
             aux_hidden_states=self.aux_hidden_states.to(device, non_blocking=non_blocking),
             last_hidden_state=self.last_hidden_state.to(device, non_blocking=non_blocking),
         )
+
+    def moved(self) -> tuple[Tensor, ...]:
+        """Return states and ids."""
+        return self.input_ids, self.aux_hidden_states, self.last_hidden_state
 
 
 def shift_left(x: Tensor, by: int) -> Tensor:
@@ -105,16 +119,16 @@ class StepPlan:
 
     ttt_length: int
     key_counts: tuple[int, ...]
-    key_flat: Tensor  # [key rows] index into batch * tokens
+    key_flat: Tensor  # [key rows] index into the batch's tokens, flattened over its rows
     key_positions: Tensor  # [key rows] t
     key_padding: Tensor | None  # [key rows] bool, True where the key must not be attended to
     row_key: Tensor  # [rows] index into the key rows
     row_positions: Tensor  # [rows] t
     row_bounds: tuple[Sequence[int], ...]  # t of the query rows of each sample, in host memory
-    token_flat: Tensor  # [token rows] index into batch * tokens of token u + 1, for u < key_counts[b] + L - 1
+    token_flat: Tensor  # [token rows] index, as of keys, of token u + 1, for u < key_counts[b] + L - 1
     token_inside: Tensor  # [token rows] bool, False where u + 1 is beyond the end (embedding of id 0)
     key_token: Tensor  # [key rows] index into the token rows for step 0; step k is k further
-    teacher_flat: Tensor  # [teacher rows] index into batch * tokens of token u + 1
+    teacher_flat: Tensor  # [teacher rows] index, as of keys, of token u + 1
     teacher_inside: Tensor  # [teacher rows] bool, False where u + 1 is beyond the end (zero logits)
     teacher_live: Tensor  # [teacher rows] bool, loss mask at u; always true on a host plan
     teacher_row: Tensor  # [L, teacher rows] query row of position u - k
@@ -128,7 +142,14 @@ class StepPlan:
 
 
 def plan_step(
-    mask: Tensor, attention_mask: Tensor, ttt_length: int, device: torch.device, *, every_row: bool, dense: bool
+    mask: Tensor,
+    attention_mask: Tensor,
+    ttt_length: int,
+    device: torch.device,
+    *,
+    every_row: bool,
+    dense: bool,
+    layout: Layout | None = None,
 ) -> StepPlan:
     """Return the plan of a batch.
 
@@ -139,18 +160,20 @@ def plan_step(
         device: of the draft.
         every_row: compute every row, live or not (masks on a device, or logits wanted for all rows).
         dense: every sample has the same number of key rows (for attention kernels without packing).
+        layout: where the samples lie, on the masks' device; by default padded as the masks are.
     """
-    grid = _Grid.of(mask, ttt_length, every_row=every_row, dense=dense)
+    layout = layout or Layout.padded(*mask.shape, mask.device)
+    grid = _Grid.of(mask, layout, ttt_length, every_row=every_row, dense=dense)
     padding = grid.pick(attention_mask.to(mask.device) == 0, grid.is_key)
     denominators = torch.stack([mask[:, k:].sum() for k in range(ttt_length)]).to(torch.float32)
     tensors = {**_row_tensors(grid), **_token_tensors(grid, ttt_length), **_teacher_tensors(grid, mask, ttt_length)}
     return StepPlan(
         ttt_length=ttt_length,
         key_counts=grid.key_counts,
-        key_padding=None if mask.device.type == "cpu" and not padding.any() else _upload(padding, device),
+        key_padding=None if mask.device.type == "cpu" and not padding.any() else uploaded(padding, device),
         row_bounds=grid.row_bounds,
-        denominators=_upload(denominators, device),
-        **{name: _upload(tensor, device) for name, tensor in tensors.items()},
+        denominators=uploaded(denominators, device),
+        **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
 
 
@@ -159,14 +182,14 @@ class _Grid:
     """All positions of a batch, and which of them are key rows and query rows; tensors are where the mask is."""
 
     position: Tensor  # [batch, tokens] t
-    start: Tensor  # [batch, 1] index into batch * tokens of t = 0
+    layout: Layout
     key_counts: tuple[int, ...]
     is_key: Tensor  # [batch, tokens] bool
     is_row: Tensor  # [batch, tokens] bool
     every_row: bool  # all of them are both
 
     @classmethod
-    def of(cls, mask: Tensor, ttt_length: int, *, every_row: bool, dense: bool) -> _Grid:
+    def of(cls, mask: Tensor, layout: Layout, ttt_length: int, *, every_row: bool, dense: bool) -> _Grid:
         batch, tokens = mask.shape
         if every_row:
             is_row, counts = torch.ones_like(mask), [tokens] * batch
@@ -180,9 +203,17 @@ class _Grid:
             if dense:
                 counts = [max(counts)] * batch
         position = torch.arange(tokens, device=mask.device).expand(batch, tokens)
-        start = torch.arange(batch, device=mask.device).unsqueeze(1) * tokens
         is_key = position < torch.tensor(counts, device=mask.device).unsqueeze(1)
-        return cls(position, start, tuple(counts), is_key, is_row, every_row)
+        return cls(position, layout, tuple(counts), is_key, is_row, every_row)
+
+    def flat(self, position: Tensor) -> Tensor:
+        """Return the flat index of each `position` ``[batch, n]``; those beyond a sample's end become its last one."""
+        samples = torch.arange(len(position), device=position.device).unsqueeze(1)
+        return self.layout.inside(samples, position)
+
+    def within(self, position: Tensor) -> Tensor:
+        """Return which of `position` ``[batch, n]`` are not beyond the end of their sample."""
+        return position < self.layout.limits.unsqueeze(1)
 
     @property
     def row_bounds(self) -> tuple[Sequence[int], ...]:
@@ -204,7 +235,7 @@ def _packed_index(chosen: Tensor) -> Tensor:
 def _row_tensors(grid: _Grid) -> dict[str, Tensor]:
     """Return the plan's tensors of key rows and query rows."""
     return {
-        "key_flat": grid.pick(grid.start + grid.position, grid.is_key),
+        "key_flat": grid.pick(grid.flat(grid.position), grid.is_key),
         "key_positions": grid.pick(grid.position, grid.is_key),
         "row_key": grid.pick(_packed_index(grid.is_key), grid.is_row),
         "row_positions": grid.pick(grid.position, grid.is_row),
@@ -218,29 +249,21 @@ def _token_tensors(grid: _Grid, ttt_length: int) -> dict[str, Tensor]:
     key_count = grid.is_key.sum(dim=1, keepdim=True)
     is_token = (span < key_count + ttt_length - 1) & (key_count > 0)
     return {
-        "token_flat": grid.pick(grid.start + (span + 1).clamp(max=tokens - 1), is_token),
-        "token_inside": grid.pick(span + 1 < tokens, is_token),
+        "token_flat": grid.pick(grid.flat(span + 1), is_token),
+        "token_inside": grid.pick(grid.within(span + 1), is_token),
         "key_token": grid.pick(_packed_index(is_token)[:, :tokens], grid.is_key),
     }
 
 
 def _teacher_tensors(grid: _Grid, mask: Tensor, ttt_length: int) -> dict[str, Tensor]:
     """Return the plan's tensors of teacher rows."""
-    tokens = mask.shape[1]
     chosen = torch.ones_like(mask) if grid.every_row else mask
     row_index = _packed_index(grid.is_row)
     earlier = [grid.position - k for k in range(ttt_length)]
     return {
-        "teacher_flat": grid.pick(grid.start + (grid.position + 1).clamp(max=tokens - 1), chosen),
-        "teacher_inside": grid.pick(grid.position + 1 < tokens, chosen),
+        "teacher_flat": grid.pick(grid.flat(grid.position + 1), chosen),
+        "teacher_inside": grid.pick(grid.within(grid.position + 1), chosen),
         "teacher_live": grid.pick(mask, chosen),
         "teacher_row": torch.stack([grid.pick(row_index.gather(1, at.clamp(min=0)), chosen) for at in earlier]),
         "teacher_valid": torch.stack([grid.pick(at >= 0, chosen) for at in earlier]),
     }
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a GPU without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -5,42 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, count_valid_positions
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.eagle_layers import COUNT
+from disagg_core.drafts.layout import Layout
 from disagg_core.drafts.method import Batch, Batcher, Sample
 
 _DUMMY_TOKENS = 4
 
 
 class Eagle3Batcher(Batcher):
-    """Pads samples on the right; nothing is random. `target_hidden` is H_t."""
+    """Pads samples on the right, or packs them; nothing is random. `target_hidden` is H_t."""
 
     def __init__(self, loss: LossSection, target_hidden: int) -> None:
         self._loss = loss
         self._target_hidden = target_hidden
         self.by_length = loss.normalisation == "valid"
 
-    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> Eagle3Batch:
+    def collate(
+        self, samples: Sequence[Sample], *, multiple_of: int = 1, packed: bool = False, pin: bool = False
+    ) -> Eagle3Batch:
         """Return `samples` as one batch; padding is zero everywhere, hidden states keep their dtype."""
         lengths = [len(sample) for sample in samples]
-        width = -(-max(lengths) // multiple_of) * multiple_of
-
-        def padded(name: str, dtype: torch.dtype | None = None) -> Tensor:
-            like = samples[0].tensors[name]
-            rows = torch.zeros(len(samples), width, *like.shape[1:], dtype=dtype or like.dtype)
-            for row, sample, length in zip(rows, samples, lengths, strict=True):
-                row[:length] = sample.tensors[name]
-            return rows
-
+        layout = Layout.of(lengths, multiple_of=multiple_of, packed=packed, pin=pin)
+        columns = {name: [sample.tensors[name] for sample in samples] for name in samples[0].tensors}
         return Eagle3Batch(
-            input_ids=padded("input_ids", torch.int64),
-            attention_mask=torch.arange(width)[None, :] < torch.tensor(lengths)[:, None],
-            loss_mask=padded("loss_mask", torch.bool),
-            aux_hidden_states=padded("aux_hidden_states"),
-            last_hidden_state=padded("last_hidden_state"),
+            input_ids=layout.laid(columns["input_ids"], multiple_of=multiple_of, dtype=torch.int64),
+            attention_mask=torch.arange(layout.width)[None, :] < torch.tensor(lengths)[:, None],
+            loss_mask=layout.grid(columns["loss_mask"]).bool(),
+            aux_hidden_states=layout.laid(columns["aux_hidden_states"], multiple_of=multiple_of),
+            last_hidden_state=layout.laid(columns["last_hidden_state"], multiple_of=multiple_of),
+            packing=layout if packed else None,
         )
 
     def dummy(self) -> Eagle3Batch:

@@ -100,7 +100,7 @@ def training_time_test(
         loss: options, or the type of the loss with default options.
         normaliser: N of the whole optimizer window, for ``valid``; by default that of this batch.
         return_logits: also return logits and states of every row.
-        attention: ``auto`` takes the flash kernel on CUDA for half precision.
+        attention: ``auto`` takes the flash kernel on CUDA for half precision, FlexAttention for packed samples.
         activation_checkpointing: compute activations again in the backward pass.
         compiled: fuse the passes over the vocabulary with `torch.compile`.
 
@@ -121,6 +121,7 @@ def training_time_test(
         draft.fc.weight.device,
         every_row=return_logits or mask.device.type != "cpu",
         dense=kernel == "flash",
+        layout=batch.layout,
     )
     states = run_steps(draft, batch, plan, kernel, checkpointing=activation_checkpointing)
     normed = [draft.norm(state) for state in states]
@@ -175,9 +176,11 @@ def _check_widths(draft: Eagle3Draft, batch: Eagle3Batch, lm_head: Tensor) -> No
 
 
 def _attention_kernel(draft: Eagle3Draft, batch: Eagle3Batch) -> AttentionKernel:
-    """Return flash where the device has it for the dtype and head, and no live row would see padding."""
+    """Return a kernel that the device has for the dtype and head: flash only where no live row would see padding."""
     weight, head_dim = draft.fc.weight, draft.config.head_dim
     fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    if fits and batch.packing is not None and head_dim >= 16 and head_dim & (head_dim - 1) == 0:
+        return "flex"
     return "flash" if fits and _right_padded(batch.attention_mask) else "chunked"
 
 

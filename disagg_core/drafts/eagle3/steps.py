@@ -6,6 +6,9 @@ t + k + 1: it is computed once per token and slides. Only the state half is comp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from disagg_core.drafts.eagle3.attention import AttentionKernel, own_column_attention
 from disagg_core.drafts.eagle3.batch import Eagle3Batch, StepPlan
+from disagg_core.drafts.eagle3.flex import DocumentAttention
 from disagg_core.drafts.eagle3.model import Eagle3Draft
 from disagg_core.drafts.linear import linear
 from disagg_core.drafts.rope import rotate
@@ -53,7 +57,9 @@ class _Steps:
     """What all steps of one batch share."""
 
     def __init__(self, draft: Eagle3Draft, batch: Eagle3Batch, plan: StepPlan, kernel: AttentionKernel) -> None:
-        self._draft, self._plan, self._kernel = draft, plan, kernel
+        self._draft, self._plan = draft, plan
+        whole = DocumentAttention(plan) if kernel == "flex" else partial(own_column_attention, plan, kernel)
+        self._attend: Callable[..., Tensor] = whole
         self._layer = draft.midlayer
         attention = self._layer.self_attn
         hidden = draft.config.hidden_size
@@ -65,7 +71,7 @@ class _Steps:
         embedded = F.embedding(ids, draft.embed_tokens.weight).to(self._dtype)
         self._sliding = linear(self._layer.input_layernorm(embedded), embedding_half)  # [token rows, q + k + v]
         self._aux = batch.aux_hidden_states.flatten(0, 1)[plan.key_flat]
-        self._tokens = batch.input_ids.shape[1]
+        self._tokens = batch.loss_mask.shape[1]
 
     def first_keys(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input states of the query rows, and step-0 keys and values of the key rows."""
@@ -96,7 +102,7 @@ class _Steps:
             query, own_key, own_value = torch.split(projected, sizes, dim=1)
             own_key = rotate(own_key, cos, sin)
             own_keys, own_values = [*own_keys, own_key], [*own_values, own_value]
-        attended = own_column_attention(plan, self._kernel, rotate(query, cos, sin), key, value, own_keys, own_values)
+        attended = self._attend(rotate(query, cos, sin), key, value, own_keys, own_values)
         return self._layer.finish(state, normed, attended.flatten(1)), own_key, own_value
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disagg_core.drafts.upload import uploaded
+
 _SLICE_ROWS = {"cpu": 192, "cuda": 2048}
 """Rows of a slice, about: a slice computes every key that its last row sees for all its rows."""
 PADDING = -1
@@ -73,10 +75,10 @@ def plan_attention(
         slices.append(Slice(slice(start, stop), slice(low, high), deep))
     return AttentionPlan(
         slices=tuple(slices),
-        anchors=anchors.to(device),
-        depths=depths.to(device),
-        key_rows=is_key.nonzero().flatten().to(device),
-        deep_rows=(~is_key).nonzero().flatten().to(device),
+        anchors=uploaded(anchors, device),
+        depths=uploaded(depths, device),
+        key_rows=uploaded(is_key.nonzero().flatten(), device),
+        deep_rows=uploaded((~is_key).nonzero().flatten(), device),
         real=real,
         window=window,
     )

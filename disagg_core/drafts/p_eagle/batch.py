@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.layout import Layout
 from disagg_core.drafts.method import Batch, Batcher, Sample
 from disagg_core.drafts.p_eagle.attention import PADDING, AttentionPlan, plan_attention
 from disagg_core.drafts.p_eagle.config import PEagleConfig
@@ -19,6 +20,7 @@ from disagg_core.drafts.p_eagle.model import LAYERS_READ
 from disagg_core.drafts.p_eagle.options import PEagleSection
 from disagg_core.drafts.p_eagle.sampling import Rows, sample_rows
 from disagg_core.drafts.randomness import generator_of
+from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
 
 AHEAD = 2
@@ -28,19 +30,26 @@ _DUMMY_TOKENS = 4
 
 @dataclass(frozen=True)
 class PEagleBatch:
-    """A right-padded batch of captured samples with the rows drawn for them; states and ids leave host memory.
+    """A batch of captured samples with the rows drawn for them; states and ids leave host memory.
 
-    A row is of the sequence `sequences`, of which one row of `input_ids` holds one, or several in a row (packed).
+    It is right-padded, or has ids and states packed in one row. A row is of the sequence `sequences`, of which a sample
+    is one; `packed_batch` makes several of what counts as one sample.
     """
 
-    input_ids: Tensor  # [batch, tokens] int64, shifted left by one, 0 beyond the end
+    input_ids: Tensor  # [batch, tokens] int64, shifted left by one, 0 beyond the end; packed [1, tokens of all]
     mask: Tensor  # [batch, tokens] bool, which positions are trained
     hidden_states: Tensor  # [batch, tokens, 3 * H], low layer to high
     teacher: Tensor  # [batch, tokens, H] after the final norm, or target logits [batch, tokens, V]; shifted left by one
-    samples: Tensor  # [rows] int64, which row of the batch
+    samples: Tensor  # [rows] int64, which row of the mask
     sequences: Tensor  # [rows] int64
     anchors: Tensor  # [rows] int64
     depths: Tensor  # [rows] int64
+    packing: Layout | None = None  # where a packed batch has its samples
+
+    @property
+    def layout(self) -> Layout:
+        """Where its samples lie."""
+        return self.packing or Layout.padded(*self.mask.shape)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PEagleBatch:
         """Move states and ids to `device`; what the rows are planned from stays where it is."""
@@ -50,6 +59,10 @@ class PEagleBatch:
             hidden_states=self.hidden_states.to(device, non_blocking=non_blocking),
             teacher=self.teacher.to(device, non_blocking=non_blocking),
         )
+
+    def moved(self) -> tuple[Tensor, ...]:
+        """Return states and ids."""
+        return self.input_ids, self.hidden_states, self.teacher
 
     @property
     def trained(self) -> Tensor:
@@ -112,25 +125,25 @@ class RowPlan:
     attention: AttentionPlan
     given: Tensor  # [rows] index of each row in the batch
     positions: Tensor  # [rows] RoPE positions
-    input_flat: Tensor  # [n] index into batch * tokens of the depth-0 rows
+    input_flat: Tensor  # [n] index into the batch's tokens, flattened over its rows, of the depth-0 rows
     source: Tensor  # [rows] which of the n + 1 inputs a row has
     live_rows: Tensor  # [L] rows that are trained, sorted by teacher
     live_depths: Tensor  # [L]
     live_teacher: Tensor  # [L] index among the teachers
-    teacher_flat: Tensor  # [P] index into batch * tokens, ascending
+    teacher_flat: Tensor  # [P] index, as of inputs, ascending
     teacher_bounds: Sequence[int]  # [P + 1] how many live rows the teachers before have, in host memory
     trained: Tensor  # [D] fp32, trained rows of each depth
 
 
 def plan_rows(batch: PEagleBatch, config: PEagleConfig, device: torch.device, *, every_row: bool = False) -> RowPlan:
     """Return the plan of `batch`; real slots after all that is trained are left out unless `every_row` is asked for."""
-    tokens = batch.input_ids.shape[1]
-    order = _sorted_rows(batch, tokens, every_row=every_row)
+    layout = batch.layout
+    order = _sorted_rows(batch, layout.width, every_row=every_row)
     samples, sequences, anchors, depths = (
         x[order] for x in (batch.samples, batch.sequences, batch.anchors, batch.depths)
     )
     positions = anchors + depths
-    flat, first = samples * tokens + positions, depths == 0
+    flat, first = layout.inside(samples, positions), depths == 0
     live = batch.trained[order].nonzero().flatten()
     live = live[torch.argsort(flat[live], stable=True)]
     teacher_flat, live_teacher, counts = torch.unique_consecutive(flat[live], return_inverse=True, return_counts=True)
@@ -148,7 +161,7 @@ def plan_rows(batch: PEagleBatch, config: PEagleConfig, device: torch.device, *,
     return RowPlan(
         attention=plan_attention(sequences, anchors, depths, config.sliding_window, device),
         teacher_bounds=[0, *counts.cumsum(0).tolist()],
-        **{name: _upload(tensor, device) for name, tensor in tensors.items()},
+        **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
 
 
@@ -166,36 +179,38 @@ def _sorted_rows(batch: PEagleBatch, tokens: int, *, every_row: bool) -> Tensor:
     return order[(batch.anchors <= last[sequences])[order]]
 
 
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a GPU without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 class PEagleBatcher(Batcher):
     """Makes batches of captured samples, each with rows of its own drawing; see `Batcher`."""
 
     def __init__(self, options: PEagleSection, config: PEagleConfig, *, seed: int) -> None:
         self._options, self._config, self._seed = options, config, seed
 
-    def collate(self, samples: Sequence[Sample], *, multiple_of: int = 1) -> PEagleBatch:
+    def collate(
+        self, samples: Sequence[Sample], *, multiple_of: int = 1, packed: bool = False, pin: bool = False
+    ) -> PEagleBatch:
         """Return `samples` as one batch; padding is zero everywhere, hidden states keep their dtype."""
-        width = -(-max(len(sample) for sample in samples) // multiple_of) * multiple_of
+        layout = Layout.of([len(sample) for sample in samples], multiple_of=multiple_of, packed=packed, pin=pin)
         masks = [trained_positions(sample.tensors["loss_mask"]) for sample in samples]
         rows = [self._rows(sample, mask) for sample, mask in zip(samples, masks, strict=True)]
         numbers = torch.repeat_interleave(
             torch.arange(len(samples)), torch.tensor([len(drawn.anchors) for drawn in rows])
         )
+
+        def laid(name: str, skip: int, dtype: torch.dtype | None = None) -> Tensor:
+            return layout.laid(
+                [sample.tensors[name][skip:] for sample in samples], multiple_of=multiple_of, dtype=dtype
+            )
+
         return PEagleBatch(
-            input_ids=_padded([sample.tensors["input_ids"][1:] for sample in samples], width).long(),
-            mask=_padded(masks, width),
-            hidden_states=_padded([sample.tensors["aux_hidden_states"] for sample in samples], width),
-            teacher=_padded([sample.tensors["last_hidden_state"][1:] for sample in samples], width),
+            input_ids=laid("input_ids", 1, torch.int64),
+            mask=layout.grid(masks),
+            hidden_states=laid("aux_hidden_states", 0),
+            teacher=laid("last_hidden_state", 1),
             samples=numbers,
             sequences=numbers,
             anchors=torch.cat([drawn.anchors for drawn in rows]),
             depths=torch.cat([drawn.depths for drawn in rows]),
+            packing=layout if packed else None,
         )
 
     def dummy(self) -> PEagleBatch:
@@ -229,10 +244,3 @@ def trained_positions(loss_mask: Tensor) -> Tensor:
     mask = torch.zeros(loss_mask.numel(), dtype=torch.bool)
     mask[: max(0, loss_mask.numel() - AHEAD)] = loss_mask[AHEAD:] != 0
     return mask
-
-
-def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    padded = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return padded

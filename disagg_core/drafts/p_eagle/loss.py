@@ -78,7 +78,7 @@ def run_rows(draft: PEagleDraft, batch: PEagleBatch, plan: RowPlan, *, checkpoin
     mask_id = ids.new_full((1,), draft.config.mask_token_id)
     states = draft.project_states(batch.hidden_states.flatten(0, 1)[plan.input_flat])
     unfilled = draft.project_states(draft.mask_hidden.view(1, -1))
-    longest = batch.input_ids.shape[1]
+    longest = batch.layout.width
     angles = draft.rotary(plan.positions, longest, states.dtype)
     return draft.backbone(
         draft.embed(torch.cat((ids, mask_id))),

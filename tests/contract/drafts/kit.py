@@ -130,10 +130,12 @@ class Case:
         tensors["loss_mask"] = torch.tensor(mask or [0] * 4 + [1] * (tokens - 4), dtype=torch.uint8)
         return Sample(sample_id_of(ordinal), tensors)
 
-    def loss_of(self, draft: DraftModel, *micro_batches: list[Sample], multiple_of: int = 1) -> LossOutput:
+    def loss_of(
+        self, draft: DraftModel, *micro_batches: list[Sample], multiple_of: int = 1, packed: bool = False
+    ) -> LossOutput:
         """Run a window of `micro_batches`, leave its gradients on `draft`, and return total and figures summed."""
         batcher = self.method.batcher(self.options, self.config, seed=SEED)
-        batches = [batcher.collate(samples, multiple_of=multiple_of) for samples in micro_batches]
+        batches = [batcher.collate(samples, multiple_of=multiple_of, packed=packed) for samples in micro_batches]
         sums: dict[str, float] = {}
         for batch in batches:
             for name, value in batcher.normalisers(batch).items():

@@ -1,0 +1,72 @@
+"""Attention of the training-time test over packed samples, by PyTorch's FlexAttention.
+
+The block of step-0 keys is one sequence of all samples' key rows. Its mask is causal within a document: a row sees the
+keys from its sample's first one up to its own. The kernel skips the tiles that lie between samples: it costs what the
+samples cost apart, and no sample's keys are padded to another's. The own keys of later test steps are merged in by
+the logsumexp of the block, through which gradients go too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from disagg_core.drafts.eagle3.batch import StepPlan
+
+
+class DocumentAttention:
+    """The attention of all test steps of one batch; see `own_column_attention` for what it is given."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._pattern = document_mask(plan)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the attention's result ``[rows, heads, head_dim]``; differentiable."""
+        attend = _compiled_flex() if query.is_cuda else flex_attention
+        packed = (x.transpose(0, 1)[None] for x in (query, key, value))
+        block, extra = attend(*packed, block_mask=self._pattern, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        output, logsumexp = block[0].transpose(0, 1), extra.lse[0].transpose(0, 1)  # [rows, heads, d], [rows, heads]
+        if not own_keys:
+            return output.contiguous()
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
+        scale = 1.0 / math.sqrt(query.shape[2])
+        scores = [((grouped * own.unsqueeze(2)).sum(-1).flatten(1) * scale).to(logsumexp.dtype) for own in own_keys]
+        merged = torch.stack([logsumexp, *scores]).logsumexp(0)
+        output = output * (logsumexp - merged).exp().unsqueeze(-1).to(output.dtype)
+        for score, own in zip(scores, own_values, strict=True):
+            weight = (score - merged).exp().unsqueeze(-1).to(output.dtype)
+            output = output + weight * own.repeat_interleave(grouped.shape[2], dim=1)
+        return output.contiguous()
+
+
+def document_mask(plan: StepPlan) -> BlockMask:
+    """Return the pattern of query rows by key rows: those of the row's own sample, up to its position."""
+    last = plan.row_key
+    first = plan.row_key - plan.row_positions  # a sample's key rows are its positions from 0 on
+    rows, keys = plan.rows, plan.key_flat.numel()
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        known = row.clamp(max=rows - 1)  # a kernel's last tile goes beyond
+        return (key <= last[known]) & (key >= first[known])
+
+    make = _compiled_mask() if last.is_cuda else create_block_mask
+    made: BlockMask = make(sees, 1, None, rows, keys, device=last.device)
+    return made
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _compiled_mask() -> Any:
+    return torch.compile(create_block_mask, dynamic=True)
