@@ -141,6 +141,12 @@ class TrainingSection(Section):
 
     batch_size: int = Field(1, ge=1, description="Samples in one micro-batch of one rank.")
     accumulation_steps: int = Field(1, ge=1, description="Micro-batches of one rank in an optimizer step.")
+    packing: Literal["auto"] | bool = Field(
+        "auto", description="Pack a micro-batch's samples in one row instead of padding them; auto: if lengths differ."
+    )
+    pack_tokens: int | None = Field(
+        None, ge=1, description="Cut a step's samples into packed rows of at most so many tokens, not by batch_size."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warmup_ratio: float = Field(0.015, ge=0, lt=1, description="Part of the steps with linear warm-up.")
@@ -163,6 +169,15 @@ class TrainingSection(Section):
     max_diverged_windows: int = Field(
         5, ge=1, description="End after so many windows in a row whose loss or gradient is not finite."
     )
+
+    @model_validator(mode="after")
+    def _a_row_of_so_many_tokens_is_packed(self) -> TrainingSection:
+        if self.pack_tokens is not None and self.packing is False:
+            raise ValueError(
+                f"expected packed micro-batches with pack_tokens, found packing: false and pack_tokens: "
+                f"{self.pack_tokens}; leave one of them out"
+            )
+        return self
 
 
 class PoolsSection(Section):

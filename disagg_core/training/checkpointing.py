@@ -78,7 +78,11 @@ class Checkpointing:
     @property
     def due(self) -> bool:
         """Whether the present step is one that is saved."""
-        return self._policy is not None and self._progress.step % self._policy.every_steps == 0
+        return self.due_at(self._progress.step)
+
+    def due_at(self, step: int) -> bool:
+        """Whether optimizer step `step` is one that is saved."""
+        return self._policy is not None and step % self._policy.every_steps == 0
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,9 @@ def build_disagg_online_consumer(
     )
     trainer.restore_newest()
     multiple_of = COMPILED_MULTIPLE if section.compile else 1
-    inputs = [DraftInput(b, draft.selection, multiple_of) for draft, b in zip(drafts, batchers, strict=True)]
+    inputs = [
+        DraftInput(b, draft.selection, multiple_of, section.packing) for draft, b in zip(drafts, batchers, strict=True)
+    ]
     return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
 
 
@@ -124,6 +126,7 @@ def _loader(
         accumulation_steps=section.accumulation_steps,
         ranks=ranks,
         prefetch_samples=section.prefetch_samples,
+        pack_tokens=section.pack_tokens,
         trained=trained,
     )
 

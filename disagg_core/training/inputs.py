@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.layout import varied
 from disagg_core.drafts.method import Batch, Batcher, Sample
+
+Packing = Literal["auto"] | bool
+"""Whether samples of a micro-batch are packed in one row; ``auto``: where their lengths differ."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +53,57 @@ class DraftBatches:
     batches: list[Batch | None]
     live_positions: int
     normalisers: dict[str, float]
+    copied: torch.cuda.Event | None = None
+    """When what `copy_to` began is done, on the device."""
+
+    def copy_to(self, device: torch.device, most: int) -> int:
+        """Begin to copy batches to `device` on the current stream, up to `most` bytes; return how many those are.
+
+        The batches are in pinned memory. Those beyond `most` stay there.
+        """
+        size = 0
+        for index, batch in enumerate(self.batches):
+            if batch is None:
+                continue
+            size += sum(tensor.nbytes for tensor in batch.moved())
+            if size > most:
+                break
+            self.batches[index] = batch.to(device, non_blocking=True)
+        self.copied = torch.cuda.current_stream(device).record_event()
+        return size
+
+    def join(self) -> None:
+        """Have the device wait for the copies before what the current stream is given from here on."""
+        if self.copied is None:
+            return
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.copied)
+        for tensor in (tensor for batch in self.batches if batch is not None for tensor in batch.moved()):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)  # it belongs to the stream of the copies, which may reuse its memory
 
 
 @dataclass(frozen=True)
 class DraftInput:
-    """How one draft reads samples: `batcher` makes batches, padded to a multiple of `multiple_of`, of its `selection`.
+    """How one draft reads samples: `batcher` makes batches of its `selection`, packed as `packing` says.
 
-    Without a selection it reads all that is captured.
+    Rows are padded to a multiple of `multiple_of` tokens. Without a selection it reads all that is captured.
     """
 
     batcher: Batcher
     selection: Selection | None = None
     multiple_of: int = 1
+    packing: Packing = "auto"
 
     def begin(self) -> DraftBatches:
         """Return a window without micro-batches."""
         return DraftBatches([], 0, dict.fromkeys(self.batcher.normalisers(None), 0.0))
 
-    def add(self, window: DraftBatches, samples: Sequence[Sample]) -> None:
-        """Add a micro-batch of `samples` to `window`; None where there is nothing in them to train on."""
+    def add(self, window: DraftBatches, samples: Sequence[Sample], *, pin: bool = False) -> None:
+        """Add a micro-batch of `samples` to `window`, `pin` in pinned memory; None with nothing to train on."""
         own = [self.selection.of(sample) for sample in samples] if self.selection is not None else samples
-        batch = self.batcher.collate(own, multiple_of=self.multiple_of) if own else None
+        packed = varied([len(sample) for sample in own]) if self.packing == "auto" else self.packing
+        batch = self.batcher.collate(own, multiple_of=self.multiple_of, packed=packed, pin=pin) if own else None
         positions = self.batcher.trainable_positions(batch) if batch is not None else 0
         batch = batch if positions else None
         window.batches.append(batch)

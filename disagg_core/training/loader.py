@@ -14,19 +14,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import wait
 from typing import Literal
 
 import msgspec
 import torch
-from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.channel.patience import CHANNEL_AWAY_S, CHANNEL_PAUSE_S, patience
 from disagg_core.contracts import SampleRef, ordinal_of
-from disagg_core.drafts.method import Sample
-from disagg_core.errors import ChannelError, ChannelUnavailable, FailureClass, Preempted, SampleLost, SampleUnusable
+from disagg_core.errors import ChannelError, ChannelUnavailable, FailureClass, Preempted
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.processes.interrupt import interruptible
 from disagg_core.run.phases import TrainingPhase
@@ -34,7 +31,8 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.inputs import DraftInput
-from disagg_core.training.window import GivenUp, TrainingWindow, checked, share_of
+from disagg_core.training.staging import PendingWindow, Stager
+from disagg_core.training.window import Cut, GivenUp, TrainingWindow
 
 PREFETCH_BYTES = 4 * 1024**3
 """Bytes of samples that one rank fetches ahead, besides the window in training."""
@@ -60,21 +58,6 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Command)
 
 
-@dataclass
-class _Pending:
-    refs: list[SampleRef]
-    shares: list[list[tuple[SampleRef, Future[dict[str, Tensor]]]]]
-
-    def futures(self) -> list[Future[dict[str, Tensor]]]:
-        return [future for share in self.shares for _ref, future in share]
-
-
-def _failure_of(future: Future[dict[str, Tensor]]) -> BaseException | None:
-    """Return what a finished transfer ended with, if it is no fault of its one sample."""
-    error = future.exception()
-    return None if isinstance(error, (SampleLost, SampleUnusable)) else error
-
-
 class FeatureDataLoader:
     """Iterates the optimizer windows of a stream, on every rank in step.
 
@@ -97,10 +80,11 @@ class FeatureDataLoader:
         ranks: Ranks | None = None,
         prefetch_samples: int = 64,
         prefetch_bytes: int = PREFETCH_BYTES,
+        pack_tokens: int | None = None,
         trained: OrdinalSet | None = None,
     ) -> None:
         """Read references from `queue` (rank 0 only, None elsewhere) and samples from `store`, for the draft of each of
-        the `inputs`. A draft whose loss depends on which samples share a micro-batch has all in the published order.
+        the `inputs`; see `Cut` for what is in a micro-batch.
 
         `prefetch_samples` and `prefetch_bytes` bound what this rank fetches beyond the window that is trained.
         References to ordinals in `trained`, which the restored weights have seen, are quarantined.
@@ -110,14 +94,13 @@ class FeatureDataLoader:
         self._channel = channel
         self._ranks = ranks or Ranks(0, 1, torch.device("cpu"), owns_group=False, control=None)
         assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
-        self._batch_size = batch_size
+        self._cut = Cut(batch_size, pack_tokens, by_length=all(reads.batcher.by_length for reads in inputs))
         self._global_batch_size = self._ranks.size * batch_size * accumulation_steps
-        self._inputs = inputs
-        self._by_length = all(reads.batcher.by_length for reads in inputs)
+        self._stager = Stager(inputs, self._ranks.device)
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
         self._trained = trained if trained is not None else OrdinalSet()
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[PendingWindow] = deque()
         self._partial: list[SampleRef] = []
         self._stop = False
         self._ending: EndReason | None = None
@@ -128,6 +111,8 @@ class FeatureDataLoader:
         self.end_reason: EndReason | None = None
         self.failure: BaseException | None = None
         self.on_wait: Callable[[], None] = lambda: None
+        self.before_waiting: Callable[[], object] = lambda: None
+        """Is called on all ranks together when the next window is not there, before they wait for it."""
         self.on_progress: Callable[[str], None] = lambda what: None
         self.on_phase: Callable[[TrainingPhase], None] = lambda phase: None
 
@@ -151,17 +136,25 @@ class FeatureDataLoader:
             if self.end_reason is not None:
                 return
             self.on_phase("features")
+            self._stager.stage(self._pending[0])
             if not self._arrived(self._pending[0]):
                 self.end_reason = self.end_reason or "stop requested"
                 return
+            staged = self._pending.popleft().staged
+            if self._pending:  # its batches are made, and copied, while this window is trained
+                self._stager.stage(self._pending[0])
+            assert staged is not None
             self.on_phase("collate")
-            yield self._collected(self._pending.popleft(), started)
+            window = staged.result()
+            window.wait_s = time.monotonic() - started
+            yield window
 
     def close(self) -> None:
         """Drop what was fetched ahead. Transfers that run are not waited for: they end with the store's client."""
+        self._stager.close()
         for pending in self._pending:
-            for future in pending.futures():
-                future.cancel()
+            for transfer in pending.transfers():
+                transfer.cancel()
         self._pending.clear()
 
     # --- one round: which windows come next ---------------------------------------------------------------------
@@ -171,6 +164,8 @@ class FeatureDataLoader:
         while True:
             if self._ranks.sum([float(self._stop)])[0]:
                 self._stop = True
+            if not self._pending:
+                self.before_waiting()
             command = self._next_command() if self._queue is not None else None
             if self._ranks.size > 1:
                 command = _decoder.decode(self._ranks.broadcast(_encoder.encode(command) if command else b""))
@@ -273,53 +268,36 @@ class FeatureDataLoader:
 
     # --- fetching -----------------------------------------------------------------------------------------------
 
-    def _dispatched(self, refs: list[SampleRef]) -> _Pending:
+    def _dispatched(self, refs: list[SampleRef]) -> PendingWindow:
         """Start fetching this rank's share of a window."""
-        shares = share_of(refs, self._ranks.rank, self._ranks.size, self._batch_size, by_length=self._by_length)
-        own = [[refs[index] for index in share] for share in shares]
-        return _Pending(refs, [[(ref, self._store.submit_get(ref)) for ref in share] for share in own])
+        own = [[refs[index] for index in share] for share in self._cut.share(refs, self._ranks.rank, self._ranks.size)]
+        return PendingWindow(refs, [[(ref, self._store.submit_get(ref)) for ref in share] for share in own])
 
-    def _arrived(self, pending: _Pending) -> bool:
+    def _arrived(self, pending: PendingWindow) -> bool:
         """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before all had theirs.
 
         A store that is away may keep a transfer for longer than there is time after a stop signal. A rank whose store
         fails for good ends the iteration on all of them: `failure` holds its error there.
         """
-        left: set[Future[dict[str, Tensor]]] = set(pending.futures())
+        assert pending.staged is not None
+        left = pending.unfinished()
+        if self._ranks.sum([float(left)])[0]:
+            self.before_waiting()
         while True:
-            before = len(left)
-            left = wait(left, POLL_S).not_done
-            if len(left) < before:
+            wait([*pending.transfers(), pending.staged], POLL_S)
+            before, left = left, pending.unfinished()
+            if left < before:
                 self.on_progress("fetching samples")
-            missing, stops = self._ranks.sum([float(len(left)), float(self._stop)])
+            missing, stops = self._ranks.sum([float(left), float(self._stop)])
             if missing and stops:
                 self._stop = True
                 return False
             if not missing:
                 break
-        broken = next(filter(None, map(_failure_of, pending.futures())), None)
-        if self._ranks.sum([float(broken is not None)])[0]:
-            self.failure, self.end_reason = broken, "stream failed"
+        if self._ranks.sum([float(pending.broken() is not None)])[0]:
+            self.failure, self.end_reason = pending.broken(), "stream failed"
             return False
         return True
-
-    def _collected(self, pending: _Pending, started: float) -> TrainingWindow:
-        """Collate a window's samples, which have arrived."""
-        own = [ref for share in pending.shares for ref, _future in share]
-        window = TrainingWindow(pending.refs, own, [reads.begin() for reads in self._inputs])
-        for share in pending.shares:
-            samples = []
-            for ref, future in share:
-                try:
-                    samples.append(checked(Sample(ref.sample_id, future.result())))
-                except (SampleLost, SampleUnusable) as error:
-                    _log.warning("sample %s weighs zero: %s", ref.sample_id, error)
-                    window.given_up.append(GivenUp(ref.sample_id, str(error), lost=isinstance(error, SampleLost)))
-            window.tokens += sum(len(sample) for sample in samples)
-            for reads, batches in zip(self._inputs, window.drafts, strict=True):
-                reads.add(batches, samples)
-        window.wait_s = time.monotonic() - started
-        return window
 
     # --- after the step -----------------------------------------------------------------------------------------
 

@@ -62,6 +62,18 @@ def build_optimizer(parameters: Iterable[nn.Parameter], section: TrainingSection
     )
 
 
+def update_unless(fault: Tensor, optimizer: torch.optim.AdamW) -> None:
+    """Let `optimizer`, which is fused, take its step, or leave all as it is where `fault` is 1, without a host's look.
+
+    Args:
+        fault: fp32 scalar on the parameters' device, 0 or 1.
+        optimizer: fused AdamW looks at it inside its kernel, as it does for gradient scaling.
+    """
+    optimizer.found_inf = fault  # type: ignore[attr-defined]  # read by fused optimizers, which GradScaler sets it for
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their norm over all parameters and ranks is at most `max_norm`.
 

@@ -3,15 +3,18 @@
 Gradients of a window are reduced once, with its last micro-batch. The loss divides by sums over the whole window on all
 ranks, while FSDP2 averages gradients over ranks, so the loss is scaled by their number. A micro-batch with nothing to
 train on runs as a dummy whose loss weighs zero, because all ranks must do the same collectives.
+
+Nothing in a step waits for the device. Whether loss and gradient are finite is decided there, and AdamW leaves weights
+and moments as they are where they are not; the figures travel to pinned memory, and whoever reads them waits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from disagg_core.drafts.figures import Figures, LossOutput, Ratio
@@ -19,24 +22,29 @@ from disagg_core.drafts.method import Batch, Batcher, DraftMethod, DraftModel
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.distributed import Ranks, ShardedModule
 from disagg_core.training.inputs import DraftBatches
-from disagg_core.training.optimizer import NamedParameters, Schedule, build_optimizer, clip_gradients
+from disagg_core.training.optimizer import (
+    NamedParameters,
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    update_unless,
+)
 from disagg_core.training.phase_clock import PhaseClock
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Figures of one optimizer step over all ranks; `figures` are the method's, `loss` among them."""
+    """Figures of one optimizer step over all ranks; `figures` are the method's, `loss` among them.
+
+    `finite` tells whether loss and gradient are; where not, the weights are those from before the window.
+    """
 
     figures: Figures
     learning_rate: float
     grad_norm: float
+    finite: bool
     samples: int
     tokens: int
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are; where not, the weights are those from before the window."""
-        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
     def fault(self) -> str:
         """Say what is not finite."""
@@ -53,6 +61,33 @@ class StepResult:
         """Return all figures as one flat record."""
         rates = {"learning_rate": self.learning_rate, "grad_norm": self.grad_norm}
         return {**self.figures, **rates, "samples": self.samples, "tokens": self.tokens}
+
+
+class QueuedStep:
+    """An optimizer step that was given to the device; its figures are on their way to the host."""
+
+    def __init__(
+        self, method: DraftMethod, ranks: Ranks, tally: _Tally, verdict: Tensor, rest: tuple[float, int, int]
+    ) -> None:
+        """`verdict` [2] on the device: gradient norm, and 0 where all is finite; `rest`: rate, samples, tokens."""
+        self._method, self._ranks, self._tally, self._rest = method, ranks, tally, rest
+        self._numbers = torch.cat((verdict, tally.sums))
+        self._arrived: torch.cuda.Event | None = None
+        if self._numbers.is_cuda:
+            on_device = self._numbers
+            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._numbers.copy_(on_device, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def result(self) -> StepResult:
+        """Return the figures over all ranks, once the device has them. A collective; to be called once."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, fault = self._numbers[:2].tolist()
+        figures = self._method.figures(self._tally.split(self._ranks.sum_tensor(self._numbers[2:].double())))
+        rate, samples, tokens = self._rest
+        return StepResult(figures, rate, norm, fault == 0, samples, tokens)
 
 
 class OptimizerStep:
@@ -80,17 +115,29 @@ class OptimizerStep:
         self._max_grad_norm = section.max_grad_norm
         self._schedule = schedule
         self._clock = clock or PhaseClock()
+        self._idle: Batch | None = None
         self.parameters: NamedParameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.parameters.values(), section)
         self.applied = 0
         """How often the weights were changed, or began to be."""
 
-    def run(self, window: DraftBatches, step: int, *, samples: int, tokens: int) -> StepResult | None:
+    def run(
+        self,
+        window: DraftBatches,
+        step: int,
+        *,
+        samples: int,
+        tokens: int,
+        recount: Callable[[], int] | None = None,
+    ) -> QueuedStep | None:
         """Do optimizer step `step` (0-based) on `window`, this rank's part of which has `samples` and `tokens`.
 
         Returns None, doing nothing, if no rank has a position to train on.
 
         Where loss or gradient is not finite, on any rank, the weights stay as they are on all of them.
+
+        `recount` gives the step's number in place of `step`, which was given before the figures of the window before
+        were read. It may wait for them: the device has this window's passes to go on with.
         """
         self._clock.enter("reduce")
         names = sorted(window.normalisers)
@@ -99,34 +146,47 @@ class OptimizerStep:
         if live == 0:
             return None
         device = self._ranks.device
-        normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed[2:], strict=True)}
+        normalisers = {
+            name: torch.full((), value, device=device) for name, value in zip(names, summed[2:], strict=True)
+        }
         tally = self._backward(window, normalisers)
         self._clock.enter("optimizer")
-        learning_rate = self._schedule.at(step)
+        learning_rate = self._schedule.at(step if recount is None else recount())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(self.parameters.values(), self._max_grad_norm)
-        self._clock.enter("reduce")
-        figures = self._method.figures(tally.summed(self._ranks))
-        result = StepResult(figures, learning_rate, float(norm), int(summed[0]), int(summed[1]))
-        self._clock.enter("optimizer")
-        if result.finite:
-            self.applied += 1
-            self.optimizer.step()
+        fault = self._fault(norm, tally)
+        self.applied += 1
+        update_unless(fault, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return result
+        verdict = torch.stack((norm.float(), fault))
+        return QueuedStep(self._method, self._ranks, tally, verdict, (learning_rate, int(summed[0]), int(summed[1])))
+
+    def _dummy(self) -> Batch:
+        """Return the batch without samples, which is made once."""
+        if self._idle is None:
+            self._idle = self._batcher.dummy().to(self._ranks.device)
+        return self._idle
+
+    def _fault(self, norm: Tensor, tally: _Tally) -> Tensor:
+        """Return 0 where the gradient's norm and, on all ranks, the loss are finite, else 1; fp32, on the device."""
+        fault = torch.logical_not(torch.isfinite(norm) & torch.isfinite(tally.loss)).float()
+        if self._ranks.size > 1:
+            dist.all_reduce(fault, dist.ReduceOp.MAX)
+        return fault
 
     def _backward(self, window: DraftBatches, normalisers: Mapping[str, Tensor]) -> _Tally:
         """Accumulate and reduce the window's gradients; return this rank's figures."""
+        self._clock.enter("h2d")
+        window.join()
         tally = _Tally()
         last = len(window.batches) - 1
         for index, batch in enumerate(window.batches):
             self._sharded.set_requires_gradient_sync(index == last)
             self._sharded.set_reshard_after_backward(index == last)
             weight = 0 if batch is None else self._ranks.size
-            given = self._batcher.dummy() if batch is None else batch
             self._clock.enter("h2d")
-            given = given.to(self._ranks.device)
+            given = self._dummy() if batch is None else batch.to(self._ranks.device, non_blocking=True)
             self._clock.enter("forward")
             output = self._module(given, normalisers)
             self._clock.enter("backward")
@@ -139,11 +199,23 @@ class OptimizerStep:
 
 
 class _Tally:
-    """Sums the figures of micro-batches, then of ranks; all ranks add outputs of the same names and shapes."""
+    """Sums the figures of micro-batches on the device; all ranks add outputs of the same names and shapes."""
 
     def __init__(self) -> None:
         self._like: Mapping[str, Ratio] = {}
         self._sums: Tensor | None = None
+        self._loss: list[Tensor] = []
+
+    @property
+    def sums(self) -> Tensor:
+        """All figures of the micro-batches, fp32, one after the other."""
+        assert self._sums is not None
+        return self._sums
+
+    @property
+    def loss(self) -> Tensor:
+        """A number that is finite exactly where this rank's loss is."""
+        return torch.stack(self._loss).sum()
 
     def add(self, ratios: Mapping[str, Ratio], *, counts: bool) -> None:
         """Add the figures of one micro-batch; those of one that does not count only tell the shapes."""
@@ -151,11 +223,12 @@ class _Tally:
         parts = parts if counts else torch.zeros_like(parts)
         self._like = ratios
         self._sums = parts if self._sums is None else self._sums + parts
+        if counts or not self._loss:
+            loss = ratios["loss"].numerator.detach().sum()
+            self._loss.append(loss if counts else torch.zeros_like(loss))
 
-    def summed(self, ranks: Ranks) -> dict[str, Ratio]:
-        """Return the figures over all ranks, in double precision on the CPU. A collective."""
-        assert self._sums is not None
-        sums = ranks.sum_tensor(self._sums.to("cpu", torch.float64))
+    def split(self, sums: Tensor) -> dict[str, Ratio]:
+        """Return the figures that `sums`, over all ranks, are."""
         split = iter(torch.split(sums, [part.numel() for part in _parts(self._like)]))
         return {name: Ratio(next(split), next(split)) for name in self._like}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,36 @@ from disagg_core.training.checkpoint.document import OPTIMIZER_FILE, RNG_FILE
 from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.randomness import RandomState
 from disagg_core.training.state import gather_weights, optimizer_tensors, prepared_optimizer_tensors
-from disagg_core.training.step import OptimizerStep, StepResult
+from disagg_core.training.step import OptimizerStep, QueuedStep, StepResult
+from disagg_core.training.window import TrainingWindow
 
 _log = logging.getLogger(__name__)
+
+
+class TrainedWindow:
+    """A window that a draft's step was given to the device for; it is counted once, when its result is asked for."""
+
+    def __init__(self, trainee: Trainee, queued: QueuedStep | None) -> None:
+        """`queued` is None where there was nothing to train on."""
+        self._trainee, self._queued, self._result = trainee, queued, None
+        self.counted = queued is None
+
+    def result(self) -> StepResult | None:
+        """Return the figures, also where they are not finite and the weights stayed as they were.
+
+        Waits for the device at the first call. None without anything to train on.
+        """
+        if not self.counted:
+            assert self._queued is not None
+            self._result: StepResult | None = self._queued.result()
+            self.counted = True
+            self._trainee.count(self._result)
+        return self._result
+
+    def steps_after(self) -> int:
+        """Return how many steps the draft has taken with this window."""
+        self.result()
+        return self._trainee.progress.step
 
 
 @dataclass
@@ -43,22 +70,27 @@ class Trainee:
     step: OptimizerStep
     random: RandomState
     progress: DraftProgress
+    _last: TrainedWindow | None = None
 
-    def train(self, batches: DraftBatches, *, samples: int, tokens: int) -> StepResult | None:
-        """Take an optimizer step on a window, of which this rank has `samples` and `tokens`.
+    def train(self, batches: DraftBatches, *, samples: int, tokens: int) -> TrainedWindow:
+        """Give the device an optimizer step on a window, of which this rank has `samples` and `tokens`.
 
-        Returns the figures, also where they are not finite and the weights stayed as they were; None without anything
-        to train on.
+        The window before is counted before this one is about to change the weights: the step has its right number.
         """
         started = time.monotonic()
+        before, counts = self._last, {"samples": samples, "tokens": tokens}
         with self.random.in_force():
-            result = self.step.run(batches, self.progress.step, samples=samples, tokens=tokens)
+            if before is None or before.counted:
+                queued = self.step.run(batches, self.progress.step, **counts)
+            else:
+                queued = self.step.run(batches, self.progress.step, **counts, recount=before.steps_after)
+                before.result()
         self.progress.seconds += time.monotonic() - started
-        if result is not None:
-            self._count(result)
-        return result
+        self._last = TrainedWindow(self, queued)
+        return self._last
 
-    def _count(self, result: StepResult) -> None:
+    def count(self, result: StepResult) -> None:
+        """Count a window with this `result`."""
         progress = self.progress
         if not result.finite:
             progress.skipped += 1
@@ -123,3 +155,13 @@ class Trainee:
             fill(OPTIMIZER_FILE, prepared_optimizer_tensors(self.draft, self.step.optimizer), "optimizer state")
         self.random.load(load_file(path / self.folder / RNG_FILE))
         self.progress = msgspec.structs.replace(progress, skipped_in_row=0)
+
+
+@dataclass(frozen=True)
+class OpenWindow:
+    """A window that is trained and not complete: its figures were not read."""
+
+    window: TrainingWindow
+    trained: Sequence[TrainedWindow]
+    applied: list[int]  # how often each draft's weights were changed with it
+    started: float

@@ -3,6 +3,10 @@
 The order after a step is fixed: the weights of every draft hold the window, then it is acknowledged, then its samples
 are removed. A checkpoint holds all weights and the data cursor of one step boundary, so whatever ends the process, the
 next attempt continues from weights that know exactly what they have seen.
+
+On a GPU a window's figures are read while the next one is computed, and what follows from them is done then: the
+device never waits for the host. Where the next window is not there yet, before a checkpoint, and at the end it is done
+at once.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.phase_clock import Lap, PhaseClock
 from disagg_core.training.progress import CheckpointPolicy, FitTally, TrainingProgress, TrainOutcome
 from disagg_core.training.step import StepResult
-from disagg_core.training.trainee import Trainee
-from disagg_core.training.window import GivenUp, TrainingWindow
+from disagg_core.training.trainee import OpenWindow, Trainee
+from disagg_core.training.window import GivenUp, TrainingWindow, skipped_all
 
 _log = logging.getLogger(__name__)
 
@@ -70,14 +74,20 @@ class Trainer:
         observer: StepObserver | None = None,
         on_progress: Callable[[str], None] = lambda what: None,
         clock: PhaseClock | None = None,
+        reads_late: bool | None = None,
     ) -> None:
-        """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits."""
+        """`on_progress` is told, on every rank, of all that counts as getting on: steps, fetches, saves, waits.
+
+        `reads_late`: figures are read a window later; by default on a GPU.
+        """
         self.trainees = trainees
         self._ranks = ranks
         self._max_steps = max_steps
         self._max_diverged_windows = max_diverged_windows
         self._on_progress = on_progress
         self._clock = clock or PhaseClock()
+        self._reads_late = ranks.device.type != "cpu" if reads_late is None else reads_late
+        self._open: OpenWindow | None = None
         self._counted: list[int] = self._applied()
         self._observer = observer if ranks.is_first else None
         self.progress = TrainingProgress(drafts={trainee.folder: trainee.progress for trainee in trainees})
@@ -104,6 +114,7 @@ class Trainer:
         Raises:
             CheckpointNotSaved: it could not be written.
         """
+        assert self._open is None, "the weights hold a window that is not counted"
         self._clock.enter("save")
         self._checkpoints.start()
         self._checkpoints.finish()
@@ -169,6 +180,7 @@ class Trainer:
         if self.progress.step == 0:
             self._checkpoints.start()
         loader.on_wait = self._on_wait
+        loader.before_waiting = lambda: self._close(loader, tally)
         self._phase("waiting for samples")
         if self._reached_max_steps():
             return "max_steps"
@@ -187,6 +199,7 @@ class Trainer:
             if self._reached_max_steps():
                 return "max_steps"
             self._check_skipped(self._max_diverged_windows)
+        self._close(loader, tally)
         assert loader.end_reason is not None
         if loader.end_reason == "end of stream":
             self._check_skipped(min(_LAST_WINDOWS, self._max_diverged_windows))
@@ -201,12 +214,34 @@ class Trainer:
         return self._max_steps is not None and self.progress.step >= self._max_steps
 
     def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: FitTally) -> bool:
-        """Train every draft on `window` and complete it; return whether one of them took a step."""
+        """Train every draft on `window`; return whether it is complete and one of them took a step."""
         started = time.monotonic()
-        results = [
+        trained = [
             trainee.train(batches, samples=window.samples, tokens=window.tokens)
             for trainee, batches in zip(self.trainees, window.drafts, strict=True)
         ]
+        window.drafts.clear()  # the device's memory is needed for those that follow
+        self._close(loader, tally)
+        self._open = OpenWindow(window, trained, self._applied(), started)
+        return False if self._may_read_late() else self._close(loader, tally)
+
+    def _may_read_late(self) -> bool:
+        """Whether the open window may wait for the next one: not where it may be the last before a checkpoint, or ever.
+
+        After one that was not finite it may not either, so that a run that diverges ends where it would have.
+        """
+        if not self._reads_late or any(trainee.progress.skipped_in_row for trainee in self.trainees):
+            return False
+        number = self.progress.step + 1
+        return not self._checkpoints.due_at(number) and (self._max_steps is None or number < self._max_steps)
+
+    def _close(self, loader: FeatureDataLoader, tally: FitTally) -> bool:
+        """Read the figures of the open window, if there is one, and complete it; return whether a draft took a step."""
+        if self._open is None:
+            return False
+        opened, self._open = self._open, None
+        window = opened.window
+        results = [trained.result() for trained in opened.trained]
         stepped = [result for result in results if result is not None and result.finite]
         given_up = loader.given_up_in(window)
         if stepped:
@@ -214,9 +249,9 @@ class Trainer:
             tally.steps += 1
         elif skipped := [result for result in results if result is not None]:
             tally.skipped += 1
-            given_up = _skipped(window, given_up, skipped[0].fault())
+            given_up = skipped_all(window, given_up, skipped[0].fault())
         self._count(window, given_up, tally, tokens=stepped[0].tokens if stepped else 0)
-        self._counted = self._applied()
+        self._counted = opened.applied
         if given_up and self._observer is not None:
             self._observer.on_given_up(given_up)
         self._clock.enter("ack")
@@ -225,7 +260,7 @@ class Trainer:
         self._clock.enter("other")
         self._on_progress("trained a window")
         tally.wait_s += window.wait_s
-        self._tell(loader, window, results, time.monotonic() - started)
+        self._tell(loader, window, results, time.monotonic() - opened.started)
         return bool(stepped)
 
     def _count(self, window: TrainingWindow, given_up: list[GivenUp], tally: FitTally, *, tokens: int) -> None:
@@ -270,7 +305,7 @@ class Trainer:
 
     def _end_lap(self, window: TrainingWindow) -> None:
         """Tell the observer where the time went of the windows of which that is known."""
-        self._clock.lap(self.progress.step, samples=len(window.refs))
+        self._clock.lap(self.progress.step + (self._open is not None), samples=len(window.refs))
         self._tell_laps()
 
     def _tell_laps(self) -> None:
@@ -312,13 +347,6 @@ class Trainer:
             checkpoint=self._checkpoints.newest.name if self._checkpoints.newest else None,
             given_up=tally.given_up,
         )
-
-
-def _skipped(window: TrainingWindow, given_up: list[GivenUp], reason: str) -> list[GivenUp]:
-    """Return `given_up` with the other samples of a window that no draft could be trained on: they are quarantined."""
-    named = {item.sample_id for item in given_up}
-    others = [ref.sample_id for ref in window.refs if ref.sample_id not in named]
-    return given_up + [GivenUp(name, reason, lost=False) for name in others]
 
 
 def _describe(error: BaseException) -> str:

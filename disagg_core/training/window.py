@@ -47,6 +47,24 @@ class TrainingWindow:
         return len(self.own) - len(self.given_up)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a window is cut into micro-batches: `batch_size` samples each or, with `pack_tokens`, so many tokens.
+
+    Without `by_length` some draft's loss depends on which samples share a micro-batch: they stay in published order.
+    """
+
+    batch_size: int
+    pack_tokens: int | None
+    by_length: bool
+
+    def share(self, refs: Sequence[SampleRef], rank: int, size: int) -> list[list[int]]:
+        """Return rank `rank`'s micro-batches of a window as indices into `refs`; every rank has as many of them."""
+        if self.pack_tokens is not None and self.by_length:
+            return packed_share_of(refs, rank, size, self.pack_tokens)
+        return share_of(refs, rank, size, self.batch_size, by_length=self.by_length)
+
+
 def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *, by_length: bool) -> list[list[int]]:
     """Return rank `rank`'s micro-batches of a window as indices into `refs`.
 
@@ -64,9 +82,41 @@ def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *
     return shares
 
 
+def packed_share_of(refs: Sequence[SampleRef], rank: int, size: int, tokens: int) -> list[list[int]]:
+    """Return rank `rank`'s micro-batches of a window as indices into `refs`: rows of at most `tokens` tokens.
+
+    The samples are those of the window, whatever their order. From the longest on, each goes to the rank that has
+    fewest tokens (longest processing time first), and there to the first row with room for it (first fit); a sample
+    of more than `tokens` has a row of its own. Every rank gets the same number of rows, some of them perhaps empty.
+    """
+    loads = [0] * size
+    rows: list[list[list[int]]] = [[] for _ in range(size)]
+    filled: list[list[int]] = [[] for _ in range(size)]
+    for index in sorted(range(len(refs)), key=lambda i: -refs[i].num_tokens):
+        length = refs[index].num_tokens
+        least = loads.index(min(loads))
+        loads[least] += length
+        place = next((i for i, used in enumerate(filled[least]) if used + length <= tokens), None)
+        if place is None:
+            rows[least].append([index])
+            filled[least].append(length)
+        else:
+            rows[least][place].append(index)
+            filled[least][place] += length
+    most = max(map(len, rows))
+    return rows[rank] + [[] for _ in range(most - len(rows[rank]))]
+
+
 def checked(sample: Sample) -> Sample:
     """Return `sample` if its states are finite; one that is not would end the run for all others."""
     for name, tensor in sample.tensors.items():
         if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
             raise SampleUnusable(f"{name} is not finite: the target overflowed on this prompt")
     return sample
+
+
+def skipped_all(window: TrainingWindow, given_up: list[GivenUp], reason: str) -> list[GivenUp]:
+    """Return `given_up` with the other samples of a window that no draft could be trained on: they are quarantined."""
+    named = {item.sample_id for item in given_up}
+    others = [ref.sample_id for ref in window.refs if ref.sample_id not in named]
+    return given_up + [GivenUp(name, reason, lost=False) for name in others]

@@ -66,3 +66,21 @@ def test_every_draft_makes_micro_batches_of_its_own_from_the_same_samples() -> N
             name: value + batcher.normalisers(None)[name]
             for name, value in batcher.normalisers(window.batches[0]).items()
         }
+
+
+@pytest.mark.parametrize(
+    ("packing", "lengths", "packed"),
+    [("auto", (9, 14), True), ("auto", (14, 14), False), (True, (14, 14), True), (False, (9, 14), False)],
+)
+def test_samples_are_packed_where_padding_would_add_to_them(packing, lengths: tuple[int, int], packed: bool) -> None:
+    case = Case.of("eagle3")
+    reads = DraftInput(case.method.batcher(case.options, case.config, seed=SEED), packing=packing)
+    window = reads.begin()
+
+    reads.add(window, [captured(case.capture, tokens) for tokens in lengths])
+    reads.add(window, [])
+
+    batch, nothing = window.batches
+    assert (batch.packing is not None) == packed
+    assert batch.input_ids.shape == ((1, sum(lengths)) if packed else (2, max(lengths)))
+    assert nothing is None

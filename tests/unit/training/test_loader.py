@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef
 from disagg_core.training.progress import TrainingProgress
-from disagg_core.training.window import share_of
+from disagg_core.training.window import Cut, packed_share_of, share_of
 
 pytestmark = pytest.mark.unit
 
@@ -60,6 +60,36 @@ def test_samples_of_like_length_share_a_micro_batch_longest_first():
     refs = [ref(i, tokens) for i, tokens in enumerate([3, 9, 4, 8])]
 
     assert share_of(refs, 0, 1, 2, by_length=True) == [[1, 3], [2, 0]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    size=st.integers(1, 4),
+    tokens=st.integers(1, 120),
+)
+def test_packed_rows_hold_the_samples_of_the_window_and_no_more_tokens_than_allowed(lengths, size, tokens):
+    refs = [ref(i, length) for i, length in enumerate(lengths)]
+
+    shares = [packed_share_of(refs, rank, size, tokens) for rank in range(size)]
+
+    assert sorted(index for share in shares for row in share for index in row) == list(range(len(refs)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(sum(lengths[i] for i in row) <= tokens or len(row) == 1 for share in shares for row in share)
+    loads = [sum(lengths[i] for row in share for i in row) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_packed_rows_are_filled_from_the_longest_sample_on():
+    refs = [ref(i, tokens) for i, tokens in enumerate([30, 100, 60, 40, 10])]
+
+    assert packed_share_of(refs, 0, 1, 100) == [[1], [2, 3], [0, 4]]
+
+
+def test_a_loss_that_depends_on_its_micro_batch_keeps_the_published_order():
+    refs = [ref(i, tokens) for i, tokens in enumerate([3, 9, 4, 8])]
+
+    assert Cut(2, 12, by_length=False).share(refs, 0, 1) == [[0, 1], [2, 3]]
+    assert Cut(2, 12, by_length=True).share(refs, 0, 1) == [[1, 0], [3, 2]]
 
 
 def test_a_cursor_is_a_handful_of_ranges():

@@ -16,6 +16,7 @@ from disagg_core.training.optimizer import (
     Schedule,
     build_optimizer,
     clip_gradients,
+    update_unless,
 )
 from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
 
@@ -125,3 +126,37 @@ def test_a_state_that_does_not_fit_is_named(tmp_path):
     save_file(state | {"weight.exp_avg": torch.zeros(5, 3)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"weight.exp_avg: expected shape \[3, 5\], found \[5, 3\]"):
         load_into(tmp_path, "other", state, "optimizer state")
+
+
+def test_a_step_with_a_fault_leaves_weights_and_moments_and_the_next_one_goes_on_from_them():
+    """The same bits as if the step had never been asked for, whatever its gradient was."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4), torch.randn(3, 3, 4)
+    section = TrainingSection(learning_rate=1e-2, weight_decay=0.1)
+    kept = []
+    for bad in (None, 1):
+        weight = nn.Parameter(start.clone())
+        optimizer = build_optimizer([weight], section)
+        for number, gradient in enumerate(gradients):
+            if number == bad:
+                weight.grad = torch.full_like(weight, float("nan"))
+                update_unless(torch.tensor(1.0), optimizer)
+            weight.grad = gradient.clone()
+            update_unless(torch.tensor(0.0), optimizer)
+        kept.append([weight.detach(), *optimizer.state[weight].values()])
+
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+
+
+def test_a_step_without_a_fault_is_a_plain_step():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(3, 4), torch.randn(3, 4)
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [build_optimizer([weight], TrainingSection()) for weight in weights]
+    for weight in weights:
+        weight.grad = gradient.clone()
+
+    optimizers[0].step()
+    update_unless(torch.tensor(0.0), optimizers[1])
+
+    assert torch.equal(*weights)
