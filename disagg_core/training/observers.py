@@ -21,7 +21,7 @@ DRAFT = "draft"
 """The field of a step's record that says which draft took it; empty for the only one."""
 
 
-class MetricsObserver:
+class MetricsObserver(StepObserver):
     """Writes each step of one draft as one line of a metrics file."""
 
     def __init__(self, path: Path, draft: str = "") -> None:
@@ -32,20 +32,8 @@ class MetricsObserver:
         if record[DRAFT] == self._draft:
             self._metrics.write(**{name: value for name, value in record.items() if name != DRAFT})
 
-    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Phases are no metrics."""
 
-    def on_lap(self, lap: Lap) -> None:
-        """Where the time of a window went is no draft's own: `LapObserver` writes it."""
-
-    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
-        """They are counted in the next step's record."""
-
-    def on_wait(self) -> None:
-        """Waiting is in the next step's `data_wait_s`."""
-
-
-class TensorBoardObserver:
+class TensorBoardObserver(StepObserver):
     """Writes the scalars of each step of one draft for TensorBoard; per-step lists become <name>/<k>.
 
     Raises:
@@ -75,40 +63,19 @@ class TensorBoardObserver:
         """Make what was written so far visible."""
         self._writer.flush()
 
-    def on_lap(self, lap: Lap) -> None:
-        """Where the time of a window went is no draft's own: `LapObserver` writes it."""
 
-    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
-        """They are counted in the next step's record."""
-
-    def on_wait(self) -> None:
-        """Waiting is in the next step's `data_wait_s`."""
-
-
-class LapObserver:
+class LapObserver(StepObserver):
     """Writes where the time of each window went as one line of a metrics file."""
 
     def __init__(self, path: Path) -> None:
         self._metrics = JsonlMetrics(path)
 
-    def on_step(self, record: Mapping[str, Any]) -> None:
-        """The figures of a step are in its draft's metrics."""
-
-    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Phases are no metrics."""
-
     def on_lap(self, lap: Lap) -> None:
         """Append the window."""
         self._metrics.write(step=lap.step, samples=lap.samples, **fields_of(lap.seconds))
 
-    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
-        """They are counted in the next step's record."""
 
-    def on_wait(self) -> None:
-        """Waiting is in the next lap."""
-
-
-class GivenUpObserver:
+class GivenUpObserver(StepObserver):
     """Keeps the attempt's ``quarantined.jsonl``: every sample that was not trained on, and why.
 
     `kind` is ``quarantined`` for one that is given up for good, and ``lost`` for one that is captured again.
@@ -117,12 +84,6 @@ class GivenUpObserver:
     def __init__(self, path: Path) -> None:
         self._file = JsonlMetrics(path)
 
-    def on_step(self, record: Mapping[str, Any]) -> None:
-        """Steps are trained on."""
-
-    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Phases give up nothing."""
-
     def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
         """Append a line for each."""
         for item in given_up:
@@ -130,14 +91,8 @@ class GivenUpObserver:
             ordinal = ordinal_of(item.sample_id)
             self._file.write(ordinal=ordinal, sample_id=item.sample_id, kind=kind, reason=item.reason)
 
-    def on_lap(self, lap: Lap) -> None:
-        """Laps give up nothing."""
 
-    def on_wait(self) -> None:
-        """Waiting gives up nothing."""
-
-
-class ProgressObserver:
+class ProgressObserver(StepObserver):
     """Keeps the role's progress file fresh, also while training waits for samples."""
 
     def __init__(self, file: ProgressFile, total_steps: int | None) -> None:
@@ -174,15 +129,12 @@ class ProgressObserver:
         )
         self._file.flush()
 
-    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
-        """They are counted in the next step's record."""
-
     def on_wait(self) -> None:
         """Show that the trainer is alive."""
         self._file.update(phase="waiting for samples")
 
 
-class Observers:
+class Observers(StepObserver):
     """Several observers as one."""
 
     def __init__(self, *observers: StepObserver) -> None:

@@ -7,7 +7,7 @@ training goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from disagg_core.run_spec.document import ProfileSection
-from disagg_core.training.phase_clock import Lap
 from disagg_core.training.progress import TrainingProgress
-from disagg_core.training.window import GivenUp
+from disagg_core.training.trainer import StepObserver
 
 _log = logging.getLogger(__name__)
 
 
-class ProfileObserver:
+class ProfileObserver(StepObserver):
     """Profiles the optimizer steps ``start + 1`` to ``start + steps`` into ``steps-<first>-<last>.json.gz``.
 
     A run that is resumed inside the window profiles the rest of it.
@@ -44,15 +43,6 @@ class ProfileObserver:
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Begin or end between two steps."""
         self._at(int(record["step"]))
-
-    def on_lap(self, lap: Lap) -> None:
-        """On a GPU laps are known too late to begin or to end by."""
-
-    def on_given_up(self, given_up: Sequence[GivenUp]) -> None:
-        """Nothing to trace."""
-
-    def on_wait(self) -> None:
-        """Waits are part of the profile."""
 
     def _at(self, step: int) -> None:
         if step >= self._end:

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from disagg_core.contracts import ordinal_of
 from disagg_core.errors import (
@@ -41,8 +41,8 @@ _LAST_WINDOWS = 2
 """A stream whose last windows, so many, were not finite has most likely left weights that are spoiled."""
 
 
-class StepObserver(Protocol):
-    """Is told, on rank 0, what the trainer does: metric files, trackers, progress."""
+class StepObserver:
+    """Is told, on rank 0, what the trainer does: metric files, trackers, progress. By default it heeds nothing."""
 
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Take one draft's figures of a step, as they stand in ``metrics/train.jsonl``; `draft` is its folder."""

@@ -21,6 +21,7 @@ from disagg_core.training import loader as loader_module
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import GivenUpObserver, LapObserver, MetricsObserver, Observers
+from disagg_core.training.trainer import StepObserver
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 
 pytestmark = pytest.mark.integration
@@ -100,17 +101,9 @@ def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
     trainer, loader = consumer(attempt.reader, attempt.store, ranks)
     left = []
 
-    class Watcher:
+    class Watcher(StepObserver):
         def on_step(self, record):
             left.append((attempt.store.key_count(), attempt.writer.in_flight_remote()))
-
-        def on_phase(self, phase, progress): ...
-
-        def on_lap(self, lap): ...
-
-        def on_given_up(self, given_up): ...
-
-        def on_wait(self): ...
 
     run = trainer.trainees[0].step.run
     trainer.trainees[0].step.run = lambda window, step, **counts: (
@@ -320,19 +313,11 @@ def test_a_window_with_nothing_to_train_on_after_a_checkpoint_is_remembered(endp
         assert (outcome.steps, outcome.samples, outcome.samples_here) == (2, 12, 4)
 
 
-class StopWhen:
+class StopWhen(StepObserver):
     """Asks the loader to stop as soon as `due` says so while training waits."""
 
     def __init__(self, loader, due):
         self._loader, self._due = loader, due
-
-    def on_step(self, record): ...
-
-    def on_phase(self, phase, progress): ...
-
-    def on_lap(self, lap): ...
-
-    def on_given_up(self, given_up): ...
 
     def on_wait(self):
         if self._due():
@@ -514,18 +499,10 @@ def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_wa
     def away(*_arguments, **_options):
         raise ChannelUnavailable("the mount is away")
 
-    class Watcher:
+    class Watcher(StepObserver):
         def on_step(self, record):
             steps.append(record["step"])
             monkeypatch.setattr(attempt.reader, method, away)
-
-        def on_phase(self, phase, progress): ...
-
-        def on_lap(self, lap): ...
-
-        def on_given_up(self, given_up): ...
-
-        def on_wait(self): ...
 
     trainer._observer = Watcher()
     with pytest.raises(ChannelUnavailable):

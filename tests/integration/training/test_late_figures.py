@@ -8,6 +8,7 @@ import torch
 from disagg_core.contracts import sample_id_of
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.trainer import StepObserver
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 
 pytestmark = pytest.mark.integration
@@ -19,7 +20,7 @@ def ranks():
         yield joined
 
 
-class Steps:
+class Steps(StepObserver):
     """What the trainer tells of each step."""
 
     def __init__(self):
@@ -28,10 +29,6 @@ class Steps:
     def on_step(self, record):
         timed = ("data_wait_s", "step_s", "samples_per_s", "tokens_per_s", "sample_age_s", "in_flight")
         self.records.append({name: value for name, value in record.items() if name not in timed})
-
-    def on_phase(self, phase, progress): ...
-
-    def on_wait(self): ...
 
 
 def spoil(trainer, window):

@@ -12,6 +12,7 @@ from disagg_core.errors import Preempted
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.checkpoint import covered_ordinals
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.trainer import StepObserver
 from tests.integration.channel.away import How, leaving_redis
 from tests.integration.training.consumer_kit import Attempt, consumer
 
@@ -22,23 +23,11 @@ DEEP_S = 0.7
 """So long after the server is gone the trainer is in the middle of its retries."""
 
 
-class AtFirstWait:
+class AtFirstWait(StepObserver):
     """Does something when the trainer first waits for references."""
 
     def __init__(self, do) -> None:
         self._do = do
-
-    def on_step(self, record) -> None:
-        """Steps are no waits."""
-
-    def on_phase(self, phase, progress) -> None:
-        """Phases are no waits."""
-
-    def on_lap(self, lap) -> None:
-        """Laps are no waits."""
-
-    def on_given_up(self, given_up) -> None:
-        """What is given up is no wait."""
 
     def on_wait(self) -> None:
         self._do()
