@@ -303,10 +303,11 @@ def _device(plan: RunPlan) -> str:
 def write_result(
     path: Path, result: AcceptLength, origin: Mapping[str, Any], suites: Mapping[str, SuiteResult]
 ) -> dict[str, Any]:
-    """Write a result and what is known of it by suite as JSON, and return the document."""
+    """Write a result and what is known of it by suite as JSON, and return the document as it is read."""
     by_suite = {name: asdict(suite) for name, suite in suites.items()}
-    document = {**result.to_dict(), **origin, "suites": by_suite}
-    write_atomically(path, json.dumps(document, indent=2) + "\n")
+    text = json.dumps({**result.to_dict(), **origin, "suites": by_suite}, indent=2)
+    write_atomically(path, text + "\n")
+    document: dict[str, Any] = json.loads(text)
     return document
 
 
