@@ -185,16 +185,18 @@ def run(
     Of an archive it runs the document again, with the draft that was continued then; a target, tokenizer or data that
     is not what it was is refused, unless something is changed with --set.
     """
-    from disagg_core.checks.repeat import archived_plan, repeated_spec
+    repeats = None
+    if spec.endswith((".yaml", ".yml")) or Path(spec).is_file():
+        wanted = load_spec(Path(spec), overrides or ())  # a mistake in it is told before torch is loaded
+    else:
+        from disagg_core.checks.repeat import archived_plan, repeated_spec
+
+        known = archived_plan(files_of_run(spec))
+        wanted = repeated_spec(known, overrides or ())
+        repeats = None if overrides else known
     from flows.cli.run import run_training
 
-    settings = get_settings()
-    if spec.endswith((".yaml", ".yml")) or Path(spec).is_file():
-        raise typer.Exit(run_training(load_spec(Path(spec), overrides or ()), settings, _console, keep_up=keep_up))
-    known = archived_plan(files_of_run(spec))
-    again = repeated_spec(known, overrides or ())
-    repeats = None if overrides else known
-    raise typer.Exit(run_training(again, settings, _console, keep_up=keep_up, repeats=repeats))
+    raise typer.Exit(run_training(wanted, get_settings(), _console, keep_up=keep_up, repeats=repeats))
 
 
 def main() -> None:
