@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from safetensors.torch import load_file
 
 from disagg_core.drafts.registry import method_names
 from disagg_core.training.checkpoint import newest_complete
-from tests.integration.training.test_ranks import HERE, run_program
+from tests.integration.forks import end, forked, run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -27,7 +24,8 @@ EVERY = [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)
 @pytest.mark.parametrize("name", EVERY)
 def test_two_ranks_end_with_the_weights_of_one(name: str, tmp_path: Path) -> None:
     for processes in (1, 2):
-        run_program(processes, ["method_rank_main.py", name, str(tmp_path)], tmp_path / f"{processes}.log")
+        program = "tests.integration.training.method_rank_main"
+        run_ranks(processes, program, [name, str(tmp_path)], tmp_path / f"{processes}.log")
 
     one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
 
@@ -38,10 +36,14 @@ def test_two_ranks_end_with_the_weights_of_one(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_killed_training_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
-    def train(root: Path, killed_at: int) -> int:
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "method_kill_main.py"), name, str(root), str(killed_at)]
-        return subprocess.run(command, env=environment, timeout=240, check=False).returncode
+    def train(root: Path, killed_at: int) -> int | None:
+        program = "tests.integration.training.method_kill_main"
+        process = forked(program, [name, str(root), str(killed_at)], tmp_path / "log")
+        try:
+            process.join(240)
+            return process.exitcode
+        finally:
+            end(process)
 
     assert train(tmp_path / "whole", -1) == 0
     assert train(tmp_path / "killed", 2) == -signal.SIGKILL

@@ -1,9 +1,6 @@
 """Two ranks compute what one does: the same windows give the same weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,38 +9,19 @@ from safetensors.torch import load_file
 
 from disagg_core.training.checkpoint import newest_complete, read_state
 from disagg_core.training.distributed import Ranks
+from tests.integration.forks import run_ranks
 from tests.integration.training.consumer_kit import Attempt, consumer, section
 
 pytestmark = pytest.mark.integration
 
-HERE = Path(__file__).parent
-
-
-def run_ranks(processes: int, told: Path, limit_s: float = 120.0) -> None:
-    """Run `rank_main` under torchrun to its end."""
-    run_program(processes, ["rank_main.py", str(told)], told.with_suffix(".log"), limit_s)
-
-
-def run_program(processes: int, program: list[str], log: Path, limit_s: float = 120.0) -> None:
-    """Run a program of this folder with its arguments under torchrun to its end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [*command, str(HERE / program[0]), *program[1:]],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=limit_s,
-            check=False,
-        )
-    assert done.returncode == 0, log.read_text()[-4000:]
+RESHARD = "tests.integration.training.reshard_main"
+WAITING = "tests.integration.training.waiting_main"
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 1), (2, 3)])
 def test_what_some_ranks_saved_any_number_can_load(tmp_path: Path, saving: int, loading: int):
-    run_program(saving, ["reshard_main.py", "save", str(tmp_path)], tmp_path / "save.log")
-    run_program(loading, ["reshard_main.py", "load", str(tmp_path)], tmp_path / "load.log")
+    run_ranks(saving, RESHARD, ["save", str(tmp_path)], tmp_path / "save.log")
+    run_ranks(loading, RESHARD, ["load", str(tmp_path)], tmp_path / "load.log")
 
 
 def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
@@ -73,7 +51,7 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
         )
         refs = pair.publish(range(17))
         pair.store.abort(refs[lost])
-        run_ranks(2, told)
+        run_ranks(2, "tests.integration.training.rank_main", [str(told)], tmp_path / "two.log")
 
         assert pair.writer.in_flight_remote() == 0
         assert pair.store.key_count() == 0
@@ -92,19 +70,19 @@ def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):
 
 def test_no_rank_goes_on_before_rank_0_has_written_the_checkpoint(tmp_path: Path):
     """One that left would have torchrun end rank 0 in the middle of it."""
-    run_program(2, ["waiting_main.py", "save", str(tmp_path)], tmp_path / "log")
+    run_ranks(2, WAITING, ["save", str(tmp_path)], tmp_path / "log")
 
     assert (tmp_path / "rank 1 went on").read_text() == "complete: True"
 
 
 def test_all_ranks_know_that_rank_0_could_not_write_the_checkpoint(tmp_path: Path):
-    run_program(2, ["waiting_main.py", "fail", str(tmp_path)], tmp_path / "log")
+    run_ranks(2, WAITING, ["fail", str(tmp_path)], tmp_path / "log")
 
     assert (tmp_path / "rank 0").read_text() == "MemoryError  no room"
     assert (tmp_path / "rank 1").read_text() == "RoleFailed out_of_memory rank 0 failed: MemoryError: no room"
 
 
 def test_one_rank_that_is_asked_to_stop_while_all_wait_for_references_stops_all_at_once(tmp_path: Path):
-    run_program(2, ["waiting_main.py", "stop", str(tmp_path)], tmp_path / "log")
+    run_ranks(2, WAITING, ["stop", str(tmp_path)], tmp_path / "log")
 
     assert float((tmp_path / "seconds").read_text()) < 2.0
