@@ -15,9 +15,8 @@ import pytest
 from disagg_core.run.metrics import read_metrics
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
-from tests.integration.forks import forked
+from tests.integration.forks import end, forked_ranks
 from tests.integration.training.consumer_kit import Attempt
-from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -63,8 +62,7 @@ class Training:
     def stop(self) -> None:
         """Kill the ranks that are left."""
         for process in self.processes:
-            process.kill()
-            process.join()
+            end(process)
 
     @property
     def checkpoints(self) -> Path:
@@ -100,18 +98,8 @@ class Training:
                 }
             )
         )
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        self.processes = [
-            forked(
-                "tests.integration.training.rank_main",
-                [str(told)],
-                self._log(rank),
-                **meeting,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-            )
-            for rank in range(size)
-        ]
+        logs = [self._log(rank) for rank in range(size)]
+        self.processes = forked_ranks("tests.integration.training.rank_main", [str(told)], logs)
 
     def _kill(self, rank: int, step: int, delay_s: float) -> None:
         deadline = time.monotonic() + LIMIT_S

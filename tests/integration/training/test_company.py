@@ -21,8 +21,8 @@ from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import MetricsObserver, Observers
 from disagg_core.training.trainee import Trainee
 from tests.contract.drafts.kit import Case
+from tests.integration.forks import run_ranks
 from tests.integration.training.company_kit import Stream, consumer_of, reader_of
-from tests.integration.training.test_ranks import run_program
 
 pytestmark = pytest.mark.integration
 
@@ -101,7 +101,8 @@ def test_two_ranks_train_a_company_to_the_bits_that_each_has_alone(endpoints: St
         told.append(said)
     (tmp_path / "told.json").write_text(json.dumps({"store": endpoints.model_dump(), "companies": told}))
 
-    run_program(2, ["company_rank_main.py", str(tmp_path / "told.json")], tmp_path / "ranks.log")
+    program = "tests.integration.training.company_rank_main"
+    run_ranks(2, program, [str(tmp_path / "told.json")], tmp_path / "ranks.log")
 
     for stream in streams:
         with stream:
