@@ -15,6 +15,7 @@ from rich.console import Console
 
 from disagg_core.cli.archive import app as archive_app
 from disagg_core.cli.archive import diff, files_of_run
+from disagg_core.cli.bench import bench
 from disagg_core.cli.channel import app as channel_app
 from disagg_core.cli.data import app as data_app
 from disagg_core.cli.doctor import doctor
@@ -40,6 +41,7 @@ app.add_typer(data_app, name="data", help="Look at prompts before they are train
 app.add_typer(drafts_app, name="drafts", help="The versions of a target's draft, and which of them is the champion.")
 app.add_typer(store_app, name="store", help="Look into a feature store.")
 app.command(name="doctor")(doctor)
+app.command(name="bench")(bench)
 app.command(name="regenerate")(regenerate)
 app.command(name="export")(export)
 app.command(name="evaluate")(evaluate)

@@ -22,7 +22,7 @@ FLOORS = [
     {"drafts", "prompts", "run"},
     {"evaluation", "channel", "engines", "report"},
     {"training", "rollout", "checks", "registry"},
-    {"roles", "recurring", "capacity"},
+    {"roles", "recurring", "capacity", "bench"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

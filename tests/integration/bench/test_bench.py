@@ -1,0 +1,48 @@
+"""The benchmarks run, on real services, and print every figure beside its baseline."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disagg_core.bench.result import as_document, as_table, machine
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_part_and_writes_table_and_document(tmp_path: Path) -> None:
+    document = tmp_path / "bench.json"
+    shown = run("-m", "flows.cli.app", "bench", "all", "--quick", "--idle", "--json", str(document))
+    found = json.loads(document.read_text())
+    assert [result["name"] for result in found["results"]] == ["channel", "store", "draft", "loader", "pipeline"]
+    assert found["machine"]["cores"] >= 1
+    for result in found["results"]:
+        assert any(figure["ratio"] is not None for figure in result["figures"]), result["name"]
+        assert result["setting"] in " ".join(shown.split())
+    pair = found["results"][-1]["figures"][2]
+    assert pair["baseline"] == "the slower side alone"
+    assert 0 < pair["ratio"] < 1.5
+
+
+def test_a_result_is_a_table_and_a_document() -> None:
+    from disagg_core.bench.result import Figure, Result
+
+    result = Result("store", "two samples", [Figure("rate", 10.0, "MB/s", 0.5, "copies", ">= 0.4", True)])
+    table = as_table(result)
+    assert [column.header for column in table.columns] == ["figure", "value", "ratio", "beside", "wanted"]
+    assert as_document([result], machine())["results"][0]["figures"][0]["kept"] is True
