@@ -39,6 +39,16 @@ def test_the_command_measures_every_part_and_writes_table_and_document(tmp_path:
     assert 0 < pair["ratio"] < 1.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["step", "capture", "pair"])
+def test_the_gpu_scripts_run_on_the_cpu_with_tiny_shapes(script: str, tmp_path: Path) -> None:
+    document = tmp_path / "gpu.json"
+    run("-m", f"tests.benchmarks.gpu.{script}", "--tiny", "--json", str(document))
+    results = json.loads(document.read_text())["results"]
+    assert [result["setting"].split(",")[0] for result in results] == ["eagle3", "dflash2"]
+    assert all(figure["value"] >= 0 for result in results for figure in result["figures"] if figure["unit"] != "%")
+
+
 def test_a_result_is_a_table_and_a_document() -> None:
     from disagg_core.bench.result import Figure, Result
 
