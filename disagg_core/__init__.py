@@ -4,7 +4,7 @@ Floors, imports point downwards only (`tests/unit/core/test_architecture.py` hol
 
     cli
     roles
-    training, rollout, checks
+    training, rollout, checks, registry, tracking
     evaluation, channel, engines, report
     drafts, prompts, run
     target, store

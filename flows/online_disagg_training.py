@@ -28,6 +28,7 @@ from tasks.preflight import preflight
 from tasks.promotion import end_of, find_incumbent, judge_run, pass_gate
 from tasks.reporting import RunRecord, emit, publish_report
 from tasks.run_slot import release_slot, run_slot
+from tasks.tracking import track_end, track_evaluations, trackers
 
 
 async def cancel_children(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
@@ -86,24 +87,27 @@ async def online_disagg_training(spec: RunSpec) -> RunReport | State[Any]:
     plan = preflight(spec)
     record = RunRecord(plan, flow_run_id=str(runtime.id))
     emit(plan, "started", prompts=plan.total_prompts)
-    try:
-        async with run_slot(plan):
-            completion = record.completion or await train(plan, record)
-            record.archive = archive_run(plan, completion)
-            emit(plan, "archived", url=record.archive.url)
-            judge_training(plan, completion)
-            incumbent = find_incumbent(plan)
-            record.evaluations = await evaluate_drafts(plan, completion, incumbent)
-        judge_run(plan, record.evaluations)
-        candidate = await pass_gate(plan, record, incumbent) if plan.spec.published else None
-    except Exception as error:
-        if record.completion is None:
-            record.archive = archive_failed_run(plan)
-        publish_report(plan, record.failed(error))
-        emit(plan, "failed", reason=str(error))
-        archive_report(plan, record.archive)
-        raise
-    report = publish_report(plan, record.completed())
+    with trackers(plan) as tracking:
+        try:
+            async with run_slot(plan):
+                completion = record.completion or await train(plan, record)
+                record.archive = archive_run(plan, completion)
+                emit(plan, "archived", url=record.archive.url)
+                judge_training(plan, completion)
+                incumbent = find_incumbent(plan)
+                record.evaluations = await evaluate_drafts(plan, completion, incumbent)
+            track_evaluations(plan, tracking, record.evaluations)
+            judge_run(plan, record.evaluations)
+            candidate = await pass_gate(plan, record, incumbent) if plan.spec.published else None
+        except Exception as error:
+            if record.completion is None:
+                record.archive = archive_failed_run(plan)
+            track_end(plan, tracking, publish_report(plan, record.failed(error)))
+            emit(plan, "failed", reason=str(error))
+            archive_report(plan, record.archive)
+            raise
+        report = publish_report(plan, record.completed())
+        track_end(plan, tracking, report, candidate)
     archive_report(plan, record.archive)
     prune_archives(plan)
     emit(plan, "completed", **record.accept_lengths())

@@ -113,7 +113,7 @@ main() {
     flock 9
     if [ "$(cat .venv/draftline.stamp 2>/dev/null)" = "$stamp" ]; then return; fi
     python=$(find_python)  # by itself: a failure inside an argument would not end the script
-    install_packages "$python" "$variant,trackers,dev"
+    install_packages "$python" "$variant,wandb,mlflow,dev"
     install_libraries
     .venv/bin/python -c 'import mooncake.store' 2>.venv/mooncake.log ||
         fail "Mooncake does not load: $(tail -n 1 .venv/mooncake.log)"

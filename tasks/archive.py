@@ -47,11 +47,12 @@ def archive_failed_run(plan: RunPlan) -> Archive | None:
 
 @task(name="archive-report", task_run_name="archive, report", cache_policy=NO_CACHE)
 def archive_report(plan: RunPlan, archive: Archive | None) -> Archive | None:
-    """Add to the archive, if the run came to have one, what was found out after it: the evaluation and the report."""
+    """Add to the archive, if the run came to have one, what was found out after it, and TensorBoard's whole files."""
     if archive is None:
         return None
     reports = {name: plan.root / name for name in REPORT_FILES}
-    return add_files({"evaluation": plan.dir.evaluation, **reports}, archive.url)
+    found = {"evaluation": plan.dir.evaluation, "tensorboard": plan.dir.tensorboard}
+    return add_files({**found, **reports}, archive.url)
 
 
 @task(name="prune-archives", task_run_name="archive, retention", cache_policy=NO_CACHE)

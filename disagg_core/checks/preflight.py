@@ -42,6 +42,7 @@ from disagg_core.store.capacity import check_capacity
 from disagg_core.target.facts import TargetFacts, read_target_facts
 from disagg_core.target.parts import check_target_parts
 from disagg_core.target.tokenizer import load_tokenizer, version_in_use
+from disagg_core.tracking.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def _checked(
     plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, known)
     archive = findings.of(lambda: _archive(spec, settings))
     findings.of(lambda: check_registry(spec, settings))
+    findings.of(lambda: check_trackers(spec.tracking))
     findings.of(lambda: check_channel(spec, settings))
     findings.of(lambda: check_external_store(spec))
     if plan is not None:

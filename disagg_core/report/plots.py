@@ -26,7 +26,7 @@ def plot_run(train_metrics: Path, out: Path, *, title: str, accept_lengths: Sequ
     steps, losses = _by_step(train_metrics, "loss")
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, width_ratios=(3, 1)) if accept_lengths else [figure.subplots()]
+    axes: Any = figure.subplots(1, 2, width_ratios=(3, 1)) if accept_lengths else [figure.subplots()]
     loss_axes = axes[0]
     loss_axes.plot(steps, losses, color=_LOSS, alpha=0.3, linewidth=1, label="each step")
     loss_axes.plot(steps, _moving_mean(losses, 20), color=_SMOOTH, linewidth=1.8, label="mean of 20 steps")

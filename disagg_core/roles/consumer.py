@@ -44,7 +44,6 @@ from disagg_core.training.observers import (
     MetricsObserver,
     Observers,
     ProgressObserver,
-    TensorBoardObserver,
 )
 from disagg_core.training.profiling import ProfileObserver
 from disagg_core.training.progress import TrainOutcome
@@ -96,8 +95,9 @@ def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
 
 def result_of(outcome: TrainOutcome, counters: dict[str, float]) -> dict[str, JsonValue]:
     """Return what the outcome file says of a fit, in JSON's own types: a pair is a list there."""
-    said: dict[str, JsonValue] = msgspec.json.decode(msgspec.json.encode(outcome))
-    return {**said, "store_counters": dict(counters)}
+    result = {**msgspec.to_builtins(outcome), "store_counters": counters}
+    said: dict[str, JsonValue] = msgspec.json.decode(msgspec.json.encode(result))
+    return said
 
 
 def _outcome_path(state: Path, rank: int) -> Path:
@@ -276,10 +276,7 @@ def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     ]
     if plan.spec.training.profile is not None:
         observers.append(ProfileObserver(plan.spec.training.profile, plan.dir.profiles))
-    for draft in plan.drafts:
-        observers.append(MetricsObserver(draft.dir.train_metrics, draft.folder))
-        if "tensorboard" in plan.spec.run.trackers:
-            observers.append(TensorBoardObserver(draft.dir.metrics / "tensorboard", draft.folder))
+    observers += [MetricsObserver(draft.dir.train_metrics, draft.folder) for draft in plan.drafts]
     return Observers(*observers)
 
 

@@ -10,8 +10,10 @@
       attempts/<n>/logs/        one file for each process
       attempts/<n>/state/       progress of the roles, plain JSON; rejected.jsonl and quarantined.jsonl with reasons
       checkpoints/step-<k>/     complete when its manifest exists
-      metrics/                  train.jsonl, rollout.jsonl, phases.jsonl, tensorboard/
+      metrics/                  train.jsonl, rollout.jsonl, phases.jsonl
       profiles/                 traces of single steps, with training.profile
+      tensorboard/              event files, in a folder for each of several drafts
+      tracking/                 what trackers were told, their logs, and what W&B wrote offline
       evaluation/               before.json, after.json
       night.json  night.jsonl   recurring training: what is new, and its prompts
       gate.json                 what the gate decided
@@ -169,6 +171,16 @@ class RunDir(DraftDir):
     def checkpoints(self) -> Path:
         """Checkpoints, one directory each."""
         return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers were told and how far they came."""
+        return self.root / "tracking"
 
     @property
     def evaluation(self) -> Path:

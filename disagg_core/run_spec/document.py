@@ -19,6 +19,7 @@ from disagg_core.run_spec.results import ArchiveSection as ArchiveSection
 from disagg_core.run_spec.results import EvaluationSection as EvaluationSection
 from disagg_core.run_spec.results import GateSection as GateSection
 from disagg_core.run_spec.results import RegistrySection as RegistrySection
+from disagg_core.run_spec.results import TrackingSection as TrackingSection
 from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RunName, SecretFreeUrl, Section
 
 Devices = tuple[Annotated[int, Field(ge=0)], ...]
@@ -34,9 +35,6 @@ class RunSection(Section):
         ge=1,
         le=100,
         description="Attempts in all; each goes on from the last checkpoint, and one outage uses up one.",
-    )
-    trackers: tuple[Literal["tensorboard"], ...] = Field(
-        (), description="Where metrics go besides metrics/*.jsonl; needs the 'trackers' extra."
     )
 
 
@@ -244,6 +242,7 @@ class RunSpec(Section):
     archive: ArchiveSection = Field(default_factory=ArchiveSection, description="Results.")
     registry: RegistrySection = Field(default_factory=RegistrySection, description="Versions of the draft.")
     recurring: RecurringSection | None = Field(None, description="Go on from the champion on what is new; default: no.")
+    tracking: TrackingSection = Field(default_factory=TrackingSection, description="Trackers of the run's figures.")
     orchestration: OrchestrationSection = Field(default_factory=OrchestrationSection, description="Prefect.")
 
     @model_validator(mode="before")
@@ -262,6 +261,10 @@ class RunSpec(Section):
     def _nights_fit(self) -> RunSpec:
         if self.published:
             _check_published(self)
+        elif self.tracking.mlflow is not None and self.tracking.mlflow.registered_model is not None:
+            raise ValueError(
+                "tracking.mlflow.registered_model mirrors promotions; expected registry.publish or recurring beside it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The sections of the run document about what comes of a run: how its draft is measured, judged, and kept."""
+"""The sections of the run document about what comes of a run: how its draft is measured, judged, kept and shown."""
 
 from __future__ import annotations
 
@@ -111,3 +111,31 @@ class RegistrySection(Section):
     publish: bool = Field(
         False, description="Keep the draft as a version at the end of the run, and pass it through the gate."
     )
+
+
+class WandbSection(Section):
+    """Weights & Biases, with the key in WANDB_API_KEY, or a login, where the parent flow runs."""
+
+    project: str = Field("draftline", min_length=1, description="Project of the runs.")
+    entity: str | None = Field(None, description="User or team; default: that of the key.")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: written into tracking/ of the run's directory, for wandb sync."
+    )
+
+
+class MlflowSection(Section):
+    """MLflow; user and password, or a token, are in MLFLOW_TRACKING_* where the parent flow runs."""
+
+    uri: SecretFreeUrl | None = Field(None, description="Tracking server; default: MLFLOW_TRACKING_URI.")
+    experiment: str = Field("draftline", min_length=1, description="Experiment of the runs.")
+    registered_model: RegistryName | None = Field(
+        None, description="Model of MLflow's registry that gets a version for each promotion; default: none."
+    )
+
+
+class TrackingSection(Section):
+    """Where a run's figures are shown besides its report. A tracker that fails costs a warning, never the run."""
+
+    tensorboard: bool = Field(True, description="Write event files into tensorboard/ of the run's directory.")
+    wandb: WandbSection | None = Field(None, description="Weights & Biases; needs the extra 'wandb'.")
+    mlflow: MlflowSection | None = Field(None, description="An MLflow server; needs the extra 'mlflow'.")

@@ -1,14 +1,12 @@
-"""What the trainer writes while it runs: metrics/train.jsonl, TensorBoard, what it gave up, and its progress file."""
+"""What the trainer writes while it runs: metrics/train.jsonl, what it gave up, and the role's progress file."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from disagg_core.contracts import ordinal_of
-from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.phases import DATA_WAIT, RecentShares, fields_of
 from disagg_core.run.progress import ProgressFile, figure_of
@@ -31,37 +29,6 @@ class MetricsObserver(StepObserver):
         """Append the step, if it is the draft's."""
         if record[DRAFT] == self._draft:
             self._metrics.write(**{name: value for name, value in record.items() if name != DRAFT})
-
-
-class TensorBoardObserver(StepObserver):
-    """Writes the scalars of each step of one draft for TensorBoard; per-step lists become <name>/<k>.
-
-    Raises:
-        MissingLibrary: the tensorboard package is not installed.
-    """
-
-    def __init__(self, directory: Path, draft: str = "") -> None:
-        require_tensorboard()
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(directory))
-        self._draft = draft
-
-    def on_step(self, record: Mapping[str, Any]) -> None:
-        """Write the step's scalars, if it is the draft's."""
-        if record[DRAFT] != self._draft:
-            return
-        step = record["step"]
-        for name, value in record.items():
-            if isinstance(value, list):
-                for k, element in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{k}", element, step)
-            elif isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, step)
-
-    def on_phase(self, phase: str, progress: TrainingProgress) -> None:
-        """Make what was written so far visible."""
-        self._writer.flush()
 
 
 class LapObserver(StepObserver):
@@ -164,11 +131,3 @@ class Observers(StepObserver):
         """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_wait()
-
-
-def require_tensorboard() -> None:
-    """Raise `MissingLibrary` if the tensorboard package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise MissingLibrary(
-            "run.trackers names tensorboard, which is not installed; run: pip install 'draftline[trackers]'"
-        )

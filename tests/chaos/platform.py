@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from disagg_core.processes.retry import wait_until
-from tests.kit.processes import alive, environment_of
+from tests.kit.processes import alive, command_of, environment_of
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 START_S = 200.0

@@ -12,9 +12,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from disagg_core.drafts.export import import_draft
 from disagg_core.report.archive import verify_archive
+from disagg_core.report.records import REPORT_FILES
 from disagg_core.run.outcomes import read_outcome
 from tests.kit.runs import Draftline, Ours, report_of
 
@@ -53,7 +55,10 @@ def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
     assert report.archive is not None
     assert verify_archive(report.archive.url) > 10
     archived = json.loads((Path(report.archive.url) / "manifest.json").read_text())["files"]
-    assert {"evaluation/before.json", "evaluation/after.json", "report.json"} <= set(archived)
+    assert {"evaluation/before.json", "evaluation/after.json", *REPORT_FILES} <= set(archived)
+    (events,) = (name for name in archived if name.startswith("tensorboard/"))
+    curve = EventAccumulator(str(Path(report.archive.url) / events)).Reload().Scalars("loss")
+    assert [point.step for point in curve] == list(range(1, STEPS + 1))
     _, config, state = import_draft(Path(report.archive.url) / "export")
     assert config.draft_vocab_size == 512
     assert state["lm_head.weight"].shape[0] == 512

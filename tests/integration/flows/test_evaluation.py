@@ -279,5 +279,6 @@ def assert_archived(report: RunReport, files: list[str]) -> None:
     assert verify_archive(str(archive)) == len(manifest)
     expected = {"run.json", *REPORT_FILES, "checkpoints/step-6/draft.safetensors", *files}
     assert expected <= set(manifest)
+    assert any(name.startswith("tensorboard/events.out.") for name in manifest)
     assert RunReport.model_validate_json((archive / "report.json").read_bytes()) == report
     import_draft(archive / "export")

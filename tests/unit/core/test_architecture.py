@@ -21,7 +21,7 @@ FLOORS = [
     {"target", "store", "storage"},
     {"drafts", "prompts", "run"},
     {"evaluation", "channel", "engines", "report"},
-    {"training", "rollout", "checks", "registry"},
+    {"training", "rollout", "checks", "registry", "tracking"},
     {"roles", "recurring", "capacity", "bench"},
     {"cli"},
 ]
@@ -131,6 +131,7 @@ LIGHT = [
     "flows.platform.deployments",
     "flows.rollout_producer",
     "flows.train_consumer",
+    "disagg_core.tracking.main",
 ]
 
 IMPORTED_IN_TURN = """

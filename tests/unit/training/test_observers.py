@@ -1,17 +1,14 @@
-"""What people see while training runs: metric lines, scalars, and one progress file."""
+"""What people see while training runs: metric lines, what was given up, and one progress file."""
 
 import pytest
 
-from disagg_core.errors import MissingLibrary
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.progress import ProgressFile, read_progress
-from disagg_core.training import observers
 from disagg_core.training.observers import (
     GivenUpObserver,
     MetricsObserver,
     Observers,
     ProgressObserver,
-    TensorBoardObserver,
 )
 from disagg_core.training.progress import TrainingProgress
 from disagg_core.training.window import GivenUp
@@ -98,23 +95,3 @@ def test_progress_is_written_at_most_once_a_second(tmp_path):
     now[0] = 1.0
     observer.on_step(RECORD | {"step": 5})
     assert read_progress(tmp_path / "consumer.json")["step"] == 5
-
-
-def test_tensorboard_gets_scalars_and_one_curve_for_each_test_step(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    observer = TensorBoardObserver(tmp_path)
-
-    observer.on_step(RECORD)
-    observer.on_phase("finished", TrainingProgress())
-
-    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert {"loss", "accuracies/0", "accuracies/1", "in_flight"} <= set(events.Tags()["scalars"])
-    assert "sample_age_s" not in events.Tags()["scalars"]
-    assert events.Scalars("loss")[0].step == 3
-
-
-def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setattr(observers.importlib.util, "find_spec", lambda name: None)
-
-    with pytest.raises(MissingLibrary, match=r"pip install 'draftline\[trackers\]'"):
-        observers.require_tensorboard()
