@@ -12,7 +12,6 @@ from prefect.runtime import flow_run as runtime
 from prefect.states import Completed
 
 from disagg_core.report.document import EndState, RunReport
-from disagg_core.report.records import report_interrupted
 from disagg_core.run.directory import RunDir
 from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
@@ -22,6 +21,7 @@ from tasks.attempts import pause_before_next, run_attempt
 from tasks.cancellation import abort_if_over, cancel_unfinished
 from tasks.completion import Completion, judge_training, verify_completion
 from tasks.evaluation import evaluate_drafts
+from tasks.interruption import end_interrupted
 from tasks.mooncake import feature_store_services
 from tasks.night import what_is_new
 from tasks.preflight import preflight
@@ -48,11 +48,11 @@ async def release_slots(flow: Flow[..., Any], flow_run: FlowRun, state: State[ob
 
 
 def report_interruption(flow: Flow[..., Any], flow_run: FlowRun, state: State[object]) -> None:
-    """Leave a report of a run that was cancelled, or whose process died. Called as `cancel_children` is."""
+    """Leave report and archive of a run that was cancelled, or whose process died. Called as `cancel_children` is."""
     spec = RunSpec.model_validate(flow_run.parameters["spec"])
     run_dir = RunDir.of(get_settings().runs_dir, run_id_of(spec, flow_run.id))
     end: EndState = "crashed" if state.is_crashed() else "cancelled"
-    report_interrupted(run_dir, end, state.message or state.name or end, str(flow_run.id))
+    end_interrupted(run_dir, end, state.message or state.name or end, str(flow_run.id))
 
 
 async def train(plan: RunPlan, record: RunRecord) -> Completion:

@@ -15,7 +15,7 @@ from disagg_core.report.archive import fetch_archive, verify_archive
 from disagg_core.report.differences import Difference
 from disagg_core.report.records import read_report
 from disagg_core.report.run_comparison import compare_runs
-from disagg_core.run.known import find_run, known_runs
+from disagg_core.run.known import find_run, known_runs, read_plan
 from disagg_core.run_spec.results import RetentionSection
 from disagg_core.settings import get_settings
 from disagg_core.storage.place import LocalPlace, Place, open_place
@@ -27,7 +27,7 @@ _KEPT = RetentionSection()
 
 @app.callback()
 def archive() -> None:
-    """Check, fetch and tidy up the archives of runs."""
+    """Check, fetch, make up for and tidy up the archives of runs."""
 
 
 @app.command()
@@ -57,6 +57,25 @@ def fetch(
 ) -> None:
     """Copy an archive here, every file checked against its manifest."""
     typer.echo(fetch_archive(archive_of(archived), to.absolute(), only))
+
+
+@app.command()
+def create(
+    run: Annotated[str, typer.Argument(help="Id of a run or the beginning of it.", show_default=False)],
+    ended: Annotated[
+        bool, typer.Option("--ended", help="The run has ended, although its files were written just now.")
+    ] = False,
+) -> None:
+    """Archive a run that could not do so itself: it was killed with its worker, or the archive was away.
+
+    One that left no report is reported as crashed.
+    """
+    from disagg_core.registry.run_archive import archive_ended
+
+    settings = get_settings()
+    report = archive_ended(read_plan(find_run(settings.runs_dir, run)), settings, sure=ended)
+    assert report.archive is not None
+    Console(highlight=False).print(f"{report.run_id} ({report.state}): {report.archive.url}", soft_wrap=True)
 
 
 @app.command()
@@ -141,4 +160,7 @@ def archive_of(archived: str) -> str:
     run = find_run(runs, archived)
     if run.report.is_file() and (made := read_report(run.report).archive) is not None:
         return made.url
-    raise BadInput(f"run {run.run_id} has no archive: it has not completed; its directory is {run.root}")
+    raise BadInput(
+        f"run {run.run_id} has no archive: expected it to have ended; if it was killed, `draftline archive create "
+        f"{run.run_id}` makes one; its directory is {run.root}"
+    )

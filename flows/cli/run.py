@@ -16,7 +16,7 @@ from rich.markup import escape
 from disagg_core.checks.preflight import check_gpus, check_run
 from disagg_core.checks.repeat import check_repeats
 from disagg_core.report.document import EndState
-from disagg_core.report.records import read_report, report_interrupted
+from disagg_core.report.records import read_report
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_plan
 from disagg_core.run.plan import RunPlan, run_id_of
@@ -25,6 +25,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 from flows.cli.run_view import Bars, Lines, RoleState, summary
 from flows.platform import local
+from tasks.interruption import end_interrupted
 
 if TYPE_CHECKING:
     from flows.platform.submission import RunState
@@ -66,7 +67,7 @@ def run_training(
         return INTERRUPTED
     except local.PlatformError as error:
         if run is not None:
-            report_interrupted(run.dir, "crashed", str(error), str(run.id))
+            end_interrupted(run.dir, "crashed", str(error), str(run.id))
         raise
     finally:
         _end_uninterrupted()
@@ -150,7 +151,7 @@ def _sum_up(run: _Submitted, state: RunState, console: Console) -> int:
         console.print(f"{state.name}: {escape(state.message)}")
         return 0
     ends: dict[str, EndState] = {"Cancelled": "cancelled", "Crashed": "crashed"}
-    report_interrupted(run.dir, ends.get(state.name, "failed"), state.message or state.name, str(run.id))
+    end_interrupted(run.dir, ends.get(state.name, "failed"), state.message or state.name, str(run.id))
     if run.dir.report.is_file():
         console.print(summary(read_report(run.dir.report), run.ui))
     else:

@@ -129,6 +129,8 @@ def test_ctrl_c_cancels_the_run_and_stops_everything(home: Path, draftline: Draf
     assert report.progress is not None
     assert report.progress.trained >= 16
     assert f"run {report.run_id}: cancelled" in output
+    assert report.archive is not None, "what it left is archived all the same"
+    assert verify_archive(report.archive.url) > 10
     status, _ = draftline("status").communicate(timeout=60)
     assert re.search(rf"{report.run_id} +│ cancelled +│ {report.progress.trained} ", status)
 
