@@ -184,6 +184,12 @@ class CheckpointNotSaved(CheckpointError):
     failure_class: FailureClass = "infrastructure"
 
 
+class DamagedHeldOut(DraftlineError):
+    """The held-out samples of a run are not there, or one of them cannot be read."""
+
+    failure_class: FailureClass = "infrastructure"
+
+
 class SampleUnusable(DraftlineError):
     """A sample arrived whole but cannot be trained on; it is quarantined with this reason."""
 

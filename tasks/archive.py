@@ -23,7 +23,7 @@ def archive_run(plan: RunPlan, completion: Completion) -> Archive:
     from disagg_core.drafts.export import export_draft
 
     for draft in plan.drafts:
-        export_draft(draft.checkpoint_in(completion.checkpoint), draft.dir.export)
+        export_draft(completion.checkpoint_of(draft), draft.dir.export)
     return _archived(plan, complete=True)
 
 

@@ -19,11 +19,11 @@ from disagg_core.errors import RoleFailed, StoreError, TooManyLost
 from disagg_core.ordinals import OrdinalSet
 from disagg_core.prompts.bad_records import count_reasons
 from disagg_core.report.accounting import Accounting
-from disagg_core.report.document import DraftFigures, ServerFigures, TrainingFigures
+from disagg_core.report.document import BestFigures, DraftFigures, ServerFigures, TrainingFigures
 from disagg_core.run.directory import RunDir
 from disagg_core.run.known import read_document
 from disagg_core.run.metrics import read_metrics
-from disagg_core.run.outcomes import RoleOutcome
+from disagg_core.run.outcomes import EARLY_STOP, MAX_STEPS, RoleOutcome
 from disagg_core.run.plan import PlannedDraft, RunPlan
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.master import MasterView
@@ -32,7 +32,10 @@ from tasks.roles import Role, RoleRun
 
 
 class Completion(BaseModel):
-    """The end of a run's training. `refused_reasons` are those among the `rejected_reasons` that are not the data's."""
+    """The end of a run's training. `refused_reasons` are those among the `rejected_reasons` that are not the data's.
+
+    `checkpoint` is the last one; where training stopped early, `best` has that of each draft's best, by its folder.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,12 +43,17 @@ class Completion(BaseModel):
     training: TrainingFigures
     drafts: list[DraftFigures]
     checkpoint: Path
+    best: dict[str, Path] = {}
     first_checkpoint: Path
     store_counters: dict[str, float]
     rejected_reasons: dict[str, int]
     refused_reasons: dict[str, int] = {}
     quarantined_reasons: dict[str, int] = {}
     servers: list[ServerFigures]
+
+    def checkpoint_of(self, draft: PlannedDraft) -> Path:
+        """Return where the draft lies that came of training: its best if that stopped early, else the last."""
+        return draft.checkpoint_in(self.best.get(draft.folder, self.checkpoint))
 
 
 @task(name="verify-completion", task_run_name="completion", cache_policy=NO_CACHE)
@@ -116,16 +124,16 @@ def complete(
     keys_left: int | None,
     evicted: int = 0,
 ) -> Completion:
-    """Put the figures of both roles together. What the sweep found after the last step of `max_steps` was unused.
+    """Put the figures of both roles together. What the sweep found where no further step was to be taken was unused.
 
     `keys_left` is None where the store is gone: nothing is left in it, and what was unused is what was not trained.
     """
-    from disagg_core.training.checkpoint import untrained_checkpoint
+    from disagg_core.training.checkpoint import checkpoint_path, untrained_checkpoint
 
     made, trained = _Produced.model_validate(producer.result), _Trained.model_validate(consumer.result)
     published = made.skipped + made.refs
     unused = 0
-    if trained.reason == "max_steps":
+    if trained.reason in (MAX_STEPS, EARLY_STOP):
         not_trained = max(0, published - trained.samples - trained.quarantined)
         unused = not_trained if keys_left is None else keys_left + trained.lost
         keys_left = 0
@@ -149,6 +157,11 @@ def complete(
         ),
         drafts=drafts,
         checkpoint=plan.dir.checkpoints / trained.checkpoint,
+        best={
+            draft.folder: checkpoint_path(plan.dir.checkpoints, best.step)
+            for draft in plan.drafts
+            if trained.reason == EARLY_STOP and (best := trained.drafts[draft.folder].best) is not None
+        },
         first_checkpoint=untrained_checkpoint(plan.dir.checkpoints),
         store_counters={**made.store_counters, **trained.store_counters, "evicted": evicted},
         rejected_reasons=count_reasons(record.reason for record in rejections),
@@ -184,6 +197,7 @@ class _TrainedDraft(BaseModel):
     seconds: float
     loss_first: float | None
     loss_last: float | None
+    best: BestFigures | None = None
 
 
 class _Trained(BaseModel):

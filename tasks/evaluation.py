@@ -22,7 +22,7 @@ from tasks.completion import Completion
 async def evaluate_drafts(
     plan: RunPlan, completion: Completion, incumbent: Incumbent | None = None
 ) -> dict[str, EvaluationFigures]:
-    """Decode the held-out prompts with each draft of the first and the last checkpoint, and with the `incumbent`.
+    """Decode the held-out prompts with each draft as it began and as it came of training, and with the `incumbent`.
 
     Returns what was measured, by the draft's name: nothing when switched off. What the gate has decided by is not
     measured again.
@@ -31,10 +31,10 @@ async def evaluate_drafts(
         return {}
     if plan.dir.gate.is_file():
         return {draft.name: _figures(plan, draft) for draft in plan.drafts}
-    steps = (("before", completion.first_checkpoint), ("after", completion.checkpoint))
-    checkpoints = [
-        (draft.result_name(when), str(draft.checkpoint_in(step))) for draft in plan.drafts for when, step in steps
-    ]
+    checkpoints = []
+    for draft in plan.drafts:
+        checkpoints.append((draft.result_name("before"), str(draft.checkpoint_in(completion.first_checkpoint))))
+        checkpoints.append((draft.result_name("after"), str(completion.checkpoint_of(draft))))
     champion = [INCUMBENT] if incumbent is not None else []
     if incumbent is not None:
         checkpoints.append((INCUMBENT, str(incumbent.path)))

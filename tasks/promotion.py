@@ -60,7 +60,7 @@ def gate(plan: RunPlan, completion: Completion, incumbent: Incumbent | None, arc
     """Publish the run's draft as a version, and decide whether it is promoted; the decision is written down."""
     from disagg_core.recurring.promotion import judge, publish
 
-    checkpoint = plan.drafts[0].checkpoint_in(completion.checkpoint)
+    checkpoint = completion.checkpoint_of(plan.drafts[0])
     published = publish(plan, get_settings(), checkpoint=checkpoint, archive=archive)
     candidate = judge(plan, published, incumbent)
     write_atomically(plan.dir.gate, candidate.model_dump_json(indent=2))

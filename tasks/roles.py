@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from disagg_core.errors import FailureClass, StoreError
 from disagg_core.files import write_atomically
 from disagg_core.run.attempts import AttemptOutcome
-from disagg_core.run.outcomes import RoleOutcome, read_outcome
+from disagg_core.run.outcomes import EARLY_STOP, MAX_STEPS, RoleOutcome, read_outcome
 from disagg_core.run.plan import RoleAssignment
 from tasks.children import Supervision, run_child, state_name
 
@@ -116,8 +116,8 @@ def judge(attempt: int, producer: RoleRun, consumer: RoleRun) -> AttemptOutcome:
     """
     if producer.completed and consumer.completed:
         result = consumer.outcome.result if consumer.outcome else {}
-        # After the last step of max_steps nobody would train on what was lost: another attempt is for nothing.
-        lost = result.get("lost", 0) if result.get("reason") != "max_steps" else 0
+        # When no further step is to be taken nobody would train on what was lost: another attempt is for nothing.
+        lost = result.get("lost", 0) if result.get("reason") not in (MAX_STEPS, EARLY_STOP) else 0
         return AttemptOutcome(attempt=attempt, incomplete=lost if isinstance(lost, int) else 0)
     culprit = next(
         (run for run in (consumer, producer) if not run.completed and not run.stopped),

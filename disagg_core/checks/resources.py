@@ -37,14 +37,19 @@ def check_disk(plan: RunPlan, drafts: Sequence[tuple[PlannedDraft, DraftConfig]]
     keep = plan.spec.archive.keep
     checkpoint, export = parameters * _CHECKPOINT_BYTES, parameters * _EXPORT_BYTES
     needs: dict[Path, dict[str, int]] = defaultdict(dict)
-    checkpoints = (keep + _UNPRUNED) * checkpoint
+    heldout = plan.spec.training.heldout
+    held_out = heldout.prompts * plan.max_sample_bytes if heldout is not None else 0
+    best = len(drafts) if heldout is not None else 0
+    count = keep + _UNPRUNED + best
+    said = f"archive.keep + {_UNPRUNED}" + (f", and {best} for the best" if best else "")
     needs[plan.root] = {
-        f"{keep + _UNPRUNED} checkpoints of {_gib(checkpoint)} (archive.keep + {_UNPRUNED})": checkpoints,
+        f"{count} checkpoints of {_gib(checkpoint)} ({said})": count * checkpoint,
         f"an export of {_gib(export)}": export,
-        "logs and metrics": _BESIDES,
+        "logs and metrics": _BESIDES + held_out,
     }
     if archive is not None and (directory := local_directory(archive)) is not None:
-        needs[directory] = {f"an archive of {_gib(keep * checkpoint + export)}": keep * checkpoint + export}
+        archived = (keep + best) * checkpoint + export
+        needs[directory] = {f"an archive of {_gib(archived)}": archived}
     _compare(needs)
 
 

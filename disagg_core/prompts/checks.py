@@ -83,6 +83,7 @@ def validate_prompts(
     lines, tokens = b"", frozenset[int]()
     try:
         held_out = read_held_out(spec, order, pinned)
+        _check_measured(spec, held_out)
         bad = _check_records(spec, order, held_out)
         if tokenizer is not None:
             encoder = PromptEncoder(spec, tokenizer, facts)
@@ -97,6 +98,15 @@ def validate_prompts(
     total = None if count is None else count * spec.data.epochs
     data = PinnedData(prompts=order.pin, holdout=held_out.pin, evaluation=PinnedFile.of(lines) if lines else None)
     return PromptFacts(rows, len(held_out.records), count, total, data, bad=bad, evaluated=lines, tokens=tokens)
+
+
+def _check_measured(spec: RunSpec, held_out: HeldOut) -> None:
+    """Check that there is something to measure drafts on while they are trained, if that is asked for."""
+    if spec.training.heldout is not None and not held_out.records:
+        raise PromptError(
+            "training.heldout.prompts: expected some held-out prompts to measure drafts on, found too few prompts to "
+            "hold a quarter of them out; give others in data.holdout, or remove training.heldout"
+        )
 
 
 def _check_continuations(spec: RunSpec) -> None:

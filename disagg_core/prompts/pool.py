@@ -115,8 +115,8 @@ class Placed:
 
 
 def held_out_count(spec: RunSpec, rows: int) -> int:
-    """Return how many of `rows` prompts are kept out of training for evaluation: at most a quarter of them."""
-    return 0 if spec.data.holdout is not None else min(spec.evaluation.prompts, rows // _HELD_OUT_SHARE)
+    """Return how many of `rows` prompts are kept out of training to measure drafts with: at most a quarter of them."""
+    return 0 if spec.data.holdout is not None else min(spec.held_out_prompts, rows // _HELD_OUT_SHARE)
 
 
 class FileOrder:
@@ -177,7 +177,7 @@ class StreamOrder:
         self._limit = spec.data.limit
         # The first rows are held out, because a stream does not know its last. So many are read to see whether a
         # quarter of all the rows is as many as wanted.
-        self._first = self.stream.first(spec.evaluation.prompts * _HELD_OUT_SHARE)
+        self._first = self.stream.first(spec.held_out_prompts * _HELD_OUT_SHARE)
         self.held_out = held_out_count(spec, len(self._first))
         self.per_epoch: int | None = None
         """Known once an epoch has been read to its end: what a dataset's card says may not be what it has."""

@@ -94,10 +94,23 @@ class EvaluationFigures(_Part):
     """With the trained draft: each suite, the held-out prompts first, followed by its parts."""
 
 
+class BestFigures(_Part):
+    """The best that a draft's held-out samples have said of it in training: `value` of `figure` after a step.
+
+    `since` counts the measurements after it, none of which was better.
+    """
+
+    step: int
+    figure: str
+    value: float
+    since: int
+
+
 class DraftFigures(_Part):
     """One draft of the run: what was trained, in how many of the run's steps, and what came of it.
 
-    `skipped` windows were not finite for it; `seconds` are those of its own steps.
+    `skipped` windows were not finite for it; `seconds` are those of its own steps. `best` is None where drafts are not
+    measured while they are trained.
     """
 
     name: str
@@ -109,6 +122,7 @@ class DraftFigures(_Part):
     seconds: float
     loss_first: float | None
     loss_last: float | None
+    best: BestFigures | None = None
     export: str | None = None
     evaluation: EvaluationFigures | None = None
 

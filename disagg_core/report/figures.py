@@ -85,6 +85,10 @@ def _training(report: RunReport) -> Iterator[Figure]:
     yield Figure("training", rate, brief={"steps": str(t.steps)})
     if t.loss_first is not None and t.loss_last is not None:
         yield Figure("loss", f"{t.loss_first:.3f} first, {t.loss_last:.3f} last")
+    for draft in report.drafts:
+        if (best := draft.best) is not None:
+            whose = f" of {draft.name}" if len(report.drafts) > 1 else ""
+            yield Figure(f"best{whose}", f"{best.figure.replace('_', ' ')} {best.value:.3f} after step {best.step}")
 
 
 def _time_spent(report: RunReport) -> Iterator[Figure]:

@@ -20,6 +20,7 @@ import torch
 from pydantic import JsonValue
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import RunIdentity
 from disagg_core.drafts.method import DraftModel, FrozenParts
 from disagg_core.drafts.vocab import VocabMap, version_of
 from disagg_core.drafts.warm_start import read_warm_start
@@ -31,12 +32,14 @@ from disagg_core.processes.retry import wait_until
 from disagg_core.processes.stop_signal import StopSignal
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.run.environment import write_environment
+from disagg_core.run.heldout import HeldOutFiles
 from disagg_core.run.outcomes import exit_with, read_outcome, write_failure, write_outcome
 from disagg_core.run.plan import PlannedDraft, RoleAssignment, RunPlan
 from disagg_core.run.progress import ProgressFile
 from disagg_core.target.parts import load_target_parts
 from disagg_core.training.consumer import DraftToTrain, build_disagg_online_consumer
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.heldout import HeldOutPlan
 from disagg_core.training.inputs import Selection
 from disagg_core.training.observers import (
     GivenUpObserver,
@@ -162,6 +165,7 @@ def _train(
                 keep=spec.archive.keep,
                 seed=spec.run.seed,
                 identity=checkpoint_identity(assignment, expected.vocab_map_version),
+                heldout=_held_out(plan, expected),
                 observer=_observers(assignment, progress) if ranks.is_first else None,
                 on_progress=watchdog.note,
             )
@@ -267,6 +271,13 @@ def checkpoint_identity(assignment: RoleAssignment, vocab_map_version: str) -> d
     }
 
 
+def _held_out(plan: RunPlan, identity: RunIdentity) -> HeldOutPlan | None:
+    section = plan.spec.training.heldout
+    if section is None:
+        return None
+    return HeldOutPlan(HeldOutFiles(plan.dir.heldout, identity), section, plan.spec.training.early_stop)
+
+
 def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     plan = assignment.plan
     observers: list[StepObserver] = [
@@ -276,7 +287,9 @@ def _observers(assignment: RoleAssignment, progress: ProgressFile) -> Observers:
     ]
     if plan.spec.training.profile is not None:
         observers.append(ProfileObserver(plan.spec.training.profile, plan.dir.profiles))
-    observers += [MetricsObserver(draft.dir.train_metrics, draft.folder) for draft in plan.drafts]
+    observers += [
+        MetricsObserver(draft.dir.train_metrics, draft.folder, draft.dir.heldout_metrics) for draft in plan.drafts
+    ]
     return Observers(*observers)
 
 

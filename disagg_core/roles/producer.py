@@ -32,6 +32,7 @@ from disagg_core.prompts.pool import EncodedPrompts
 from disagg_core.roles.connections import open_channel, open_store
 from disagg_core.roles.producer_files import RejectedFile, Reporter
 from disagg_core.rollout.continuations import ContinuationLog, ContinuedTarget, Origin
+from disagg_core.rollout.heldout import capture_held_out
 from disagg_core.rollout.pace import Pace
 from disagg_core.rollout.pipeline import largest_group
 from disagg_core.rollout.producer import Drive, build_disagg_online_producer
@@ -39,6 +40,7 @@ from disagg_core.rollout.prompt_source import PromptSource
 from disagg_core.rollout.vocab_counts import vocab_maps_of
 from disagg_core.rollout.work import WorkNotes
 from disagg_core.run.environment import write_environment
+from disagg_core.run.heldout import HeldOutFiles
 from disagg_core.run.metrics import JsonlMetrics
 from disagg_core.run.outcomes import exit_with, write_failure, write_outcome
 from disagg_core.run.plan import RoleAssignment, RunPlan
@@ -151,6 +153,10 @@ def _assemble(
         target.prepare(plan.identity(assignment.attempt, ""))
     identity = plan.identity(assignment.attempt, _vocab_version(plan, pool, target, known, enter, stop, channel))
     target.prepare(identity)
+    if spec.training.heldout is not None:
+        files = HeldOutFiles(plan.dir.heldout, identity)
+        with interruptible(stop.check), noted(WorkNotes(target, channel.note_progress)):
+            capture_held_out(plan, pool, target, store, files, lambda done: enter("held-out samples", captured=done))
     source = _open_source(assignment, pool, target, stack)
     metrics = stack.enter_context(JsonlMetrics(plan.dir.rollout_metrics))
     _, drive = build_disagg_online_producer(

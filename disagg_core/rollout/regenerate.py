@@ -105,7 +105,7 @@ def _origin(spec: RunSpec, facts: TargetFacts, tokenizer: str) -> dict[str, Any]
         "target": facts.version,
         "tokenizer": tokenizer,
         "seed": spec.run.seed,
-        "evaluation.prompts": spec.evaluation.prompts,  # so many are held out
+        "evaluation.prompts": spec.held_out_prompts,  # so many are held out
         **spec.data.model_dump(mode="json", include=named),
         "content": _content_hash(prompts, spec.data),
     }

@@ -10,7 +10,8 @@
       attempts/<n>/logs/        one file for each process
       attempts/<n>/state/       progress of the roles, plain JSON; rejected.jsonl and quarantined.jsonl with reasons
       checkpoints/step-<k>/     complete when its manifest exists
-      metrics/                  train.jsonl, rollout.jsonl, phases.jsonl
+      heldout/                  held-out samples, with training.heldout
+      metrics/                  train.jsonl, heldout.jsonl, rollout.jsonl, phases.jsonl
       profiles/                 traces of single steps, with training.profile
       tensorboard/              event files, in a folder for each of several drafts
       tracking/                 what trackers were told, their logs, and what W&B wrote offline
@@ -21,8 +22,9 @@
       export/                   what a serving engine loads
       report.json  report.md  report.html  report.png
 
-Of several drafts each has vocabulary map, ``metrics/train.jsonl`` and export in ``drafts/<name>/``, and its part of a
-checkpoint in ``checkpoints/step-<k>/<name>/``; its results are ``evaluation/<name>-before.json`` and ``-after.json``.
+Of several drafts each has vocabulary map, ``metrics/{train,heldout}.jsonl`` and export in ``drafts/<name>/``, and its
+part of a checkpoint in ``checkpoints/step-<k>/<name>/``; its results are ``evaluation/<name>-before.json`` and
+``-after.json``.
 """
 
 from __future__ import annotations
@@ -87,6 +89,11 @@ class DraftDir:
     def train_metrics(self) -> Path:
         """The draft's figures of each optimizer step."""
         return self.metrics / "train.jsonl"
+
+    @property
+    def heldout_metrics(self) -> Path:
+        """The draft's figures of the held-out samples."""
+        return self.metrics / "heldout.jsonl"
 
     @property
     def export(self) -> Path:
@@ -181,6 +188,11 @@ class RunDir(DraftDir):
     def tracking(self) -> Path:
         """What trackers were told and how far they came."""
         return self.root / "tracking"
+
+    @property
+    def heldout(self) -> Path:
+        """The held-out samples that drafts are measured on while they are trained."""
+        return self.root / "heldout"
 
     @property
     def evaluation(self) -> Path:

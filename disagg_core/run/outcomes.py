@@ -25,6 +25,10 @@ PREEMPTED_EXIT_CODE = 75
 """Exit code of a process that was asked to stop and saved its state (EX_TEMPFAIL: try again later)."""
 
 
+MAX_STEPS, EARLY_STOP = "max_steps", "early_stop"
+"""Why a consumer that did its work took no further step, though there may be samples left: they are not used."""
+
+
 class RoleOutcome(BaseModel):
     """The end of one role process. `result` holds the role's own figures; `died` that it left no word itself."""
 

@@ -16,8 +16,10 @@ from disagg_core.run_spec.draft import DraftSection, draft_field
 from disagg_core.run_spec.recurring import RecurringSection
 from disagg_core.run_spec.results import HELD_OUT
 from disagg_core.run_spec.results import ArchiveSection as ArchiveSection
+from disagg_core.run_spec.results import EarlyStopSection as EarlyStopSection
 from disagg_core.run_spec.results import EvaluationSection as EvaluationSection
 from disagg_core.run_spec.results import GateSection as GateSection
+from disagg_core.run_spec.results import HeldOutSection as HeldOutSection
 from disagg_core.run_spec.results import RegistrySection as RegistrySection
 from disagg_core.run_spec.results import TrackingSection as TrackingSection
 from disagg_core.run_spec.section import Bytes, ChannelUrl, Layers, RunName, SecretFreeUrl, Section
@@ -167,6 +169,18 @@ class TrainingSection(Section):
     max_diverged_windows: int = Field(
         5, ge=1, description="End after so many windows in a row whose loss or gradient is not finite."
     )
+    heldout: HeldOutSection | None = Field(
+        None, description="Measure the drafts on held-out samples while they are trained; default: no."
+    )
+    early_stop: EarlyStopSection | None = Field(
+        None, description="End training when the held-out samples say that it gets no further; default: no."
+    )
+
+    @model_validator(mode="after")
+    def _stopping_needs_measurements(self) -> TrainingSection:
+        if self.early_stop is not None and self.heldout is None:
+            raise ValueError("early_stop takes effect with training.heldout only, which says how to measure")
+        return self
 
     @model_validator(mode="after")
     def _a_row_of_so_many_tokens_is_packed(self) -> TrainingSection:
@@ -281,6 +295,11 @@ class RunSpec(Section):
     def published(self) -> bool:
         """Whether the draft becomes a version of the registry, and the gate decides about it."""
         return self.registry.publish or self.recurring is not None
+
+    @property
+    def held_out_prompts(self) -> int:
+        """Prompts that are kept out of training: for the evaluation, and to measure drafts in training."""
+        return self.evaluation.prompts + (self.training.heldout.prompts if self.training.heldout is not None else 0)
 
     @property
     def drafts_title(self) -> str:

@@ -60,6 +60,29 @@ class EvaluationSection(Section):
         return self.at_end and self.prompts > 0
 
 
+class HeldOutSection(Section):
+    """A fixed set of held-out samples that the drafts are measured on while they are trained."""
+
+    every_steps: int = Field(100, ge=1, description="Measure after every so many optimizer steps, and at the end.")
+    prompts: int = Field(16, ge=1, description="Held-out prompts for it, besides those of the evaluation.")
+    best_by: Literal["loss", "accept_length"] = Field(
+        "loss", description="What says which checkpoint is the best: the loss, or the expected accept length."
+    )
+
+    @property
+    def figure(self) -> str:
+        """What the figure is called that says which checkpoint is the best."""
+        return "loss" if self.best_by == "loss" else "simulated_accept_length"
+
+
+class EarlyStopSection(Section):
+    """Ends training when it gets the drafts no further; each draft's best checkpoint is exported then."""
+
+    patience: int = Field(
+        5, ge=1, description="Stop after so many measurements in a row without a better one, of every draft."
+    )
+
+
 class GateSection(Section):
     """When a draft may take the champion's place. Each bound is compared with an estimate and its interval.
 

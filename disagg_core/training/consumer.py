@@ -15,6 +15,7 @@ from disagg_core.run_spec.draft import DraftSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import DraftProgress
 from disagg_core.training.distributed import Ranks, compute_dtype, shard
+from disagg_core.training.heldout import HeldOut, HeldOutPlan
 from disagg_core.training.inputs import DraftInput, Selection
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.optimizer import Schedule
@@ -56,6 +57,7 @@ def build_disagg_online_consumer(
     keep: int = 2,
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
+    heldout: HeldOutPlan | None = None,
     observer: StepObserver | None = None,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Trainer, FeatureDataLoader]:
@@ -76,6 +78,7 @@ def build_disagg_online_consumer(
         keep: checkpoints that stay besides step 0.
         seed: noted in checkpoints, and what the randomness of a step follows from.
         identity: what must be equal for a checkpoint to be continued.
+        heldout: what the drafts are measured on while they are trained. None: they are not.
         observer: is told of every step on rank 0.
         on_progress: is told of all that counts as getting on, on every rank.
 
@@ -89,21 +92,25 @@ def build_disagg_online_consumer(
     saving = None
     if checkpoints is not None:
         saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
+    trainees = [
+        _trainee(d, b, parts, ranks, section, steps, seed, clock) for d, b in zip(drafts, batchers, strict=True)
+    ]
+    multiple_of = COMPILED_MULTIPLE if section.compile else 1
+    inputs = [
+        DraftInput(b, draft.selection, multiple_of, section.packing) for draft, b in zip(drafts, batchers, strict=True)
+    ]
     trainer = Trainer(
-        [_trainee(d, b, parts, ranks, section, steps, seed, clock) for d, b in zip(drafts, batchers, strict=True)],
+        trainees,
         ranks=ranks,
         checkpoints=saving,
         max_steps=section.max_steps,
         max_diverged_windows=section.max_diverged_windows,
+        heldout=HeldOut(heldout, trainees, inputs, ranks=ranks, batch_size=section.batch_size) if heldout else None,
         observer=observer,
         on_progress=on_progress,
         clock=clock,
     )
     trainer.restore_newest()
-    multiple_of = COMPILED_MULTIPLE if section.compile else 1
-    inputs = [
-        DraftInput(b, draft.selection, multiple_of, section.packing) for draft, b in zip(drafts, batchers, strict=True)
-    ]
     return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer writes while it runs: metrics/train.jsonl, what it gave up, and the role's progress file."""
+"""What the trainer writes while it runs: metrics/{train,heldout}.jsonl, what it gave up, and its progress file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ DRAFT = "draft"
 
 
 class MetricsObserver(StepObserver):
-    """Writes each step of one draft as one line of a metrics file."""
+    """Writes each step of one draft as one line of a metrics file, and each measurement as one line of another."""
 
-    def __init__(self, path: Path, draft: str = "") -> None:
+    def __init__(self, path: Path, draft: str = "", heldout: Path | None = None) -> None:
         self._metrics, self._draft = JsonlMetrics(path), draft
+        self._heldout_path = heldout
+        self._heldout: JsonlMetrics | None = None
 
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Append the step, if it is the draft's."""
         if record[DRAFT] == self._draft:
-            self._metrics.write(**{name: value for name, value in record.items() if name != DRAFT})
+            self._metrics.write(**_without_draft(record))
+
+    def on_heldout(self, record: Mapping[str, Any]) -> None:
+        """Append the measurement, if it is the draft's and there is a file for it."""
+        if record[DRAFT] == self._draft and self._heldout_path is not None:
+            self._heldout = self._heldout or JsonlMetrics(self._heldout_path)
+            self._heldout.write(**_without_draft(record))
 
 
 class LapObserver(StepObserver):
@@ -40,6 +48,10 @@ class LapObserver(StepObserver):
     def on_lap(self, lap: Lap) -> None:
         """Append the window."""
         self._metrics.write(step=lap.step, samples=lap.samples, **fields_of(lap.seconds))
+
+
+def _without_draft(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != DRAFT}
 
 
 class GivenUpObserver(StepObserver):
@@ -85,6 +97,11 @@ class ProgressObserver(StepObserver):
             left_s=None if steps_left is None else round(steps_left * self._recent.mean_s),
         )
 
+    def on_heldout(self, record: Mapping[str, Any]) -> None:
+        """Take what was measured, and which step was the best, into the file."""
+        names = {"heldout_loss": "loss", "heldout_accept_length": "simulated_accept_length", "best_step": "best_step"}
+        self._file.update(**{figure_of(record[DRAFT], name): record[own] for name, own in names.items()})
+
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Write the phase at once."""
         self._file.update(
@@ -111,6 +128,11 @@ class Observers(StepObserver):
         """Pass it on to every observer."""
         for observer in self._observers:
             observer.on_step(record)
+
+    def on_heldout(self, record: Mapping[str, Any]) -> None:
+        """Pass it on to every observer."""
+        for observer in self._observers:
+            observer.on_heldout(record)
 
     def on_phase(self, phase: str, progress: TrainingProgress) -> None:
         """Pass it on to every observer."""

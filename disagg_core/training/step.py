@@ -175,6 +175,25 @@ class OptimizerStep:
             dist.all_reduce(fault, dist.ReduceOp.MAX)
         return fault
 
+    @torch.no_grad()
+    def measure(self, window: DraftBatches) -> Figures:
+        """Return the figures of `window`, of which this rank has a part, over all ranks; nothing is changed.
+
+        Compiled code is left aside: its shapes would be compiled for this alone.
+        """
+        names = sorted(window.normalisers)
+        summed = self._ranks.sum([window.normalisers[name] for name in names])
+        device = self._ranks.device
+        normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed, strict=True)}
+        tally = _Tally()
+        with torch.compiler.set_stance("force_eager"):
+            for batch in window.batches:
+                given = self._dummy() if batch is None else batch.to(device)
+                output = self._module(given, normalisers)
+                tally.add(output.ratios, counts=batch is not None)
+        self._sharded.reshard()
+        return self._method.figures(tally.split(self._ranks.sum_tensor(tally.sums.cpu().double())))
+
     def _backward(self, window: DraftBatches, normalisers: Mapping[str, Tensor]) -> _Tally:
         """Accumulate and reduce the window's gradients; return this rank's figures."""
         self._clock.enter("h2d")

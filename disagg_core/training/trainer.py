@@ -26,8 +26,10 @@ from disagg_core.errors import (
     TrainingDiverged,
     classify,
 )
+from disagg_core.run.outcomes import EARLY_STOP, MAX_STEPS
 from disagg_core.training.checkpointing import Checkpointing
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.heldout import HeldOut
 from disagg_core.training.loader import FeatureDataLoader
 from disagg_core.training.phase_clock import Lap, PhaseClock
 from disagg_core.training.progress import CheckpointPolicy, FitTally, TrainingProgress, TrainOutcome
@@ -37,6 +39,7 @@ from disagg_core.training.window import GivenUp, TrainingWindow, skipped_all
 
 _log = logging.getLogger(__name__)
 
+_GOOD_ENDS = ("end of stream", MAX_STEPS, EARLY_STOP)
 _LAST_WINDOWS = 2
 """A stream whose last windows, so many, were not finite has most likely left weights that are spoiled."""
 
@@ -59,6 +62,9 @@ class StepObserver:
     def on_wait(self) -> None:
         """Record that the trainer waits for references."""
 
+    def on_heldout(self, record: Mapping[str, Any]) -> None:
+        """Take one draft's figures of the held-out samples, as they stand in ``metrics/heldout.jsonl``."""
+
 
 class Trainer:
     """Trains drafts from a stream: every window is a step of each of them. The same calls are made on every rank."""
@@ -71,6 +77,7 @@ class Trainer:
         checkpoints: CheckpointPolicy | None = None,
         max_steps: int | None = None,
         max_diverged_windows: int = 5,
+        heldout: HeldOut | None = None,
         observer: StepObserver | None = None,
         on_progress: Callable[[str], None] = lambda what: None,
         clock: PhaseClock | None = None,
@@ -84,6 +91,7 @@ class Trainer:
         self._ranks = ranks
         self._max_steps = max_steps
         self._max_diverged_windows = max_diverged_windows
+        self._heldout = heldout
         self._on_progress = on_progress
         self._clock = clock or PhaseClock()
         self._reads_late = ranks.device.type != "cpu" if reads_late is None else reads_late
@@ -151,8 +159,10 @@ class Trainer:
         loader.on_progress, loader.on_phase = self._on_progress, self._clock.enter
         try:
             reason = self._train(loader, tally)
+            if reason in _GOOD_ENDS and tally.steps:
+                self._measure_last()
             self.save()
-            if reason != "end of stream" and reason != "max_steps":
+            if reason not in _GOOD_ENDS:
                 raise self._cause_of(reason, loader)
             unused = loader.finish(reason)
         except BaseException as error:
@@ -182,8 +192,8 @@ class Trainer:
         loader.on_wait = self._on_wait
         loader.before_waiting = lambda: self._close(loader, tally)
         self._phase("waiting for samples")
-        if self._reached_max_steps():
-            return "max_steps"
+        if (end := self._end_of_steps()) is not None:
+            return end
         for window in loader:
             if not tally.started:
                 tally.started = time.monotonic()
@@ -191,13 +201,11 @@ class Trainer:
                 self._phase("training")
             stepped = self._train_window(loader, window, tally)
             self._checkpoints.look()
-            if stepped and self._checkpoints.due:
-                self._clock.enter("save")
-                self._checkpoints.start()
-                self._clock.enter("other")
+            if stepped:
+                self._at_step_boundary()
             self._end_lap(window)
-            if self._reached_max_steps():
-                return "max_steps"
+            if (end := self._end_of_steps()) is not None:
+                return end
             self._check_skipped(self._max_diverged_windows)
         self._close(loader, tally)
         assert loader.end_reason is not None
@@ -210,8 +218,41 @@ class Trainer:
         for trainee in self.trainees:
             trainee.check_skipped(allowed)
 
-    def _reached_max_steps(self) -> bool:
-        return self._max_steps is not None and self.progress.step >= self._max_steps
+    def _end_of_steps(self) -> str | None:
+        """Return why no further step is to be taken, though there may be samples for one; None if one is."""
+        if self._max_steps is not None and self.progress.step >= self._max_steps:
+            return MAX_STEPS
+        return EARLY_STOP if self._heldout is not None and self._heldout.exhausted else None
+
+    def _at_step_boundary(self) -> None:
+        """Measure and save, where it is time to."""
+        if self._heldout is not None and self._heldout.due(self.progress.step):
+            self._measure(self._heldout)
+        if self._checkpoints.due:
+            self._clock.enter("save")
+            self._checkpoints.start()
+            self._clock.enter("other")
+
+    def _measure(self, heldout: HeldOut) -> None:
+        """Measure the drafts on the held-out samples, and begin to save them where one is at its best."""
+        self._phase("measuring")
+        self._clock.enter("evaluate")
+        found = heldout.measure(self.progress.step)
+        if heldout.improved:
+            self._clock.enter("save")
+            self._checkpoints.start()
+        self._clock.enter("other")
+        if self._observer is not None:
+            for trainee, figures in zip(self.trainees, found, strict=True):
+                best = trainee.progress.best
+                judged = {"best_step": best.step if best else None, "since_best": best.since if best else None}
+                self._observer.on_heldout({"draft": trainee.folder, "step": self.progress.step, **figures, **judged})
+        self._phase("training")
+
+    def _measure_last(self) -> None:
+        """Measure what the last step has left, unless that is done."""
+        if self._heldout is not None and self._heldout.measured_at != self.progress.step:
+            self._measure(self._heldout)
 
     def _train_window(self, loader: FeatureDataLoader, window: TrainingWindow, tally: FitTally) -> bool:
         """Train every draft on `window`; return whether it is complete and one of them took a step."""
@@ -226,14 +267,16 @@ class Trainer:
         return False if self._may_read_late() else self._close(loader, tally)
 
     def _may_read_late(self) -> bool:
-        """Whether the open window may wait for the next one: not where it may be the last before a checkpoint, or ever.
+        """Whether the open window may wait for the next one: not before a checkpoint, a measurement, or the end.
 
         After one that was not finite it may not either, so that a run that diverges ends where it would have.
         """
         if not self._reads_late or any(trainee.progress.skipped_in_row for trainee in self.trainees):
             return False
         number = self.progress.step + 1
-        return not self._checkpoints.due_at(number) and (self._max_steps is None or number < self._max_steps)
+        if self._checkpoints.due_at(number) or (self._heldout is not None and self._heldout.due(number)):
+            return False
+        return self._max_steps is None or number < self._max_steps
 
     def _close(self, loader: FeatureDataLoader, tally: FitTally) -> bool:
         """Read the figures of the open window, if there is one, and complete it; return whether a draft took a step."""

@@ -135,8 +135,12 @@ def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> 
     if state.get("phase") == "finished":
         done = producer.get("phase") == "ended" and flow_state == "Running"
         return "finished, the draft is being judged" if done else "finished"
-    losses = {name: value for name, value in state.items() if name.split(" ")[0] == "loss"}
-    shown = "".join(f", {name} {value:.3f}" for name, value in losses.items() if isinstance(value, float))
+    losses = {name: value for name, value in state.items() if name.split(" ")[0] in ("loss", "heldout_loss")}
+    shown = "".join(
+        f", {name.replace('heldout_', 'held-out ')} {value:.3f}"
+        for name, value in losses.items()
+        if isinstance(value, float)
+    )
     return f"{state.get('phase', '')}{shown}{_rate(state)}{_left(state)}"
 
 

@@ -14,6 +14,8 @@ from disagg_core.engines import transformers as transformers_module
 from disagg_core.engines.generation import continue_tasks
 from disagg_core.errors import BadInput, ChannelClosed
 from disagg_core.roles.producer import run_producer
+from disagg_core.rollout.heldout import FIRST_ORDINAL
+from disagg_core.run.heldout import HeldOutFiles
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.outcomes import read_outcome
 from disagg_core.run.progress import read_progress
@@ -77,6 +79,35 @@ def test_what_is_stored_is_what_the_target_computes(make_assignment, swept):
         torch.testing.assert_close(sample["last_hidden_state"], plain.hidden_states[-1][0], atol=1e-5, rtol=1e-5)
         assert ref.num_tokens == len(sample["input_ids"]) == len(sample["loss_mask"])
         assert sample["loss_mask"].any()
+
+
+@pytest.mark.parametrize("generate", [None, {"max_new_tokens": 8}])
+def test_held_out_samples_are_captured_once_beside_the_stream(make_assignment, swept, generate):
+    training = {"heldout": {"prompts": 5}}
+    sections = {"data": {"generate": generate}, "training": training, "evaluation": {"prompts": 2}}
+    assignment = make_assignment(40, **sections)
+    swept(assignment)
+    run_producer(assignment)
+
+    refs, _ = read_all(assignment)
+    plan = assignment.plan
+    files = HeldOutFiles(plan.dir.heldout, plan.identity(1, ""))
+    assert files.count == 5
+    held_out = [files.read(number) for number in range(5)]
+    streamed = {tuple(sample["input_ids"].tolist()) for sample in tensors_of(assignment, refs)}
+    assert [ordinal_of(ref.sample_id) for ref in refs] == list(range(33))
+    for sample_id, sample in held_out:
+        assert ordinal_of(sample_id) >= FIRST_ORDINAL
+        assert sample.keys() == {"input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"}
+        assert tuple(sample["input_ids"].tolist()) not in streamed
+    with MooncakeFeatureStore(assignment.store, namespace=assignment.namespace) as store:
+        assert store.key_count() == len(refs)
+
+    written = (plan.dir.heldout / "manifest.json").stat().st_mtime_ns
+    again = make_assignment(40, attempt=2, **sections)
+    swept(again)
+    run_producer(again)
+    assert (plan.dir.heldout / "manifest.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("generate", [None, {"max_new_tokens": 8}, {"max_new_tokens": 8, "temperature": 0.9}])

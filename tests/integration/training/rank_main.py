@@ -9,11 +9,22 @@ import torch
 from safetensors.torch import save_file
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.run.heldout import HeldOutFiles
+from disagg_core.run_spec.document import HeldOutSection
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.heldout import HeldOutPlan
 from disagg_core.training.observers import MetricsObserver
-from tests.integration.training.consumer_kit import consumer, section
+from tests.integration.training.consumer_kit import consumer, identity_of, section
+
+
+def held_out(told: dict[str, str]) -> HeldOutPlan | None:
+    """Return what is measured while the drafts are trained, if anything is."""
+    if "heldout" not in told:
+        return None
+    files = HeldOutFiles(Path(told["heldout"]), identity_of(told["run_id"]))
+    return HeldOutPlan(files, HeldOutSection(every_steps=2), None)
 
 
 def main() -> None:
@@ -36,7 +47,8 @@ def main() -> None:
             training=section(**told["training"]),
             checkpoints=Path(told["checkpoints"]),
             total_steps=told["total_steps"],
-            observer=MetricsObserver(Path(told["metrics"])),
+            observer=MetricsObserver(Path(told["metrics"]), heldout=Path(told.get("heldout_metrics", "unused"))),
+            heldout=held_out(told),
         )
         outcome = trainer.fit(loader)
         weights = trainer.trainees[0].weights()

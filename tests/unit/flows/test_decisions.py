@@ -141,6 +141,23 @@ def test_samples_beyond_the_last_step_are_unused_and_not_leaked(plan: RunPlan) -
         assert "published = trained + quarantined + unused does not hold" in completion.accounting.problems()[0]
 
 
+def test_a_run_that_stopped_early_leaves_the_rest_unused_and_hands_out_its_best(plan: RunPlan) -> None:
+    best = {"step": 2, "figure": "loss", "value": 1.5, "since": 3}
+    drafts = {"": TRAINED["drafts"][""] | {"best": best}}
+    stopped = TRAINED | {"samples": 7, "reason": "early_stop", "drafts": drafts, "lost": 1}
+    assert judge(
+        1, role_run("producer", "Completed", done()), role_run("consumer", "Completed", done(**stopped))
+    ).finished
+    completion = complete(plan, 1, done(**PRODUCED), done(**stopped), keys_left=1)
+    completion.accounting.check()
+    assert completion.accounting.unused == 2
+    assert completion.checkpoint_of(plan.drafts[0]) == plan.dir.checkpoints / "step-2"
+    assert completion.checkpoint == plan.dir.checkpoints / "step-3"
+    assert completion.drafts[0].best is not None
+    ended = complete(plan, 1, done(**PRODUCED), done(**TRAINED | {"drafts": drafts}), keys_left=0)
+    assert ended.checkpoint_of(plan.drafts[0]) == plan.dir.checkpoints / "step-3"
+
+
 def test_a_store_that_is_gone_at_the_end_costs_no_account(plan: RunPlan) -> None:
     judge_training(plan, complete(plan, 2, done(**PRODUCED), done(**TRAINED), keys_left=None))
     trained = done(**TRAINED | {"samples": 7, "reason": "max_steps"})

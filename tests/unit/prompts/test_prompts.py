@@ -283,6 +283,16 @@ def test_held_out_prompts_are_kept_out_of_training_in_every_epoch(tmp_path, chat
     assert len(set(asked)) == 34
 
 
+def test_prompts_to_measure_on_in_training_are_held_out_besides_those_of_the_evaluation(tmp_path, chatty):
+    path = write(tmp_path / "p.jsonl", conversations(40))
+    spec = spec_of(path, evaluation={"prompts": 4}, training={"heldout": {"prompts": 5}})
+    facts = validate_prompts(spec, chatty)
+    assert (facts.held_out, facts.count) == (9, 31)
+    few = write(tmp_path / "few.jsonl", conversations(3))
+    with pytest.raises(PromptError, match=r"training\.heldout\.prompts: expected some held-out prompts"):
+        validate_prompts(spec_of(few, evaluation={"prompts": 0}, training={"heldout": {"prompts": 5}}), chatty)
+
+
 def test_a_prompt_that_asks_the_same_as_a_held_out_one_is_rejected(tmp_path, chatty):
     path = write(tmp_path / "p.jsonl", [*conversations(20), *conversations(20)])
     source = PromptSource.from_spec(spec_of(path, evaluation={"prompts": 4}), chatty)

@@ -78,6 +78,7 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         (MINIMAL, ["data.prompts.x=3"], "prompts is a value, not a section"),
         (MINIMAL | {"channel": {"url": "redis://u:secret@h/0"}}, [], "DRAFTLINE_REDIS_PASSWORD"),
         (MINIMAL | {"store": {"mode": "external"}}, [], "external needs master_address"),
+        (MINIMAL | {"training": {"early_stop": {"patience": 3}}}, [], "early_stop takes effect with training.heldout"),
         (MINIMAL | {"run": {"name": "../../etc"}}, [], "run.name"),
         (MINIMAL | {"evaluation": {"prompts": 0, "min_accept_length": 2}}, [], "evaluation.prompts above 0"),
         (MINIMAL | {"archive": {"url": "sftp://u:secret@h/a"}}, [], "archive.url: a password was found"),

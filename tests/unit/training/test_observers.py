@@ -51,6 +51,28 @@ def test_every_step_is_a_metric_line_and_the_progress_file_holds_the_last(tmp_pa
     assert (state["phase"], state["trained"]) == ("finished", 32)
 
 
+def test_what_was_measured_on_held_out_samples_has_a_file_of_its_own_and_is_seen_in_the_progress(tmp_path):
+    progress = ProgressFile(tmp_path / "consumer.json", interval_s=0.0)
+    metrics = [
+        MetricsObserver(tmp_path / f"train-{name}.jsonl", name, tmp_path / f"heldout-{name}.jsonl")
+        for name in ("a", "b")
+    ]
+    all_of_them = Observers(ProgressObserver(progress, 10), *metrics)
+    measured = {"draft": "a", "step": 4, "loss": 1.25, "simulated_accept_length": 2.5, "best_step": 2, "since_best": 1}
+
+    all_of_them.on_step(RECORD | {"draft": "a"})
+    all_of_them.on_heldout(measured)
+
+    assert [record["step"] for record in read_metrics(tmp_path / "train-a.jsonl")] == [3]
+    (record,) = read_metrics(tmp_path / "heldout-a.jsonl")
+    assert all(record[name] == value for name, value in measured.items() if name != "draft")
+    assert "draft" not in record
+    assert not (tmp_path / "heldout-b.jsonl").exists()
+    state = read_progress(tmp_path / "consumer.json")
+    assert (state["heldout_loss a"], state["heldout_accept_length a"], state["best_step a"]) == (1.25, 2.5, 2)
+    assert "held-out loss a 1.250" in _training_detail("", {}, state)
+
+
 def test_each_of_several_drafts_has_its_own_metrics_and_its_loss_in_the_progress(tmp_path):
     progress = ProgressFile(tmp_path / "consumer.json", interval_s=0.0)
     files = {name: tmp_path / name / "train.jsonl" for name in ("eagle3", "dflash")}
