@@ -15,7 +15,7 @@ import msgspec
 from pydantic import BaseModel, Field, TypeAdapter
 
 from disagg_core.files import write_atomically
-from disagg_core.tracking.observer import Decided, Evaluated, Event, RunObserver, TrackedRun
+from disagg_core.tracking.observer import NO_FIGURES, Decided, Evaluated, Event, RunObserver, TrackedRun
 
 POLL_S = 2.0
 """How often the files are looked at."""
@@ -84,12 +84,13 @@ class Feed:
         return True
 
     def _tell(self, observer: RunObserver) -> None:
-        for draft, path in self._run.drafts.items():
-            for end, lines in self._new_lines(path):
-                steps = [step for step in map(_step_of, lines) if step is not None]
-                if steps:
-                    observer.steps(draft, steps)
-                self._reached(path, end)
+        for drafts, prefix in ((self._run.drafts, ""), (self._run.heldout, "heldout/")):
+            for draft, path in drafts.items():
+                for end, lines in self._new_lines(path):
+                    steps = [step for line in lines if (step := _step_of(line, prefix)) is not None]
+                    if steps:
+                        observer.steps(draft, steps)
+                    self._reached(path, end)
         for end, lines in self._new_lines(self._events, batch=1):
             _tell_event(observer, _EVENT.validate_json(lines[0]))
             self._reached(self._events, end)
@@ -134,10 +135,12 @@ def _tell_event(observer: RunObserver, event: Event) -> None:
         observer.finished(event.report)
 
 
-def _step_of(line: bytes) -> dict[str, Any] | None:
-    """Return the step that a line of a metrics file is; None for one that is damaged."""
+def _step_of(line: bytes, prefix: str) -> dict[str, Any] | None:
+    """Return the step that a line of a metrics file is, its figures named with `prefix`; None for a damaged one."""
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    if not isinstance(record, dict) or "step" not in record:
+        return None
+    return {name if name in NO_FIGURES else prefix + name: value for name, value in record.items()}

@@ -17,7 +17,8 @@ from disagg_core.report.document import EvaluationFigures, GateFigures, RunRepor
 
 Step: TypeAlias = Mapping[str, Any]
 """One draft's figures of an optimizer step, as they stand in its ``train.jsonl``: `step`, `time`, and numbers."""
-_NO_FIGURES = {"step", "time"}
+NO_FIGURES = {"step", "time"}
+"""Fields of a line that say when it was written."""
 
 
 class TrackedRun(BaseModel):
@@ -35,6 +36,8 @@ class TrackedRun(BaseModel):
     """What the document does not say: versions of the target, the tokenizer and this software."""
     drafts: dict[str, Path]
     """The ``train.jsonl`` of each draft, by its folder; the folder of an only one is empty."""
+    heldout: dict[str, Path] = {}
+    """The ``heldout.jsonl`` of each draft, likewise; figures of a line are told as ``heldout/<name>``."""
 
 
 class Evaluated(BaseModel):
@@ -93,7 +96,7 @@ class RunObserver(Protocol):
 def scalars_of(step: Step) -> Iterator[tuple[str, float]]:
     """Yield the figures of a step by name; those of a list as ``name/0``, ``name/1``, ..."""
     for name, value in step.items():
-        if name in _NO_FIGURES or value is None:
+        if name in NO_FIGURES or value is None:
             continue
         if isinstance(value, list):
             yield from ((f"{name}/{index}", float(element)) for index, element in enumerate(value))

@@ -123,4 +123,5 @@ def tracked(plan: RunPlan) -> TrackedRun:
             "methods": ", ".join(draft.section.method for draft in plan.drafts),
         },
         drafts={draft.folder: draft.dir.train_metrics for draft in plan.drafts},
+        heldout={draft.folder: draft.dir.heldout_metrics for draft in plan.drafts},
     )

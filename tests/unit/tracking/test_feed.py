@@ -173,3 +173,13 @@ def test_half_a_line_waits_for_its_other_half_and_a_damaged_one_is_passed_over(r
 def test_the_figures_of_a_step_are_numbers_by_name() -> None:
     step = {"time": 1.0, "step": 3, "loss": 2.5, "accuracies": [0.5, 0.25], "in_flight": 8, "sample_age_s": None}
     assert dict(scalars_of(step)) == {"loss": 2.5, "accuracies/0": 0.5, "accuracies/1": 0.25, "in_flight": 8.0}
+
+
+def test_what_held_out_samples_say_is_told_under_a_name_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(run.tracker, "steps", lambda draft, steps: told.extend(dict(step) for step in steps))
+    path = run.tracked.root / "heldout.jsonl"
+    run.tracked = run.tracked.model_copy(update={"heldout": {"flash": path}})
+    path.write_text(json.dumps({"time": 1.0, "step": 4, "loss": 2.0, "accuracies": [0.5, 0.25]}) + "\n")
+    run.feed().follow(after(), last_s=0)
+    assert told == [{"time": 1.0, "step": 4, "heldout/loss": 2.0, "heldout/accuracies": [0.5, 0.25]}]
