@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from disagg_core.report.archive import ArchiveUnusable, add_files, archive_files, probe_archive, verify_archive
+from disagg_core.storage.place import BLOCK
 from disagg_core.storage.trees import TreeDamaged
 
 pytestmark = pytest.mark.unit
@@ -39,6 +41,19 @@ def test_the_manifest_names_every_file_with_its_hash(archive: Path) -> None:
     assert set(files) == {"run.json", "metrics/train.jsonl", "metrics/deep/x.bin"}
     assert all(len(entry["sha256"]) == 64 for entry in files.values())
     assert verify_archive(str(archive)) == 3
+
+
+def test_a_file_is_sent_and_checked_in_blocks_and_never_held(tmp_path: Path) -> None:
+    with (tmp_path / "draft.safetensors").open("wb") as file:
+        file.truncate(16 * BLOCK)
+    tracemalloc.start()
+    try:
+        archive_files({"draft.safetensors": tmp_path / "draft.safetensors"}, str(tmp_path / "archive"))
+        verify_archive(str(tmp_path / "archive"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * BLOCK
 
 
 def test_every_damaged_file_is_named(archive: Path) -> None:
