@@ -59,14 +59,21 @@ def consumer_figures(method: str, scale: Scale, bare: StepFigures) -> list[Figur
     bench = bench_of(method, scale.shape, device=scale.device)
     with tempfile.TemporaryDirectory() as folder:
         phases, rate = trained(bench, scale, windows, Path(folder))
-    copy_s = copy_alone(bench, scale)
     shares = shares_of(phases)
-    hidden = 1 - phases["h2d"] / (windows - 1) / copy_s
     return [
         Figure("whole consumer", rate, "samples/s", rate * bare.seconds / scale.batch, "the bare step", ">= 0.97"),
+        *(copies(bench, scale, phases["h2d"] / (windows - 1)) if scale.device == "cuda" else ()),
+        *(Figure(f"share: {label}", 100 * shares.get(phase, 0.0), "%") for phase, label in TRAINING_PHASES.items()),
+    ]
+
+
+def copies(bench: Bench, scale: Scale, in_step_s: float) -> list[Figure]:
+    """What a window's copy takes alone, and which part of it a step does not wait for."""
+    copy_s = copy_alone(bench, scale)
+    hidden = 1 - in_step_s / copy_s
+    return [
         Figure("copy of a window to the device, alone", 1e3 * copy_s, "ms"),
         Figure("copies that the step hides", 100 * hidden, "%", hidden, "the copy alone"),
-        *(Figure(f"share: {label}", 100 * shares.get(phase, 0.0), "%") for phase, label in TRAINING_PHASES.items()),
     ]
 
 
@@ -100,8 +107,7 @@ def copy_alone(bench: Bench, scale: Scale) -> float:
     for _ in range(5):
         began = time.perf_counter()
         batch.to(torch.device(scale.device))
-        if scale.device == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return best
 
