@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_core.processes.shutdown import PLATFORM_S
-from disagg_core.processes.tree import describe_exit, spawn, stop_tree
+from disagg_core.processes.tree import descendants, describe_exit, spawn, stop_tree
 from disagg_core.run_spec.document import PoolsSection
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _LONG_S = 60.0
 """Who lived for so long did not die of its start."""
+_LOOK_S = 5.0
+"""How often the keeper looks whether something is left of workers that died."""
 
 log = logging.getLogger(__name__)
 
@@ -80,32 +85,63 @@ class Pauses:
         return pause
 
 
+@dataclass(frozen=True)
+class _Workers:
+    """A process of workers, and the directory of its temporary files, which nobody removes for one that is killed."""
+
+    process: subprocess.Popen[bytes]
+    temporary: Path
+
+    @classmethod
+    def start(cls, command: list[str], own_log: Path) -> _Workers:
+        temporary = Path(tempfile.mkdtemp(prefix="draftline-workers-"))
+        return cls(spawn([*command, str(temporary)], own_log, death_signal=signal.SIGKILL), temporary)
+
+    def has_ended(self) -> bool:
+        """Whether it has ended with all that it started; what those read is then removed."""
+        if self.process.poll() is None or descendants(self.process):
+            return False
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        return True
+
+    def stop(self) -> None:
+        """End it, and all that it started."""
+        stop_tree(self.process, grace_s=PLATFORM_S / 2 - 5, first=signal.SIGINT)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
 def keep(command: list[str], own_log: Path) -> None:
     """Run `command` until SIGINT or SIGTERM; start it again when it ends. Main thread only.
 
-    What a process that died had started is left alone until the end, when all of it is ended.
+    Its last argument is a directory for its temporary files. What a process that died had started is left alone until
+    the end, when all of it is ended; its files go when it has ended.
     """
     stop = threading.Event()
     for number in _STOPS:
         signal.signal(number, lambda *_: stop.set())
-    started: list[subprocess.Popen[bytes]] = []
-    pauses = Pauses()
+    started: list[_Workers] = []
+    pauses, looked = Pauses(), time.monotonic()
     while not stop.is_set():
         pauses.begin(time.monotonic())
-        started.append(spawn(command, own_log, death_signal=signal.SIGKILL))
-        while not stop.wait(0.2) and started[-1].poll() is None:
-            continue
+        started.append(_Workers.start(command, own_log))
+        while not stop.wait(0.2) and started[-1].process.poll() is None:
+            if len(started) > 1 and time.monotonic() - looked >= _LOOK_S:
+                started = [workers for workers in started if not workers.has_ended()]
+                looked = time.monotonic()
         if not stop.is_set():
-            log.error("the workers died (%s) and are started again", describe_exit(started[-1].returncode))
+            log.error("the workers died (%s) and are started again", describe_exit(started[-1].process.returncode))
             stop.wait(pauses.next(time.monotonic()))
-    for process in reversed(started):
-        stop_tree(process, grace_s=PLATFORM_S / 2 - 5, first=signal.SIGINT)
+    for workers in reversed(started):
+        workers.stop()
 
 
 def main(arguments: list[str]) -> None:
-    """``serve`` runs the workers; the path of a log instead keeps a process that does, with its output there."""
+    """``serve DIRECTORY`` runs the workers with their temporary files there; the path of a log instead keeps a process
+    that does, with its output there.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if arguments[0] == "serve":
+        tempfile.tempdir = arguments[1]  # of this process alone: what it starts has the machine's own
         asyncio.run(serve(PoolsSection()))
     else:
         keep([sys.executable, "-m", "flows.platform.workers", "serve"], Path(arguments[0]))

@@ -97,7 +97,7 @@ class ChaosPlatform:
     def workers(self) -> psutil.Process:
         """Return the process in which the workers of all pools run."""
         keeper = psutil.Process(self.state["members"]["workers"]["pid"])
-        (workers,) = (child for child in keeper.children() if command_of(child).endswith(" serve"))
+        (workers,) = (child for child in keeper.children() if " serve " in command_of(child))
         return workers
 
     def workers_other_than(self, dead: psutil.Process) -> bool:

@@ -224,20 +224,25 @@ def test_workers_that_died_are_started_again_by_who_follows_a_run(
 
 
 def test_the_keeper_starts_workers_again_that_were_killed_and_ends_all_of_them(tmp_path: Path) -> None:
-    """What the killed ones had started lives on until the platform ends."""
+    """What the killed ones had started lives on until the platform ends, and has its files as long as it lives."""
     run = "import time; time.sleep(300)"
     worker = (
-        "import os, subprocess, sys, time\n"
+        "import os, pathlib, subprocess, sys, time\n"
+        "pathlib.Path(sys.argv[-1], 'file').touch()\n"
         f"run = subprocess.Popen([sys.executable, '-c', {run!r}], start_new_session=True)\n"
         "print(os.getpid(), run.pid, flush=True)\n"
         "time.sleep(300)"
     )
     log = tmp_path / "workers.log"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     code = (
         "import sys; from pathlib import Path; from flows.platform import workers\n"
-        f"workers._FIRST_PAUSE_S = 0.1; workers.keep([sys.executable, '-c', {worker!r}], Path({str(log)!r}))"
+        "workers._FIRST_PAUSE_S = workers._LOOK_S = 0.1\n"
+        f"workers.keep([sys.executable, '-c', {worker!r}], Path({str(log)!r}))"
     )
-    keeper = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    keeper = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3], env=environment)
 
     def started(count: int) -> list[list[psutil.Process]]:
         lines: list[str] = []
@@ -254,10 +259,14 @@ def test_the_keeper_starts_workers_again_that_were_killed_and_ends_all_of_them(t
         first.kill()
         everything = [run_of_first, *started(2)[1]]
         assert lives(run_of_first)
+        assert len(list(temporary.glob("*/file"))) == 2
+        run_of_first.kill()
+        assert wait_until(lambda: len(list(temporary.iterdir())) == 1, timeout_s=60, every_s=0.05)
         keeper.terminate()
         keeper.wait(60)
         assert len(everything) == 3
         assert not any(map(lives, everything))
+        assert list(temporary.iterdir()) == []
     finally:
         keeper.kill()
         keeper.wait()
