@@ -6,6 +6,7 @@
 #   --sglang --slow   the heavy ones of that tier: lost and hung servers, tensor parallelism
 #   --real            the tier with a real model, SmolLM2-135M, which is fetched from PyPI: about five minutes
 #   --chaos           whole runs that are disturbed, one at a time, measured into docs/reliability.md; -k redis picks some
+#   --ui              the Prefect UI in a browser: forms filled in, screenshots in pytest's folder
 #   --vllm            the vLLM tier: a stock vLLM decodes with exported drafts on the CPU, in an environment of its own
 # Anything else is passed to pytest; -n 0 runs the quick tiers in one process.
 set -euo pipefail
@@ -19,7 +20,7 @@ for argument in "$@"; do
     case "$argument" in
         --lint) lint=yes ;;
         --slow) slow="slow" ;;
-        --sglang | --vllm | --real | --chaos) tier="${argument#--}" ;;
+        --sglang | --vllm | --real | --ui | --chaos) tier="${argument#--}" ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -35,6 +36,7 @@ case "$tier" in
     sglang | chaos) bash infra/sglang/setup.sh --cpu ;;
     vllm) bash infra/vllm/setup.sh ;;
     real) bash infra/smollm2/setup.sh ;;
+    ui) bash infra/browser.sh ;;
 esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE  # a hundred processes would each compile all of our modules, and each worker all tests
@@ -43,7 +45,7 @@ parallel=()
 case "$tier" in
     chaos) chosen="chaos" ;;
     quick)
-        chosen="$slow and not sglang and not vllm and not real and not chaos"
+        chosen="$slow and not sglang and not vllm and not real and not ui and not chaos"
         # The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each
         # takes neighbouring tests, which share a store or a server; the heavy tiers load the whole machine, and run
         # alone.

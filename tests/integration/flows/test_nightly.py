@@ -1,7 +1,8 @@
 """Night after night: what the parent flow does with a registry, a gate, and prompts that grow.
 
 Real: the flow with its preflight, export, archive, registry, gate and report, and the Prefect server. Stand-ins: the
-store and the two roles (a checkpoint lies there at once), and the evaluation's flow run on another pool.
+store and the two roles (a checkpoint lies there at once), and the evaluation's flow run on another pool. Where a person
+is asked, this process does what the worker of the deployment does.
 """
 
 from __future__ import annotations
@@ -10,26 +11,31 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
-from prefect import State
+from prefect import State, get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow_async
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed
 
-from disagg_core.errors import SpecError
+from disagg_core.errors import BadInput, SpecError
 from disagg_core.recurring.candidate import INCUMBENT
 from disagg_core.registry.references import open_registry
 from disagg_core.registry.registry import Registry
 from disagg_core.report.archive import verify_archive
 from disagg_core.report.document import RunReport
-from disagg_core.run.plan import RunPlan
+from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
 from flows import online_disagg_training as parent
+from flows.cli.approval import approve, reject
+from flows.platform.deployments import NIGHTLY, register
 from tasks import evaluation, preflight, run_slot
+from tests.browser import choose, chromium_page, form_of
 from tests.integration.flows.conftest import PrefectServer
 from tests.integration.flows.test_evaluation import EVALUATED, TINY, completed, store_at_hand, trained_at_once
 
@@ -103,6 +109,66 @@ def night(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[[Measures]
         return state
 
     return run
+
+
+class Asked:
+    """A night whose draft a person decides about, of the deployment `nightly`."""
+
+    def __init__(self, spec: RunSpec, api: PrefectServer) -> None:
+        self.spec = spec.model_copy(update={"gate": spec.gate.model_copy(update={"approval": "always"})})
+        self.page = api.api_url.removesuffix("api") + "runs/flow-run/"
+        self.id = UUID(int=0)
+
+    def until_it_waits(self) -> None:
+        """Begin a run, until it is suspended and its process ends."""
+        asyncio.run(self._begin())
+        assert self.state() == "Suspended"
+
+    async def _begin(self) -> None:
+        async with get_client() as client:
+            deployment = await client.read_deployment_by_name(f"{parent.online_disagg_training.name}/{NIGHTLY}")
+            self.id = (await client.create_flow_run_from_deployment(deployment.id)).id
+        with pytest.raises(Pause):
+            await self._run()
+
+    async def _run(self) -> State[RunReport]:
+        async with get_client() as client:
+            flow_run = await client.read_flow_run(self.id)
+        given = {"spec": self.spec}
+        state: State[RunReport] = await run_flow_async(
+            parent.online_disagg_training, flow_run=flow_run, parameters=given, return_type="state"
+        )
+        return state
+
+    def to_its_end(self) -> State[RunReport]:
+        """Go on with a run that was answered; return its end state."""
+        return asyncio.run(self._run())
+
+    def state(self) -> str | None:
+        """Return the name of the run's state."""
+
+        async def read() -> str | None:
+            async with get_client() as client:
+                state = (await client.read_flow_run(self.id)).state
+            return state.name if state is not None else None
+
+        return asyncio.run(read())
+
+    @property
+    def run_id(self) -> str:
+        return run_id_of(self.spec, self.id)
+
+
+@pytest.fixture
+def asked(spec: RunSpec, api: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """A night that waits for a person, whose draft is worth something."""
+    if not api.find("deployments", deployments={"name": {"any_": [NIGHTLY]}}):
+        register()
+    monkeypatch.setenv("PREFECT_API_URL", api.api_url)
+    monkeypatch.setattr(evaluation, "run_child", measured(15, 0))
+    night = Asked(spec, api)
+    night.until_it_waits()
+    return night
 
 
 def reports(home: Path) -> list[RunReport]:
@@ -182,3 +248,69 @@ def test_what_the_gate_decides_is_not_said_twice(spec: RunSpec, tmp_path: Path) 
         load_spec(TINY, ["registry.publish=true", "evaluation.min_accept_length=1.2"])
     with pytest.raises(SpecError, match=r"recurring: expected data\.holdout"):
         load_spec(TINY, ["recurring.replay=0.1", "data.holdout=null"])
+
+
+def test_a_draft_that_is_approved_becomes_the_champion(asked: Asked, registry: Registry, tmp_path: Path) -> None:
+    assert registry.champion() is None
+    (waiting,) = reports(tmp_path)
+    assert waiting.gate is not None
+    assert waiting.gate.decision == "needs_approval"
+
+    approve(asked.run_id, comment="a beginning")
+    end = asked.to_its_end()
+    assert (end.name, end.type.value) == ("Promoted", "COMPLETED")
+    assert "approved by a person: a beginning" in str(end.message)
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.label == "v1"
+    (event,) = registry.history()
+    assert "approved by a person: a beginning" in event.reason
+    with pytest.raises(BadInput, match="expected a run that waits for approval, found one that is Promoted"):
+        approve(asked.run_id)
+
+
+def test_a_draft_that_a_person_rejects_ends_its_run_as_rejected(
+    asked: Asked, registry: Registry, tmp_path: Path
+) -> None:
+    reject(asked.run_id, comment="too little")
+    end = asked.to_its_end()
+    assert (end.name, end.type.value) == ("Rejected", "COMPLETED")
+    assert registry.champion() is None
+    assert len(registry.versions()) == 1
+    (report,) = reports(tmp_path)
+    assert report.gate is not None
+    assert report.gate.reasons[-1] == "rejected by a person: too little"
+
+
+@pytest.mark.ui
+def test_a_draft_is_approved_in_the_form_of_its_run(asked: Asked, registry: Registry, tmp_path: Path) -> None:
+    comment = "Read ten of its answers; none is worse."
+    with chromium_page() as page:
+        form = form_of(page, f"{asked.page}{asked.id}", "needs your approval")
+        shown = form.inner_text()
+        said = (
+            "v1 of run",
+            "accept length 1.500",
+            "on 16 prompts",
+            "there is no champion yet",
+            "reject: the champion stays",
+        )
+        assert all(fact in shown for fact in said), shown
+        choose(page, form, "approve")
+        form.get_by_role("textbox").fill(comment)
+        page.screenshot(path=tmp_path / "form.png")
+        form.get_by_role("button", name="Submit").click()
+        page.get_by_text("Resuming").first.wait_for()
+
+    assert asked.to_its_end().name == "Promoted"
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.label == "v1"
+    assert comment in registry.history()[0].reason
+    with chromium_page() as page:
+        page.goto(f"{asked.page}{asked.id}")
+        page.get_by_text("Promoted").first.wait_for()
+        page.screenshot(path=tmp_path / "promoted.png")
+        page.get_by_text("Artifacts", exact=True).click()
+        page.get_by_text(f"Report of run {asked.run_id}").first.wait_for()
+        page.screenshot(path=tmp_path / "artifacts.png")
