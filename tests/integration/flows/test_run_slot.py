@@ -34,31 +34,34 @@ def logger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_shares_a_pool_with_another_one_waits_for_all_of_it_and_holds_nothing(api: PrefectServer) -> None:
-    first, sharing, apart = plan_on("slot-a", "slot-b"), plan_on("slot-c", "slot-b"), plan_on("slot-c", "slot-d")
+    plans = {
+        "first": plan_on("slot-a", "slot-b"),
+        "sharing": plan_on("slot-c", "slot-b"),
+        "apart": plan_on("slot-c", "slot-d"),
+    }
+    asked, inside, ends = ({name: asyncio.Event() for name in plans} for _ in range(3))
     entered: list[str] = []
 
-    async def run(name: str, plan: Any, until: asyncio.Event) -> None:
-        async with run_slot(plan):
+    async def run(name: str) -> None:
+        asked[name].set()
+        async with run_slot(plans[name]):
             entered.append(name)
-            await until.wait()
+            inside[name].set()
+            await ends[name].wait()
 
     async def story() -> None:
-        ends = [asyncio.Event() for _ in range(3)]
         async with asyncio.timeout(200), asyncio.TaskGroup() as runs:
-            runs.create_task(run("first", first, ends[0]))
-            while entered != ["first"]:
-                await asyncio.sleep(0.05)
-            runs.create_task(run("sharing", sharing, ends[1]))
-            await asyncio.sleep(0)
-            runs.create_task(run("apart", apart, ends[2]))
-            while "apart" not in entered:  # the one that waits does not hold the pool that it could have
-                await asyncio.sleep(0.05)
+            runs.create_task(run("first"))
+            await inside["first"].wait()
+            runs.create_task(run("sharing"))
+            await asked["sharing"].wait()
+            runs.create_task(run("apart"))
+            await inside["apart"].wait()  # the one that waits does not hold the pool that it could have
             assert entered == ["first", "apart"]
-            ends[2].set()
-            ends[0].set()
-            while "sharing" not in entered:
-                await asyncio.sleep(0.05)
-            ends[1].set()
+            ends["apart"].set()
+            ends["first"].set()
+            await inside["sharing"].wait()
+            ends["sharing"].set()
 
     asyncio.run(story())
 
