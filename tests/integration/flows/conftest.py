@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from disagg_core.processes.tree import free_port, tail
 from disagg_core.settings import Settings
 from flows.platform import local
+from tests.kit.prefect_database import copy_empty_database
 from tests.unit.channel.kit import wait_for
 
 _OFTEN = {
@@ -53,6 +54,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
     settings = Settings(home=home)
     port = free_port(settings.host)
     environment = {**os.environ, **local.environment(settings, port), **_OFTEN, "OMP_NUM_THREADS": "1"}
+    copy_empty_database(tmp_path_factory, Path(environment["PREFECT_HOME"]) / "prefect.db")
     server = PrefectServer(environment, home / "server.log")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)]
     with running(command, server.environment, server.log) as process:

@@ -24,6 +24,7 @@ from disagg_core.run_spec.yaml_file import load_spec
 from flows.platform.deployments import zombie_automation
 from tasks.heartbeat import HEARTBEAT_ENVIRONMENT, HEARTBEAT_S, HEARTBEAT_WINDOW_S, HeartbeatTooRare, check_heartbeat
 from tasks.preflight import preflight
+from tests.kit.prefect_database import copy_empty_database
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +77,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with an empty database, to which our automation was sent."""
     file = tmp_path_factory.mktemp("server") / "prefect.db"
+    copy_empty_database(tmp_path_factory, file)
     with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{file}")):
         sent = {**zombie_automation().model_dump(mode="json"), "id": uuid4()}
         automation = asyncio.run(_created(Automation.model_validate(sent)))
@@ -86,7 +88,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 async def _created(automation: Automation) -> Automation:
     database = provide_database_interface()
-    await database.create_db()
     async with await database.session() as session, session.begin():
         return Automation.model_validate(
             await create_automation(session=session, automation=automation), from_attributes=True
