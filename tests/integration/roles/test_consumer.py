@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ from disagg_core.run_spec.document import RunSpec
 from disagg_core.target.facts import read_target_facts
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from tests.integration.channel.away import leaving_redis
+from tests.integration.forks import end, forked
 from tests.integration.training.consumer_kit import Attempt
 from tests.unit.channel.kit import wait_for
 
@@ -86,26 +88,33 @@ class Run:
         opened.identity = self.plan.identity(number, self.vocab_map.version)
         return opened
 
-    def start(self, attempt: int, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen:
-        """Start the role as its own process, under `launcher` if one is given."""
+    def start(self, attempt: int) -> ForkServerProcess:
+        """Start the role as its own process."""
+        return forked("disagg_core.roles.consumer", [str(self._document(attempt))], self._log(attempt))
+
+    def start_ranks(self, attempt: int) -> subprocess.Popen:
+        """Start two ranks of the role under torchrun."""
+        command = [sys.executable, *TORCHRUN, "-m", "disagg_core.roles.consumer", str(self._document(attempt))]
+        with self._log(attempt).open("wb") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def _document(self, attempt: int) -> Path:
         assignment = self.assignment(attempt)
         document = assignment.dir.state / "consumer-assignment.json"
         document.parent.mkdir(parents=True, exist_ok=True)
         document.write_text(assignment.model_dump_json())
-        log = (assignment.dir.state / "consumer.log").open("wb")
-        with log:
-            return subprocess.Popen(
-                [sys.executable, *launcher, "-m", "disagg_core.roles.consumer", str(document)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            )
+        return document
 
-    def wait_for_step(self, child: subprocess.Popen, attempt: int, step: int) -> None:
+    def _log(self, attempt: int) -> Path:
+        return self.assignment(attempt).dir.state / "consumer.log"
+
+    def wait_for_step(self, alive: Callable[[], bool], attempt: int, step: int) -> None:
         deadline = time.monotonic() + 90
         while not any(record["step"] == step for record in read_metrics(self.plan.dir.metrics / "train.jsonl")):
-            log = self.assignment(attempt).dir.state / "consumer.log"
-            assert child.poll() is None, log.read_text()[-4000:]
+            log = self._log(attempt)
+            assert alive(), log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             threading.Event().wait(0.05)
 
@@ -135,10 +144,9 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
         try:
             run.vocab_map.save(run.plan.dir.vocab_map)
             attempt.publish(range(5 * WINDOW), ended=False)
-            run.wait_for_step(child, 1, 5)
+            run.wait_for_step(child.is_alive, 1, 5)
         finally:
-            child.kill()
-            child.wait(30)
+            end(child)
         assert read_outcome(run.assignment(1).dir.state / "consumer-outcome.json") is None
     state = read_state(newest_complete(run.plan.dir.checkpoints))
     assert (state.step, state.cursor.trained) == (4, [(0, 15)])
@@ -147,13 +155,13 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
         attempt.publish(uncovered(run, stop=7 * WINDOW), ended=False)
         child = run.start(2)
         try:
-            run.wait_for_step(child, 2, 7)
-            child.send_signal(signal.SIGTERM)
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(60) == PREEMPTED_EXIT_CODE
+            run.wait_for_step(child.is_alive, 2, 7)
+            for _ in range(2):
+                os.kill(child.pid, signal.SIGTERM)
+            child.join(60)
+            assert child.exitcode == PREEMPTED_EXIT_CODE
         finally:
-            child.kill()
-            child.wait(30)
+            end(child)
         assert attempt.writer.reader_status().reason == "preempted"
         outcome = read_outcome(run.assignment(2).dir.state / "consumer-outcome.json")
         assert (outcome.state, outcome.failure_class) == ("failed", "preempted")
@@ -187,9 +195,9 @@ def test_two_ranks_are_preempted_together(tmp_path, target_dir, endpoints):
     run.vocab_map.save(run.plan.dir.vocab_map)
     with run.attempt(1) as attempt:
         attempt.publish(range(3 * WINDOW), ended=False)
-        child = run.start(1, TORCHRUN)
+        child = run.start_ranks(1)
         try:
-            run.wait_for_step(child, 1, 3)
+            run.wait_for_step(lambda: child.poll() is None, 1, 3)
             child.send_signal(signal.SIGTERM)
             assert child.wait(60) != 0
         finally:
@@ -212,7 +220,7 @@ def test_rank_0_names_what_felled_another_rank(tmp_path, target_dir, endpoints):
         attempt.identity = msgspec.structs.replace(attempt.identity, target_model_version="another")
         refs += attempt.stored([2, 3])
         attempt.writer.publish_many(sorted(refs, key=lambda ref: -ref.num_tokens))
-        child = run.start(1, TORCHRUN)
+        child = run.start_ranks(1)
         try:
             assert child.wait(120) != 0
         finally:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 
@@ -16,6 +14,7 @@ from disagg_core.channel import StreamingRefChannel
 from disagg_core.errors import ProducerFailed
 from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.store import MooncakeFeatureStore
+from tests.integration.forks import end, forked
 from tests.integration.rollout.rollout_kit import Consumer
 
 pytestmark = pytest.mark.integration
@@ -28,25 +27,20 @@ def start(tmp_path):
     """Start producer processes; those that still run at the end are killed."""
     started = []
 
-    def start(assignment) -> subprocess.Popen:
+    def start(assignment) -> ForkServerProcess:
         document = tmp_path / "producer.json"
         document.write_text(assignment.model_dump_json())
-        with (tmp_path / "producer.log").open("ab") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "disagg_core.roles.producer", str(document)],
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    cwd=Path(__file__).parents[3],
-                )
-            )
+        started.append(forked("disagg_core.roles.producer", [str(document)], tmp_path / "producer.log"))
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
-        process.wait()
+        end(process)
+
+
+def exit_code(process: ForkServerProcess, within_s: float) -> int | None:
+    process.join(within_s)
+    return process.exitcode
 
 
 def open_channel(assignment) -> StreamingRefChannel:
@@ -56,7 +50,7 @@ def open_channel(assignment) -> StreamingRefChannel:
 def wait_until(condition, process, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "the producer ended"
+        assert process.is_alive(), "the producer ended"
         assert time.monotonic() < deadline, "waited too long"
         threading.Event().wait(0.02)
 
@@ -71,9 +65,8 @@ def test_a_killed_producer_is_started_again_and_nothing_is_lost_or_doubled(make_
         with Consumer(channel, store, window=2) as consumer:
             process = start(assignment)
             wait_until(lambda: watch.published >= 9, process)
-            process.kill()
-            process.wait()
-            assert start(assignment).wait(120) == 0
+            end(process)
+            assert exit_code(start(assignment), 120) == 0
         assert consumer.error is None
         assert consumer.ordinals == list(range(40))
         assert (channel.totals.refs, channel.totals.prompts) == (40, 40)
@@ -88,8 +81,8 @@ def test_a_producer_that_is_asked_to_stop_says_so_in_the_stream(make_assignment,
     ):
         process = start(assignment)
         wait_until(lambda: watch.published >= 1, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == PREEMPTED_EXIT_CODE
+        os.kill(process.pid, signal.SIGTERM)
+        assert exit_code(process, 30) == PREEMPTED_EXIT_CODE
         with pytest.raises(ProducerFailed) as failure:
             list(watch.stream())
         assert failure.value.failure_class == "preempted"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +24,7 @@ from disagg_core.run.plan import RoleAssignment
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from tasks.roles import hand_over_cursor
+from tests.integration.forks import end, forked
 
 pytestmark = pytest.mark.integration
 
@@ -79,23 +77,16 @@ def killed_at(step: int, assignment: RoleAssignment) -> None:
     document = assignment.dir.state / "consumer-assignment.json"
     document.write_text(assignment.model_dump_json())
     log = assignment.dir.logs / "consumer.log"
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "disagg_core.roles.consumer", str(document)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    child = forked("disagg_core.roles.consumer", [str(document)], log)
     files = [draft.dir.train_metrics for draft in assignment.plan.drafts]
     deadline = time.monotonic() + 120
     try:
         while not all(any(record["step"] >= step for record in read_metrics(file)) for file in files):
-            assert child.poll() is None, log.read_text()[-4000:]
+            assert child.is_alive(), log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             threading.Event().wait(0.01)
     finally:
-        child.kill()
-        child.wait(30)
+        end(child)
 
 
 def test_a_killed_run_of_two_drafts_ends_with_the_bits_that_each_has_alone(assignment, tmp_path):
