@@ -16,9 +16,9 @@ from disagg_core.training.checkpoint import newest_complete, read_state
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.heldout import HeldOutPlan
 from disagg_core.training.observers import MetricsObserver
+from tests.integration.forks import run_ranks
 from tests.integration.training.consumer_kit import Attempt, consumer, identity_of, sample, section
 from tests.integration.training.test_fit import StopWhen
-from tests.integration.training.test_ranks import run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -195,7 +195,7 @@ def test_two_ranks_measure_what_one_does(endpoints, ranks, tmp_path, run_id):
                     }
                 )
             )
-            run_ranks(size, told)
+            run_ranks(size, "tests.integration.training.rank_main", [str(told)], root / "ranks.log")
         found[size] = [json.loads(line) for line in (root / "heldout.jsonl").read_text().splitlines()]
 
     assert [record["step"] for record in found[1]] == [2, 4]
