@@ -32,7 +32,7 @@ class Approval(RunInput):
     decision: Literal["approve", "reject"] = Field(
         description="approve: the draft becomes the champion; reject: the champion stays, and the run is a success."
     )
-    comment: str = Field("", description="Why; kept in the run's report, and with a champion in the history of drafts.")
+    comment: str = Field("", description="Why; kept in the run's report, and on approval in the registry.")
 
 
 @task(name="incumbent", task_run_name="champion to compare with", cache_policy=NO_CACHE)

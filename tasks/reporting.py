@@ -80,7 +80,9 @@ def publish_report(plan: RunPlan, report: RunReport) -> RunReport:
 
 def _show(plan: RunPlan, report: RunReport, picture: Path | None) -> None:
     key = artifact_key(plan.run_id)
-    create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=f"Report of run {plan.run_id}")
+    decided = f": {report.gate.decision.replace('_', ' ')}" if report.gate is not None else ""
+    about = f"Report of run {plan.run_id}{decided}"  # one that asks has a report before and after
+    create_markdown_artifact(to_markdown(report), key=f"report-{key}", description=about)
     rows = [{"figure": figure.label, "value": figure.value} for figure in figures_of(report)]
     create_table_artifact(rows, key=f"figures-{key}", description="What the run came to")
     if compared := comparison_of(report):
