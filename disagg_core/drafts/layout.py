@@ -32,6 +32,12 @@ class Layout:
         return cls(starts, torch.full_like(starts, width), width, packed=False)
 
     @classmethod
+    def like(cls, mask: Tensor) -> Layout:
+        """Return the layout of samples that are padded as `mask` ``[batch, tokens]`` is, on its device."""
+        batch, width = mask.shape
+        return cls.padded(batch, width, mask.device)
+
+    @classmethod
     def of(cls, lengths: Sequence[int], *, multiple_of: int, packed: bool, pin: bool = False) -> Layout:
         """Return the layout of samples of `lengths` tokens; rows are padded to a multiple of `multiple_of` tokens."""
         width = _rounded(max(lengths), multiple_of)

@@ -102,7 +102,7 @@ class DraftInput:
     def add(self, window: DraftBatches, samples: Sequence[Sample], *, pin: bool = False) -> None:
         """Add a micro-batch of `samples` to `window`, `pin` in pinned memory; None with nothing to train on."""
         own = [self.selection.of(sample) for sample in samples] if self.selection is not None else samples
-        packed = varied([len(sample) for sample in own]) if self.packing == "auto" else self.packing
+        packed = self.packing is True or (self.packing == "auto" and varied([len(sample) for sample in own]))
         batch = self.batcher.collate(own, multiple_of=self.multiple_of, packed=packed, pin=pin) if own else None
         positions = self.batcher.trainable_positions(batch) if batch is not None else 0
         batch = batch if positions else None

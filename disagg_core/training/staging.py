@@ -59,7 +59,7 @@ class Stager:
         self._inputs = inputs
         self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="staging")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._closed = False
 
     def stage(self, window: PendingWindow) -> None:

@@ -77,7 +77,7 @@ class QueuedStep:
             on_device = self._numbers
             self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
             self._numbers.copy_(on_device, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def result(self) -> StepResult:
@@ -221,7 +221,7 @@ class _Tally:
     """Sums the figures of micro-batches on the device; all ranks add outputs of the same names and shapes."""
 
     def __init__(self) -> None:
-        self._like: Mapping[str, Ratio] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._sums: Tensor | None = None
         self._loss: list[Tensor] = []
 
@@ -240,7 +240,7 @@ class _Tally:
         """Add the figures of one micro-batch; those of one that does not count only tell the shapes."""
         parts = torch.cat([part.detach().flatten().float() for part in _parts(ratios)])
         parts = parts if counts else torch.zeros_like(parts)
-        self._like = ratios
+        self._sizes = {name: (ratio.numerator.numel(), ratio.denominator.numel()) for name, ratio in ratios.items()}
         self._sums = parts if self._sums is None else self._sums + parts
         if counts or not self._loss:
             loss = ratios["loss"].numerator.detach().sum()
@@ -248,8 +248,8 @@ class _Tally:
 
     def split(self, sums: Tensor) -> dict[str, Ratio]:
         """Return the figures that `sums`, over all ranks, are."""
-        split = iter(torch.split(sums, [part.numel() for part in _parts(self._like)]))
-        return {name: Ratio(next(split), next(split)) for name in self._like}
+        split = iter(torch.split(sums, [size for pair in self._sizes.values() for size in pair]))
+        return {name: Ratio(next(split), next(split)) for name in self._sizes}
 
 
 def _parts(ratios: Mapping[str, Ratio]) -> Iterable[Tensor]:

@@ -36,18 +36,21 @@ class TrainedWindow:
 
     def __init__(self, trainee: Trainee, queued: QueuedStep | None) -> None:
         """`queued` is None where there was nothing to train on."""
-        self._trainee, self._queued, self._result = trainee, queued, None
-        self.counted = queued is None
+        self._trainee, self._queued = trainee, queued
+        self._result: StepResult | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether its result was asked for; always, without anything to train on."""
+        return self._queued is None
 
     def result(self) -> StepResult | None:
         """Return the figures, also where they are not finite and the weights stayed as they were.
 
         Waits for the device at the first call. None without anything to train on.
         """
-        if not self.counted:
-            assert self._queued is not None
-            self._result: StepResult | None = self._queued.result()
-            self.counted = True
+        if self._queued is not None:
+            self._result, self._queued = self._queued.result(), None
             self._trainee.count(self._result)
         return self._result
 
@@ -78,13 +81,14 @@ class Trainee:
         The window before is counted before this one is about to change the weights: the step has its right number.
         """
         started = time.monotonic()
-        before, counts = self._last, {"samples": samples, "tokens": tokens}
+        before = self._last
         with self.random.in_force():
             if before is None or before.counted:
-                queued = self.step.run(batches, self.progress.step, **counts)
+                queued = self.step.run(batches, self.progress.step, samples=samples, tokens=tokens)
             else:
-                queued = self.step.run(batches, self.progress.step, **counts, recount=before.steps_after)
-                before.result()
+                recount = before.steps_after
+                queued = self.step.run(batches, self.progress.step, samples=samples, tokens=tokens, recount=recount)
+                before.result()  # nobody asked for it where this window has nothing to train on
         self.progress.seconds += time.monotonic() - started
         self._last = TrainedWindow(self, queued)
         return self._last

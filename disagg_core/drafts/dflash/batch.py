@@ -45,7 +45,7 @@ class DFlashBatch:
     @property
     def layout(self) -> Layout:
         """Where its samples lie."""
-        return self.packing or Layout.padded(*self.loss_mask.shape)
+        return self.packing or Layout.like(self.loss_mask)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> DFlashBatch:

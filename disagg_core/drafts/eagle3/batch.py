@@ -39,7 +39,7 @@ class Eagle3Batch:
     @property
     def layout(self) -> Layout:
         """Where its samples lie; on the device of the masks."""
-        return self.packing or Layout.padded(*self.loss_mask.shape, self.loss_mask.device)
+        return self.packing or Layout.like(self.loss_mask)
 
     @classmethod
     def of(cls, tensors: Eagle3Batch | Mapping[str, Tensor]) -> Eagle3Batch:
@@ -162,7 +162,7 @@ def plan_step(
         dense: every sample has the same number of key rows (for attention kernels without packing).
         layout: where the samples lie, on the masks' device; by default padded as the masks are.
     """
-    layout = layout or Layout.padded(*mask.shape, mask.device)
+    layout = layout or Layout.like(mask)
     grid = _Grid.of(mask, layout, ttt_length, every_row=every_row, dense=dense)
     padding = grid.pick(attention_mask.to(mask.device) == 0, grid.is_key)
     denominators = torch.stack([mask[:, k:].sum() for k in range(ttt_length)]).to(torch.float32)

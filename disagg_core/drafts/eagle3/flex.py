@@ -33,7 +33,8 @@ class DocumentAttention:
         attend = _compiled_flex() if query.is_cuda else flex_attention
         packed = (x.transpose(0, 1)[None] for x in (query, key, value))
         block, extra = attend(*packed, block_mask=self._pattern, enable_gqa=True, return_aux=AuxRequest(lse=True))
-        output, logsumexp = block[0].transpose(0, 1), extra.lse[0].transpose(0, 1)  # [rows, heads, d], [rows, heads]
+        output: Tensor = block[0].transpose(0, 1)  # [rows, heads, d]
+        logsumexp: Tensor = extra.lse[0].transpose(0, 1)  # [rows, heads]
         if not own_keys:
             return output.contiguous()
         grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, group, d]

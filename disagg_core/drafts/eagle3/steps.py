@@ -58,8 +58,9 @@ class _Steps:
 
     def __init__(self, draft: Eagle3Draft, batch: Eagle3Batch, plan: StepPlan, kernel: AttentionKernel) -> None:
         self._draft, self._plan = draft, plan
-        whole = DocumentAttention(plan) if kernel == "flex" else partial(own_column_attention, plan, kernel)
-        self._attend: Callable[..., Tensor] = whole
+        self._attend: Callable[..., Tensor] = partial(own_column_attention, plan, kernel)
+        if kernel == "flex":
+            self._attend = DocumentAttention(plan)
         self._layer = draft.midlayer
         attention = self._layer.self_attn
         hidden = draft.config.hidden_size

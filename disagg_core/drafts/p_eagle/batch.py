@@ -49,7 +49,7 @@ class PEagleBatch:
     @property
     def layout(self) -> Layout:
         """Where its samples lie."""
-        return self.packing or Layout.padded(*self.mask.shape)
+        return self.packing or Layout.like(self.mask)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PEagleBatch:
         """Move states and ids to `device`; what the rows are planned from stays where it is."""
