@@ -103,13 +103,19 @@ class Training:
 
     def _kill(self, rank: int, step: int, delay_s: float) -> None:
         deadline = time.monotonic() + LIMIT_S
-        while not any(record["step"] == step for record in read_metrics(self.root / "train.jsonl")) and step:
+        while not self._has_reached(step):
             assert all(process.is_alive() for process in self.processes), self._logs()
             assert time.monotonic() < deadline, self._logs()
             threading.Event().wait(0.01)
         threading.Event().wait(delay_s)
         assert self.processes[rank].is_alive(), "it was over before"
         self.processes[rank].kill()
+
+    def _has_reached(self, step: int) -> bool:
+        """Whether `step` is trained; 0 is the first checkpoint: no agent ends ranks that wait to meet a dead one."""
+        if step == 0:
+            return any(self.checkpoints.glob("*step-0*"))
+        return any(record["step"] == step for record in read_metrics(self.root / "train.jsonl"))
 
     def _log(self, rank: int) -> Path:
         return self.root / f"rank-{self.number}-{rank}.log"
