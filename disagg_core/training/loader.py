@@ -279,12 +279,11 @@ class FeatureDataLoader:
         A store that is away may keep a transfer for longer than there is time after a stop signal. A rank whose store
         fails for good ends the iteration on all of them: `failure` holds its error there.
         """
-        assert pending.staged is not None
         left = pending.unfinished()
         if self._ranks.sum([float(left)])[0]:
             self.before_waiting()
         while True:
-            wait([*pending.transfers(), pending.staged], POLL_S)
+            wait(pending.work(), POLL_S)
             before, left = left, pending.unfinished()
             if left < before:
                 self.on_progress("fetching samples")

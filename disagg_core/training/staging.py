@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,14 @@ class PendingWindow:
         """Return all transfers."""
         return [future for share in self.shares for _ref, future in share]
 
-    def unfinished(self) -> int:
-        """Return how many transfers, and staging itself, are not done."""
+    def work(self) -> list[Future[Any]]:
+        """Return all transfers, and staging itself, which has begun."""
         assert self.staged is not None
-        return sum(not future.done() for future in [*self.transfers(), self.staged])
+        return [*self.transfers(), self.staged]
+
+    def unfinished(self) -> int:
+        """Return how much of its work is not done."""
+        return sum(not future.done() for future in self.work())
 
     def broken(self) -> BaseException | None:
         """Return what a transfer ended with, of those that are done, if it is no fault of its one sample."""

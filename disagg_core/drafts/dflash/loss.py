@@ -243,7 +243,7 @@ def teacher_labels(plan: BlockPlan, batch: DFlashBatch, lm_head: Tensor) -> Tens
     states = batch.last_hidden_state.flatten(0, 1)
     wanted = plan.taught_flat
     step = max(1, _ARGMAX_BYTES // (4 * lm_head.shape[0]))
-    found = [linear(states[part].to(lm_head.dtype), lm_head).argmax(-1) for part in wanted.split(step)]
+    found = [linear(states[part].to(lm_head.dtype), lm_head).argmax(-1) for part in torch.split(wanted, step)]
     labels = torch.cat(found)[plan.taught_by] if found else wanted
     return plan.labels.flatten().index_copy(0, plan.trained_flat, labels).view(plan.labels.shape)
 

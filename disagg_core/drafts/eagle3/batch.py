@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class Eagle3Batch:
             missing = [name for name in names if name not in tensors]
             if missing:
                 raise BadInput(f"batch: expected {', '.join(names)}; missing: {', '.join(missing)}")
-            tensors = cls(**{name: tensors[name] for name in names})
+            given: dict[str, Any] = {name: tensors[name] for name in names}
+            tensors = cls(**given)
         for name in names:
             tensor: Tensor = getattr(tensors, name)
             shape = (tensors.loss_mask if name.endswith("mask") else tensors.input_ids).shape

@@ -37,7 +37,7 @@ class DocumentAttention:
         logsumexp: Tensor = extra.lse[0].transpose(0, 1)  # [rows, heads]
         if not own_keys:
             return output.contiguous()
-        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
+        grouped = torch.unflatten(query, 1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
         scale = 1.0 / math.sqrt(query.shape[2])
         scores = [((grouped * own.unsqueeze(2)).sum(-1).flatten(1) * scale).to(logsumexp.dtype) for own in own_keys]
         merged = torch.stack([logsumexp, *scores]).logsumexp(0)
