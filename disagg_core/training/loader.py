@@ -14,8 +14,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
-from typing import Literal
+from concurrent.futures import Future, wait
+from typing import Any, Literal
 
 import msgspec
 import torch
