@@ -14,8 +14,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from typing import Any, Literal
+from concurrent.futures import wait
+from typing import Literal
 
 import msgspec
 import torch
@@ -136,14 +136,12 @@ class FeatureDataLoader:
             if self.end_reason is not None:
                 return
             self.on_phase("features")
-            self._stager.stage(self._pending[0])
             if not self._arrived(self._pending[0]):
                 self.end_reason = self.end_reason or "stop requested"
                 return
-            staged = self._pending.popleft().staged
+            staged = self._stager.stage(self._pending.popleft())
             if self._pending:  # its batches are made, and copied, while this window is trained
                 self._stager.stage(self._pending[0])
-            assert staged is not None
             self.on_phase("collate")
             window = staged.result()
             window.wait_s = time.monotonic() - started
@@ -279,20 +277,22 @@ class FeatureDataLoader:
         A store that is away may keep a transfer for longer than there is time after a stop signal. A rank whose store
         fails for good ends the iteration on all of them: `failure` holds its error there.
         """
-        left = pending.unfinished()
-        if self._ranks.sum([float(left)])[0]:
-            self.before_waiting()
+        self._stager.stage(pending)
+        waits = False
         while True:
-            wait(pending.work(), POLL_S)
-            before, left = left, pending.unfinished()
-            if left < before:
-                self.on_progress("fetching samples")
+            left = pending.unfinished()
             missing, stops = self._ranks.sum([float(left), float(self._stop)])
             if missing and stops:
                 self._stop = True
                 return False
             if not missing:
                 break
+            if not waits:
+                self.before_waiting()
+                waits = True
+            wait(pending.work(), POLL_S)
+            if pending.unfinished() < left:
+                self.on_progress("fetching samples")
         if self._ranks.sum([float(pending.broken() is not None)])[0]:
             self.failure, self.end_reason = pending.broken(), "stream failed"
             return False

@@ -67,10 +67,11 @@ class Stager:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._closed = False
 
-    def stage(self, window: PendingWindow) -> None:
-        """Begin to make the batches of `window`, if that was not asked for before; `window.staged` has the result."""
+    def stage(self, window: PendingWindow) -> Future[TrainingWindow]:
+        """Begin to make the batches of `window`, unless that was begun before; return what has the result."""
         if window.staged is None:
             window.staged = self._thread.submit(self._made, window)
+        return window.staged
 
     def close(self) -> None:
         """Begin nothing any more, and end a wait for samples; what is being made is dropped."""

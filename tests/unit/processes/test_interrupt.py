@@ -16,7 +16,8 @@ from disagg_core.processes.interrupt import check_interrupt, interruptible
 from disagg_core.processes.tree import free_port
 from disagg_core.rollout.worker import RolloutWorker
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.loader import FeatureDataLoader, _Pending
+from disagg_core.training.loader import FeatureDataLoader
+from disagg_core.training.staging import PendingWindow
 
 pytestmark = pytest.mark.unit
 
@@ -116,7 +117,7 @@ def test_a_stop_of_another_rank_ends_the_wait_for_samples_that_only_this_rank_la
     never: Future = Future()
 
     with ThreadPoolExecutor(1) as waiter:
-        arrived = waiter.submit(loader._arrived, _Pending([], [[(None, never)]]))
+        arrived = waiter.submit(loader._arrived, PendingWindow([], [[(None, never)]]))
         try:
             assert arrived.result(timeout=30) is False
         finally:
