@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.chaos.platform import ChaosPlatform, platform_in
+from tests.e2e.nights import Nights
 from tests.kit.processes import processes_of
 from tests.kit.runs import TINY, Ours, draftline, home
 
@@ -22,3 +25,16 @@ def tiny() -> str:
 def ours(home: Path) -> Ours:
     """Ask for every live process that was started in the test's home."""
     return lambda: processes_of(home)
+
+
+@pytest.fixture(scope="session")
+def nights_platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosPlatform]:
+    """A platform for nights that leave it as it was."""
+    with platform_in(tmp_path_factory.mktemp("nights") / "home") as platform:
+        yield platform
+
+
+@pytest.fixture
+def nights(nights_platform: ChaosPlatform, tmp_path: Path) -> Nights:
+    """Recurring training with prompts and a registry of the test's own; nothing is registered yet."""
+    return Nights(nights_platform, tmp_path)
