@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from disagg_core.drafts.export import import_draft
@@ -65,6 +68,39 @@ def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
     assert "44 = 44 published + 0 rejected" in output
     assert (home / "runs" / report.run_id / "report.png").read_bytes().startswith(b"\x89PNG")
     assert ours() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3300)
+def test_a_run_that_is_repeated_from_its_archive_gives_the_same_draft(
+    home: Path, draftline: Draftline, tiny: str
+) -> None:
+    """Bit for bit, by the archive alone: the run's directory is gone."""
+    run = draftline("run", tiny, "--set", "rollout.workers=1", "--set", "evaluation.at_end=false")
+    output, _ = run.communicate(timeout=1500)
+    assert run.returncode == 0, output
+    first = report_of(home)
+    assert first.archive is not None
+    shutil.rmtree(first.run_dir)
+
+    again = draftline("run", first.archive.url)
+    output, _ = again.communicate(timeout=1500)
+    assert again.returncode == 0, output
+    second = report_of(home)
+    assert second.run_id != first.run_id
+    assert second.archive is not None
+    name = f"checkpoints/step-{STEPS}/draft.safetensors"
+    one, other = (load_file(Path(report.archive.url) / name) for report in (first, second) if report.archive)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+
+    shown = draftline("diff", first.archive.url, second.archive.url, "--json")
+    output, _ = shown.communicate(timeout=300)
+    found = json.loads(output)
+    assert (found["document"], found["data"], found["identity"]) == ([], [], [])
+    assert found["curves"]
+    losses = [point for point in found["curves"] if point["figure"] == "loss"]
+    assert all(point["one"] == point["other"] for point in losses)
 
 
 @pytest.mark.slow

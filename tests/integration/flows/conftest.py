@@ -39,7 +39,9 @@ class PrefectServer:
 
     def find(self, what: str, **filters: object) -> list[dict[str, object]]:
         """Ask the API for `what` (``flow_runs``, ``deployments``, ...)."""
-        answer = httpx.post(f"{self.api_url}/{what}/filter", json=filters, trust_env=False).raise_for_status()
+        answer = httpx.post(
+            f"{self.api_url}/{what}/filter", json=filters, timeout=60, trust_env=False
+        ).raise_for_status()
         return list(answer.json())
 
     def ready(self) -> bool:
@@ -50,25 +52,44 @@ class PrefectServer:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    home = tmp_path_factory.mktemp("prefect-server")
+    server = server_in(tmp_path_factory.mktemp("prefect-server"))
+    copy_empty_database(tmp_path_factory, Path(server.environment["PREFECT_HOME"]) / "prefect.db")
+    with served(server):
+        yield server
+
+
+def server_in(home: Path) -> PrefectServer:
+    """Return a server whose files are in `home`; it does not run yet."""
     settings = Settings(home=home)
     port = free_port(settings.host)
     environment = {**os.environ, **local.environment(settings, port), **_OFTEN, "OMP_NUM_THREADS": "1"}
-    copy_empty_database(tmp_path_factory, Path(environment["PREFECT_HOME"]) / "prefect.db")
-    server = PrefectServer(environment, home / "server.log")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host, "--port", str(port)]
+    return PrefectServer(environment, home / "server.log")
+
+
+@contextlib.contextmanager
+def served(server: PrefectServer) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the server for the block, once it is ready."""
+    address = httpx.URL(server.api_url)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", address.host, "--port", str(address.port)]
     with running(command, server.environment, server.log) as process:
         wait_for(lambda: server.ready() or process.poll() is not None, local.START_TIMEOUT_S, poll_s=0.1)
         assert process.poll() is None, tail(server.log)
-        yield server
+        yield process
 
 
 @pytest.fixture
 def api(prefect_server: PrefectServer) -> Iterator[PrefectServer]:
     """The server, spoken to by Prefect's client in this process."""
-    updates = {PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: Path(prefect_server.environment["PREFECT_HOME"])}
-    with temporary_settings(updates=updates):
+    with spoken_to(prefect_server):
         yield prefect_server
+
+
+@contextlib.contextmanager
+def spoken_to(server: PrefectServer) -> Iterator[None]:
+    """Have Prefect's client in this process speak to the server."""
+    updates = {PREFECT_API_URL: server.api_url, PREFECT_HOME: Path(server.environment["PREFECT_HOME"])}
+    with temporary_settings(updates=updates):
+        yield
 
 
 @contextlib.contextmanager

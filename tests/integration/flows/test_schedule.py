@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect import State, get_client
+from prefect.states import Completed, Pending, Running
 
-from tests.integration.flows.conftest import PrefectServer, running
+from disagg_core.run_spec.yaml_file import load_spec
+from flows.platform.deployments import Nightly, register
+from tests.integration.flows.conftest import PrefectServer, running, served, server_in, spoken_to
 from tests.unit.channel.kit import wait_for
 
 pytestmark = pytest.mark.integration
 
+NIGHTLY = Path(__file__).resolve().parents[3] / "infra" / "runs" / "nightly.yaml"
 GREETING = Path(__file__).with_name("greeting.py")
 
 
@@ -26,3 +33,55 @@ def test_a_schedule_starts_a_run(prefect_server: PrefectServer, tmp_path: Path) 
     created_by = scheduled_and_done()[0]["created_by"]
     assert isinstance(created_by, dict)
     assert created_by["type"] == "SCHEDULE"
+
+
+def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_server(tmp_path: Path) -> None:
+    """The clock strikes every minute; this test does what a worker does with the runs that it makes."""
+    server = server_in(tmp_path)
+    with spoken_to(server):
+        with served(server) as process:
+            register(Nightly(load_spec(NIGHTLY), "* * * * *"))
+            wait_for(lambda: len(nights(server)) >= 2, 120, poll_s=0.5)
+            first, second = nights(server)[:2]
+            assert ask(first, Pending()).name == "Pending"
+            wait_for(lambda: ask(first, Running()).name == "Running", 120, poll_s=1.0)  # it may be due in a minute
+            keep_slot(first)
+            assert ask(second, Pending()).name == "AwaitingConcurrencySlot"
+            known = set(nights(server))
+            process.kill()
+
+        with served(server):
+            assert ask(second, Pending()).name == "AwaitingConcurrencySlot"
+            wait_for(lambda: set(nights(server)) > known, 180, poll_s=0.5)
+            assert ask(first, Completed(name="Promoted")).name == "Promoted"
+            assert ask(second, Pending()).name == "Pending"
+
+
+def nights(server: PrefectServer) -> list[UUID]:
+    """Return the runs that the clock has made so far, the earliest first."""
+    runs = server.find("flow_runs", deployments={"name": {"any_": ["nightly"]}}, sort="EXPECTED_START_TIME_ASC")
+    return [UUID(str(run["id"])) for run in runs if run["auto_scheduled"]]
+
+
+def keep_slot(flow_run_id: UUID) -> None:
+    """Renew the slot of a run, as its process does, for longer than this test takes."""
+
+    async def renew() -> None:
+        async with get_client() as client:
+            state = (await client.read_flow_run(flow_run_id)).state
+            assert state is not None
+            lease = state.state_details.deployment_concurrency_lease_id
+            assert lease is not None
+            await client.renew_concurrency_lease(lease, 3600)
+
+    asyncio.run(renew())
+
+
+def ask(flow_run_id: UUID, state: State[None]) -> State[None]:
+    """Propose a state for a run, as its worker and its process do; return the one that the server gives it."""
+
+    async def propose() -> State[None]:
+        async with get_client() as client:
+            return (await client.set_flow_run_state(flow_run_id, state)).state  # type: ignore[return-value]
+
+    return asyncio.run(propose())
