@@ -34,7 +34,7 @@ from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.method import FrozenParts
 from disagg_core.drafts.sampling import Sampler
 
-_CODEBOOK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
+_CODEBOOK_BYTES = {"cpu": 16 * 1024**2, "cuda": 512 * 1024**2}
 """Bytes of the candidates' codebook rows that are gathered at once."""
 
 
