@@ -35,6 +35,7 @@ def test_a_schedule_starts_a_run(prefect_server: PrefectServer, tmp_path: Path) 
     assert created_by["type"] == "SCHEDULE"
 
 
+@pytest.mark.slow
 def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_server(tmp_path: Path) -> None:
     """The clock strikes every minute; this test does what a worker does with the runs that it makes."""
     server = server_in(tmp_path)
