@@ -60,10 +60,15 @@ def test_the_nightly_schedule_is_off_until_somebody_gives_a_document(api: Prefec
 
 @pytest.mark.parametrize("event", sorted(TRIGGERS))
 def test_an_event_starts_a_run(registered: PrefectServer, event: str) -> None:
+    """The server may need some seconds to watch for a new automation's event, which is therefore sent again."""
     api = registered
-    before = len(runs_of(api, "on-demand"))
-    emit_event(event=event, resource={"prefect.resource.id": "draftline.draft.model"}, payload={"reason": "seen"})
-    wait_for(lambda: len(runs_of(api, "on-demand")) > before, 60, poll_s=0.5)
+    (automation,) = api.find("automations", automations={"name": {"any_": [TRIGGERS[event]]}})
+
+    def started() -> bool:
+        emit_event(event=event, resource={"prefect.resource.id": "draftline.draft.model"}, payload={"reason": "seen"})
+        return any((run["created_by"] or {}).get("id") == automation["id"] for run in runs_of(api, "on-demand"))
+
+    wait_for(started, 60, poll_s=2.0)
 
 
 def test_an_automation_that_somebody_switched_off_stays_off(registered: PrefectServer) -> None:
