@@ -129,18 +129,21 @@ class Trainer:
         self._clock.enter("other")
         self._on_progress("saved a checkpoint")
 
-    def _save_after(self, error: Exception) -> None:
+    def _save_after(self, error: Exception, loader: FeatureDataLoader, tally: FitTally) -> None:
         """Save what was trained until `error`, if the weights are sound and no other rank has to help.
 
         Other ranks may be anywhere at this moment. What all of them notice ends in `_train`, and is saved by all.
         Weights that only give numbers that are not finite are not sound; the newest checkpoint is from before them.
         """
+        counted = self._open.applied if self._open is not None else self._counted
         diverged = isinstance(error, TrainingDiverged)
-        sound = self._applied() == self._counted and not self._checkpoints.failed and not diverged
-        if not sound or self._ranks.size > 1 or self.progress.step == 0:
+        sound = self._applied() == counted and not self._checkpoints.failed and not diverged
+        if not sound or self._ranks.size > 1:
             return
         try:
-            self.save()
+            self._close(loader, tally)
+            if self.progress.step:
+                self.save()
         except (DraftlineError, RuntimeError, OSError) as further:
             error.add_note(f"what was trained until then could not be saved: {further}")
 
@@ -167,7 +170,7 @@ class Trainer:
             unused = loader.finish(reason)
         except BaseException as error:
             if isinstance(error, Exception):
-                self._save_after(error)
+                self._save_after(error, loader, tally)
             try:
                 loader.abandon("preempted" if isinstance(error, Preempted) else _describe(error), classify(error))
             except (ChannelError, Preempted) as further:

@@ -534,9 +534,11 @@ def test_any_ending_of_a_fit_saves_what_was_trained(attempt, ranks, tmp_path, er
     assert len(covered_ordinals(tmp_path)) == 8
 
 
-def test_weights_that_an_error_left_half_changed_are_not_saved(attempt, ranks, tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_an_error_left_half_changed_are_not_saved(attempt, ranks, tmp_path, late):
     attempt.publish(range(12))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    trainer._reads_late = late
     trainer.trainees[0].step.optimizer.step = once(
         RuntimeError("in the middle"), trainer.trainees[0].step.optimizer.step
     )
