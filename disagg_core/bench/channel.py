@@ -16,6 +16,7 @@ import msgspec
 from disagg_core.bench.result import Figure, Result
 from disagg_core.channel import StreamingRefChannel
 from disagg_core.contracts import SCHEMA_VERSION, SampleRef, sample_id_of
+from disagg_core.run_spec.draft import DEFAULT_METHOD
 
 _BATCH = 64
 _WINDOW = 256
@@ -124,7 +125,7 @@ def _refs(first: int, end: int) -> list[SampleRef]:
             size_bytes=4_000_000,
             crc32=ordinal,
             feature_specs={},
-            strategy="eagle3",
+            strategy=DEFAULT_METHOD,
             schema_version=SCHEMA_VERSION,
             target_model_version="bench",
             draft_weight_version=0,

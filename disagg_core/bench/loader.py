@@ -12,6 +12,7 @@ from disagg_core.bench.scene import RUN, SMALL, Bench, bench_of, resized
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.contracts import SampleRef, StreamTotals, sample_id_of
 from disagg_core.run.phases import TRAINING_PHASES, shares_of
+from disagg_core.run_spec.draft import DEFAULT_METHOD
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.training.inputs import DraftInput
 from disagg_core.training.loader import FeatureDataLoader
@@ -21,7 +22,7 @@ _MIB = 1 << 20
 _WARM_UP = 3
 
 
-def bench_loader(*, megabytes: int = 64, step_s: float = 0.1, steps: int = 30, method: str = "eagle3") -> Result:
+def bench_loader(*, megabytes: int = 64, step_s: float = 0.1, steps: int = 30, method: str = DEFAULT_METHOD) -> Result:
     """Measure what windows of one sample of `megabytes` add to steps of `step_s`, fetched ahead from a full store."""
     bench = bench_of(method, resized(SMALL, hidden=1024, heads=8, dtype="bfloat16"))
     tokens = megabytes * _MIB // bench.capture.bytes_per_token(bench.shape.hidden, bench.shape.dtype)

@@ -29,6 +29,7 @@ from disagg_core.engines.contract import Captured, CaptureOutcome, Failed, Gener
 from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.rollout.producer import build_disagg_online_producer
 from disagg_core.run_spec.document import RolloutSection, TargetSection, TrainingSection
+from disagg_core.run_spec.draft import DEFAULT_METHOD
 from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training import build_disagg_online_consumer
@@ -45,7 +46,7 @@ _SPARE = 32 << 20
 class PipelineSetting:
     """What is measured: `samples` of `tokens` tokens in windows of `batch`, a draft of `method` for `shape`."""
 
-    method: str = "eagle3"
+    method: str = DEFAULT_METHOD
     shape: Shape = SMALL
     tokens: int = 128
     samples: int = 240

@@ -12,6 +12,7 @@ import typer
 
 from disagg_core.cli.tables import wide_console
 from disagg_core.files import write_atomically
+from disagg_core.run_spec.draft import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from disagg_core.bench.result import Result
@@ -30,7 +31,7 @@ class Part(StrEnum):
 
 def bench(
     part: Annotated[Part, typer.Argument(help="What to measure.", show_default=False)],
-    method: Annotated[str, typer.Option(help="Draft method of draft, loader and pipeline.")] = "eagle3",
+    method: Annotated[str, typer.Option(help="Draft method of draft, loader and pipeline.")] = DEFAULT_METHOD,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one process.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: no figures to quote.")] = False,
     idle: Annotated[
