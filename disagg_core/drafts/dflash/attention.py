@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from disagg_core.drafts.dflash.batch import BlockPlan
 from disagg_core.drafts.dflash.config import LayerMask
+from disagg_core.drafts.flex import block_mask, flex_on
 from disagg_core.drafts.linear import outer, product
 
 AttentionKernel = Literal["gathered", "flex"]
@@ -268,7 +268,7 @@ def _flex(pattern: BlockMask, query: Tensor, own: tuple[Tensor, Tensor], context
     keys, values = (
         torch.cat((far, near.flatten(0, 1))).transpose(0, 1)[None] for far, near in zip(context, own, strict=True)
     )
-    attend = _compiled_flex() if query.is_cuda else flex_attention
+    attend = flex_on(query.device)
     output: Tensor = attend(
         query.flatten(0, 1).transpose(0, 1)[None], keys, values, block_mask=pattern, enable_gqa=True
     )
@@ -291,16 +291,4 @@ def flex_mask(plan: BlockPlan, mask: LayerMask) -> BlockMask:
             near = near & (other_place <= place)
         return ((key >= begin) & (key < end[block]) & (key < rows)) | near
 
-    make = _compiled_mask() if plan.anchors.is_cuda else create_block_mask
-    made: BlockMask = make(sees, 1, None, plan.blocks * size, rows + plan.blocks * size, device=plan.anchors.device)
-    return made
-
-
-@cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@cache
-def _compiled_mask() -> Any:
-    return torch.compile(create_block_mask, dynamic=True)
+    return block_mask(sees, plan.blocks * size, rows + plan.blocks * size, plan.anchors.device)

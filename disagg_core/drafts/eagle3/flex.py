@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from disagg_core.drafts.eagle3.batch import StepPlan
+from disagg_core.drafts.flex import block_mask, flex_on
 
 
 class DocumentAttention:
@@ -30,7 +29,7 @@ class DocumentAttention:
         self, query: Tensor, key: Tensor, value: Tensor, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]
     ) -> Tensor:
         """Return the attention's result ``[rows, heads, head_dim]``; differentiable."""
-        attend = _compiled_flex() if query.is_cuda else flex_attention
+        attend = flex_on(query.device)
         packed = (x.transpose(0, 1)[None] for x in (query, key, value))
         block, extra = attend(*packed, block_mask=self._pattern, enable_gqa=True, return_aux=AuxRequest(lse=True))
         output: Tensor = block[0].transpose(0, 1)  # [rows, heads, d]
@@ -58,16 +57,4 @@ def document_mask(plan: StepPlan) -> BlockMask:
         known = row.clamp(max=rows - 1)  # a kernel's last tile goes beyond
         return (key <= last[known]) & (key >= first[known])
 
-    make = _compiled_mask() if last.is_cuda else create_block_mask
-    made: BlockMask = make(sees, 1, None, rows, keys, device=last.device)
-    return made
-
-
-@cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@cache
-def _compiled_mask() -> Any:
-    return torch.compile(create_block_mask, dynamic=True)
+    return block_mask(sees, rows, keys, last.device)
