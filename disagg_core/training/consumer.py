@@ -89,16 +89,11 @@ def build_disagg_online_consumer(
     clock = PhaseClock(ranks.device)
     batchers = [method_of(d.model.method).batcher(d.options, d.model.config, seed=seed) for d in drafts]
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
-    saving = None
-    if checkpoints is not None:
-        saving = CheckpointPolicy(checkpoints, section.save_every_steps, keep, seed, dict(identity or {}), steps)
-    trainees = [
-        _trainee(d, b, parts, ranks, section, steps, seed, clock) for d, b in zip(drafts, batchers, strict=True)
-    ]
-    multiple_of = COMPILED_MULTIPLE if section.compile else 1
-    inputs = [
-        DraftInput(b, draft.selection, multiple_of, section.packing) for draft, b in zip(drafts, batchers, strict=True)
-    ]
+    every, named = section.save_every_steps, dict(identity or {})
+    saving = CheckpointPolicy(checkpoints, every, keep, seed, named, steps) if checkpoints is not None else None
+    pairs = list(zip(drafts, batchers, strict=True))
+    trainees = [_trainee(draft, batcher, parts, ranks, section, steps, seed, clock) for draft, batcher in pairs]
+    inputs = [_input(draft, batcher, section) for draft, batcher in pairs]
     trainer = Trainer(
         trainees,
         ranks=ranks,
@@ -112,6 +107,11 @@ def build_disagg_online_consumer(
     )
     trainer.restore_newest()
     return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
+
+
+def _input(draft: DraftToTrain, batcher: Batcher, section: TrainingSection) -> DraftInput:
+    """Return what a draft's batches are made of, and how."""
+    return DraftInput(batcher, draft.selection, COMPILED_MULTIPLE if section.compile else 1, section.packing)
 
 
 def _loader(

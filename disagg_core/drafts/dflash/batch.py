@@ -146,36 +146,23 @@ def plan_blocks(
     `ahead` tokens after the slot.
     """
     layout = batch.layout
-    tokens, starts_at = layout.width, layout.starts.tolist()
     row, column = batch.block_keep.nonzero(as_tuple=True)
-    order = torch.argsort(row * (tokens + 1) + batch.anchors[row, column], stable=True)
+    order = torch.argsort(row * (layout.width + 1) + batch.anchors[row, column], stable=True)
     row, column = row[order], column[order]
     anchors = batch.anchors[row, column]
-    samples, context_flat, context_positions, starts = [], [], [], []
-    block = context = 0
-    for sample, group in groupby(row.tolist()):
-        count = len(list(group))
-        seen = int(anchors[block + count - 1])
-        samples.append((block, block + count, context, context + seen))
-        context_positions.append(torch.arange(seen))
-        context_flat.append(starts_at[sample] + torch.arange(seen))
-        starts.append(torch.full((count,), context))
-        block, context = block + count, context + seen
+    samples, context = _contexts(layout, row, anchors)
     positions = anchors[:, None] + torch.arange(block_size)
     source = layout.inside(row[:, None], positions)
     mask = (slot_mask(batch, block_size) if trained is None else trained)[row, column]
     ids = torch.full_like(positions, mask_token_id)
     flat_ids = batch.input_ids.flatten().long()
     ids[:, 0] = flat_ids[source[:, 0]]
-    nothing = torch.empty(0, dtype=torch.int64)
     trained_flat = mask.flatten().nonzero().flatten()
     taught_flat, taught_by = torch.unique(source.flatten()[trained_flat] - 1, return_inverse=True)
     tensors = {
         "block_flat": row * batch.anchors.shape[1] + column,
         "anchors": anchors,
-        "context_start": torch.cat([nothing, *starts]),
-        "context_flat": torch.cat([nothing, *context_flat]),
-        "context_positions": torch.cat([nothing, *context_positions]),
+        **context,
         "tokens": ids,
         "positions": positions,
         "source_flat": source,
@@ -187,12 +174,35 @@ def plan_blocks(
     }
     return BlockPlan(
         block_size=block_size,
-        samples=tuple(samples),
+        samples=samples,
         bounds=anchors.tolist(),
         trained=mask.sum(1).tolist(),
         longest=layout.width,
         **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
+
+
+def _contexts(
+    layout: Layout, row: Tensor, anchors: Tensor
+) -> tuple[tuple[tuple[int, int, int, int], ...], dict[str, Tensor]]:
+    """Return of each sample with blocks, which `row` and `anchors` are sorted by, what its blocks see before them.
+
+    First the ranges of its blocks and of its context rows, then where these rows lie.
+    """
+    starts_at = layout.starts.tolist()
+    nothing = torch.empty(0, dtype=torch.int64)
+    samples, flat, positions, starts = [], [nothing], [nothing], [nothing]
+    block = context = 0
+    for sample, group in groupby(row.tolist()):
+        count = len(list(group))
+        seen = int(anchors[block + count - 1])
+        samples.append((block, block + count, context, context + seen))
+        positions.append(torch.arange(seen))
+        flat.append(starts_at[sample] + torch.arange(seen))
+        starts.append(torch.full((count,), context))
+        block, context = block + count, context + seen
+    rows = {"context_start": starts, "context_flat": flat, "context_positions": positions}
+    return tuple(samples), {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def slot_mask(batch: DFlashBatch, block_size: int) -> Tensor:
