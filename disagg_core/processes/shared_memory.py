@@ -1,7 +1,7 @@
 """Shared memory that servers of the target leave behind when they are killed: found while they live, freed afterwards.
 
-A file in ``/dev/shm`` outlives the processes that map it. SGLang's have names of their own for each start; nothing
-else is touched, as a target's weights may lie there too.
+A file in ``/dev/shm`` outlives the processes that map it. SGLang's, and the semaphores of Python's multiprocessing,
+have names of their own for each start; nothing else is touched, as a target's weights may lie there too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 
 from disagg_core.processes.tree import descendants
 
-_MAPPED = re.compile(r"(/dev/shm/(?:sglang_loads_|sgl_shm_)\S+)")
+_MAPPED = re.compile(r"(/dev/shm/(?:sglang_loads_|sgl_shm_|sem\.mp-)\S+)")
 
 
 def shared_memory_of(process: subprocess.Popen[bytes]) -> set[Path]:

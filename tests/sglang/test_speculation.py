@@ -29,6 +29,7 @@ from disagg_core.evaluation import generate_all, measure_accept_length
 from disagg_core.evaluation.server import decoding_on_server, measure_on_server
 from disagg_core.evaluation.slices import SuiteResult, measured_prompts, results_of
 from disagg_core.evaluation.turns import decode_in_turn
+from disagg_core.processes.shared_memory import SharedMemory
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 from disagg_core.settings import CHECKOUT, get_settings
 from tests.sglang.support import START_TIMEOUT_S, VOCABULARY, await_true, random_tokens
@@ -156,6 +157,7 @@ def speculating_server(exported: Exported, log: Path) -> Iterator[str]:
     # Compiling a few small functions takes longer than everything else here.
     environment = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     process = spawn(command, log, environment=environment, death_signal=signal.SIGKILL)
+    memory = SharedMemory(log.with_suffix(".shared-memory"))
     url = f"http://127.0.0.1:{port}"
 
     def healthy() -> bool:
@@ -170,7 +172,9 @@ def speculating_server(exported: Exported, log: Path) -> Iterator[str]:
         await_true(healthy, START_TIMEOUT_S, f"a server that speculates (log: {log})")
         yield url
     finally:
+        memory.note(process)
         stop_tree(process, grace_s=3.0)
+        memory.free()
 
 
 @pytest.mark.parametrize(

@@ -217,18 +217,26 @@ def test_every_server_gets_a_port_for_nccl_that_is_not_its_own(section: TargetSe
 
 
 class Holding(ServerLaunch):
-    """Launches a process with a child that has mapped a file in shared memory."""
+    """Launches a process with a child that has mapped files in shared memory."""
 
     def command(self, *, port: int, base_gpu: int) -> list[str]:
-        return [sys.executable, "-c", HOLD, f"/dev/shm/sgl_shm_test_{port}_{os.getpid()}"]
+        return [sys.executable, "-c", HOLD, *map(str, held_by(port))]
+
+
+def held_by(port: int) -> list[Path]:
+    """The kinds of files that SGLang maps."""
+    kinds = ("sglang_loads_test", "sgl_shm_test", "sem.mp-test")
+    return [Path(f"/dev/shm/{kind}_{port}_{os.getpid()}") for kind in kinds]
 
 
 HOLD = """
 import mmap, os, sys
 os.fork()
-with open(sys.argv[1], "a+b") as file:
-    file.truncate(4096)
-    held = mmap.mmap(file.fileno(), 4096)
+held = []
+for name in sys.argv[1:]:
+    with open(name, "a+b") as file:
+        file.truncate(4096)
+        held.append(mmap.mmap(file.fileno(), 4096))
 import signal
 signal.pause()
 """
@@ -241,8 +249,8 @@ def test_a_server_leaves_no_shared_memory_behind(
     launch = Holding(Path(sys.executable), section, facts, CAPTURE, longest=32, cpu=True, host="127.0.0.1")
     server = ManagedServer(launch, index=0, log_dir=tmp_path)
     server.start()
-    held = Path(f"/dev/shm/sgl_shm_test_{server.port}_{os.getpid()}")
-    await_true(held.is_file, "the server holds shared memory")
+    held = held_by(server.port)
+    await_true(lambda: all(path.is_file() for path in held), "the server holds shared memory")
     await_true(lambda: len(list(tmp_path.glob("*.shared-memory"))) or server.became_healthy(), "which was noted")
     if end != "stopped":
         assert server.pid is not None
@@ -254,6 +262,5 @@ def test_a_server_leaves_no_shared_memory_behind(
 
     server.close()
 
-    assert not held.exists()
-    assert not list(Path("/dev/shm").glob(f"sgl_shm_test_*_{os.getpid()}"))
+    assert not list(Path("/dev/shm").glob(f"*test_*_{os.getpid()}"))
     assert not list(tmp_path.glob("*.shared-memory"))
