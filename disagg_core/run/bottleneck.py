@@ -121,7 +121,7 @@ def _capacities(shares: Shares) -> str:
     inference, training = shares.infer_capacity, shares.train_capacity
     if inference is None or training is None:
         return ""
-    return f" (I {inference:.1f}, T {training:.1f} samples/s)"
+    return f" (capture {inference:.1f}, training {training:.1f} samples/s at most)"
 
 
 def _remedy(spec: RunSpec, shares: Shares) -> str:

@@ -210,7 +210,7 @@ def test_the_status_and_the_progress_of_a_run_say_what_holds_it_up_and_for_how_l
         assert isinstance(console.file, io.StringIO)
         told = console.file.getvalue()
         assert "inference-bound: training waits 38% for features" in told
-        assert "(I 18.5, T 30.0 samples/s)" in told
+        assert "(capture 18.5, training 30.0 samples/s at most)" in told
         assert "10 min left" in told
 
 

@@ -87,7 +87,8 @@ def test_the_report_says_where_the_time_of_both_sides_went_and_what_follows_from
     assert report.time_spent is not None
     assert report.time_spent.training["refs"] == 6.0
     assert report.time_spent.bottleneck.startswith(
-        "inference-bound: training waits 75% for features; capture is the slower side (I 1.0, T 4.0 samples/s)"
+        "inference-bound: training waits 75% for features; capture is the slower side "
+        "(capture 1.0, training 4.0 samples/s at most)"
     )
     markdown = (plan.root / "report.md").read_text()
     for row in (

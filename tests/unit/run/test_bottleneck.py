@@ -34,7 +34,8 @@ def test_training_that_waits_for_captures_asks_for_more_capture() -> None:
     spec = spec_with("target.servers=2", "training.processes=4", *gpus)
     line = bottleneck_line(spec, capture(), training(refs=0.36, features=0.02))
     assert line == (
-        "inference-bound: training waits 38% for features; capture is the slower side (I 18.5, T 30.0 samples/s): "
+        "inference-bound: training waits 38% for features; capture is the slower side "
+        "(capture 18.5, training 30.0 samples/s at most): "
         "add one rollout server (target.servers: 3) or move a GPU from training (training.processes: 3); 12 min left"
     )
 
@@ -62,7 +63,7 @@ def test_features_that_are_late_although_their_references_are_there_are_the_stor
 def test_two_sides_that_keep_each_other_busy_are_balanced_and_long_saves_are_named() -> None:
     line = bottleneck_line(spec_with(), capture(space=0.01), training(refs=0.02, save=0.08))
     assert line is not None
-    assert line.startswith("balanced: neither side waits (I 18.5, T 30.0 samples/s)")
+    assert line.startswith("balanced: neither side waits (capture 18.5, training 30.0 samples/s at most)")
     assert "checkpoints take 8%: raise training.save_every_steps" in line
 
 
