@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -22,6 +20,7 @@ from disagg_core.report.archive import verify_archive
 from disagg_core.report.records import REPORT_FILES
 from disagg_core.run.outcomes import read_outcome
 from tests.kit.runs import Draftline, Ours, report_of
+from tests.kit.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
@@ -136,14 +135,13 @@ def test_a_consumer_that_is_killed_continues_from_its_checkpoint_in_the_next_att
 
 def wait_for_trainer(home: Path, ours: Ours, sign: str) -> psutil.Process:
     """Wait until the run has `sign` in its directory; return its training process."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if any(home.glob(f"runs/*/{sign}")):
-            for process in ours():
-                if "disagg_core.roles.consumer" in " ".join(process.cmdline()):
-                    return process
-        threading.Event().wait(0.02)
-    raise AssertionError(f"no trainer with {sign}")
+
+    def trainer() -> psutil.Process | None:
+        if not any(home.glob(f"runs/*/{sign}")):
+            return None
+        return next((one for one in ours() if "disagg_core.roles.consumer" in " ".join(one.cmdline())), None)
+
+    return eventually(trainer, f"a trainer with {sign}", within_s=240)
 
 
 @pytest.mark.slow
@@ -187,11 +185,17 @@ def test_a_cancelled_run_goes_on_from_its_checkpoint_when_it_is_tried_again(
     flow_run = f"{api}/flow_runs/{cut_off.flow_run_id}"
     retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}  # what the button in the UI asks for
     httpx.post(f"{flow_run}/set_state", json={"state": retry, "force": True}).raise_for_status()
-    deadline = time.monotonic() + 300
-    while (state := httpx.get(flow_run).json()["state_type"]) != "COMPLETED":
-        assert state in ("SCHEDULED", "PENDING", "RUNNING")
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.5)
+
+    def state() -> str:
+        return str(httpx.get(flow_run).json()["state_type"])
+
+    eventually(
+        lambda: state() == "COMPLETED",
+        state,
+        within_s=300,
+        every_s=0.5,
+        alive=lambda: state() in ("SCHEDULED", "PENDING", "RUNNING"),
+    )
 
     report = report_of(home)
     assert (report.state, [attempt.attempt for attempt in report.attempts]) == ("completed", [2])

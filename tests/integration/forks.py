@@ -66,7 +66,7 @@ def _over(codes: Sequence[int | None]) -> bool:
 def end(process: ForkServerProcess) -> None:
     """Kill what may still run, and wait for its end."""
     process.kill()
-    process.join(30)
+    process.join(60)
 
 
 def _play(module: str, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:

@@ -20,7 +20,8 @@ from disagg_core.store import MooncakeFeatureStore, managed_store
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.target.facts import read_target_facts
 from tests.kit.runs import draftline, home
-from tests.sglang.support import CAPTURE, MAX_TOKENS, START_TIMEOUT_S, Served, await_true, identity_of, save_model
+from tests.kit.waiting import eventually
+from tests.sglang.support import CAPTURE, MAX_TOKENS, START_TIMEOUT_S, Served, identity_of, save_model
 
 __all__ = ["draftline", "home"]
 
@@ -68,14 +69,12 @@ def served(
             server.start()
             running[family] = Served(directory, section, facts, server)
             client = SglangClient(family, server.url, timeout_s=60.0)
-            await_true(
-                lambda: (
-                    client.healthy(20.0) or pytest.fail(server.exit_reason() or "")
-                    if server.exit_reason()
-                    else client.healthy(20.0)
-                ),
-                START_TIMEOUT_S,
-                f"the {family} server (log: {server.log})",
+            eventually(
+                lambda: client.healthy(20.0),
+                lambda server=server: f"the {family} server: {server.exit_reason() or ''} (log: {server.log})",
+                within_s=START_TIMEOUT_S,
+                every_s=0.1,
+                alive=lambda server=server: server.exit_reason() is None,
             )
             client.close()
         return running[family]

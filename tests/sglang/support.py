@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +77,6 @@ class Served:
     @property
     def url(self) -> str:
         return self.server.url
-
-
-def await_true(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Poll `condition` until it holds; fail after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
-        threading.Event().wait(0.1)
 
 
 def identity_of(facts: TargetFacts, store: MooncakeFeatureStore, capture: Capture = CAPTURE) -> RunIdentity:

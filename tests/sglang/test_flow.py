@@ -17,7 +17,8 @@ from disagg_core.contracts import sample_id_of
 from disagg_core.report.document import RunReport
 from disagg_core.report.markdown import to_markdown
 from tests.kit.runs import TINY, Draftline, report_of, settings
-from tests.sglang.support import START_TIMEOUT_S, await_true
+from tests.kit.waiting import eventually
+from tests.sglang.support import START_TIMEOUT_S
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -84,7 +85,7 @@ def test_a_run_that_loses_two_of_three_servers_trains_on_every_prompt_once_and_i
             "training.save_every_steps=50",
         )
     )
-    await_true(lambda: published(home) >= 60, 2 * START_TIMEOUT_S, "the first samples")
+    eventually(lambda: published(home) >= 60, "the first samples", within_s=2 * START_TIMEOUT_S, every_s=0.1)
     servers = servers_of(home)
     assert sorted(servers) == ["sglang-0", "sglang-1", "sglang-2"]
     os.killpg(servers["sglang-0"], signal.SIGKILL)

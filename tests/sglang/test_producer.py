@@ -21,12 +21,12 @@ from disagg_core.run_spec.document import RolloutSection, StoreSection, TargetSe
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import read_target_facts
+from tests.kit.waiting import eventually
 from tests.sglang.support import (
     CAPTURE,
     MAX_TOKENS,
     START_TIMEOUT_S,
     VOCABULARY,
-    await_true,
     identity_of,
     random_tokens,
     task_of,
@@ -139,13 +139,13 @@ def test_one_of_three_servers_is_killed_and_one_hangs(
         ended: list[StreamTotals] = []
         driving = threading.Thread(target=lambda: ended.append(drive()))
         driving.start()
-        await_true(lambda: len(consumer.refs) >= 60, 120, "the first samples")
+        eventually(lambda: len(consumer.refs) >= 60, "the first samples")
         os.killpg(server_pid(target, "sglang-0"), signal.SIGKILL)
         os.killpg(server_pid(target, "sglang-1"), signal.SIGSTOP)
         driving.join(600)
         assert not driving.is_alive()
         # the other servers may be through before the health check of the hung one is
-        await_true(lambda: "hangs" in events_of(target, "sglang-1"), 60, "the hung server is found out")
+        eventually(lambda: "hangs" in events_of(target, "sglang-1"), "the hung server is found out")
 
     [totals] = ended
     assert Counter(ref.sample_id for ref in consumer.refs) == Counter(task.sample_id for task in tasks)

@@ -32,7 +32,8 @@ from disagg_core.evaluation.turns import decode_in_turn
 from disagg_core.processes.shared_memory import SharedMemory
 from disagg_core.processes.tree import describe_exit, free_port, spawn, stop_tree, tail
 from disagg_core.settings import CHECKOUT, get_settings
-from tests.sglang.support import START_TIMEOUT_S, VOCABULARY, await_true, random_tokens
+from tests.kit.waiting import eventually
+from tests.sglang.support import START_TIMEOUT_S, VOCABULARY, random_tokens
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 
@@ -169,7 +170,7 @@ def speculating_server(exported: Exported, log: Path) -> Iterator[str]:
             return False
 
     try:
-        await_true(healthy, START_TIMEOUT_S, f"a server that speculates (log: {log})")
+        eventually(healthy, f"a server that speculates (log: {log})", within_s=START_TIMEOUT_S, every_s=0.1)
         yield url
     finally:
         memory.note(process)

@@ -20,12 +20,12 @@ from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import get_settings
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.target.facts import read_target_facts
+from tests.kit.waiting import eventually
 from tests.sglang.support import (
     CAPTURE,
     MAX_TOKENS,
     START_TIMEOUT_S,
     Served,
-    await_true,
     identity_of,
     random_tokens,
     task_of,
@@ -71,7 +71,9 @@ def serve(model_of: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[
         server.start()
         running.append(server)
         client = SglangClient("topology", server.url, timeout_s=60.0)
-        await_true(lambda: server.exit_reason() is not None or client.healthy(20.0), START_TIMEOUT_S, "the server")
+        eventually(
+            lambda: server.exit_reason() is not None or client.healthy(20.0), "the server", within_s=START_TIMEOUT_S
+        )
         client.close()
         assert server.exit_reason() is None, server.exit_reason()
         return Served(directory, section, facts, server)

@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from disagg_core.channel import StreamingRefChannel
+from tests.kit.waiting import eventually
 from tests.ports import free_port
-from tests.unit.channel.kit import wait_for
 
 _names = count(1)
 
@@ -27,7 +27,7 @@ def redis_server(directory: Path, *options: str, port: int | None = None) -> Ite
                "--dir", str(directory), *options]  # fmt: skip
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: _answers(port))
+        eventually(lambda: _answers(port))
         yield port
     finally:
         process.terminate()

@@ -18,6 +18,7 @@ from disagg_core.errors import (
     ProducerFailed,
 )
 from tests.integration.channel.conftest import Place
+from tests.kit.waiting import eventually
 from tests.unit.channel.kit import (
     FakeClock,
     dead_process,
@@ -28,7 +29,6 @@ from tests.unit.channel.kit import (
     make_refs,
     names,
     totals_of,
-    wait_for,
 )
 
 pytestmark = pytest.mark.integration
@@ -494,7 +494,7 @@ def test_the_queue_waits_for_whole_batches_and_delivers_the_short_last_one(place
         queue.get(4, timeout=0.05)
     timer = threading.Timer(0.1, writer.publish_many, [make_refs(3, 10)])
     timer.start()
-    first = queue.get(4, timeout=10)
+    first = queue.get(4, timeout=60)
     timer.join()
     writer.close(totals_of(make_refs(10)))
     assert ids(first) == names(4)
@@ -624,6 +624,6 @@ def test_everything_is_stopped_by_disconnecting(place: Place) -> None:
         "draftline-reader-heartbeat",
     }
     channel.disconnect()
-    wait_for(lambda: set(threading.enumerate()) <= before)
+    eventually(lambda: set(threading.enumerate()) <= before)
     drained = place.open()
     assert ids(drain(drained.poll)) == names(1)

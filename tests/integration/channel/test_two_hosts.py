@@ -15,7 +15,8 @@ import pytest
 
 from tests.integration.channel import peer
 from tests.integration.two_hosts import HOSTS, ip, started
-from tests.unit.channel.kit import make_refs, names, totals_of, wait_for
+from tests.kit.waiting import eventually
+from tests.unit.channel.kit import make_refs, names, totals_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -39,7 +40,7 @@ def test_a_whole_stream_crosses_a_link_that_is_cut_for_ten_seconds(
     with ExitStack() as cleanup:
         server = ["redis-server", "--port", str(port), "--protected-mode", "no", "--save", "", "--dir", str(tmp_path)]
         started(cleanup, two_hosts[server_at], server, tmp_path / "redis.log")
-        wait_for(lambda: all(reachable(space, HOSTS[server_at], port) for space in two_hosts.values()), 20)
+        eventually(lambda: all(reachable(space, HOSTS[server_at], port) for space in two_hosts.values()))
         module = [sys.executable, "-m", "tests.integration.channel.peer"]
         producer = started(cleanup, two_hosts["producer"], [*module, "produce", url, str(stop)], tmp_path / "p.log")
         consumer = started(cleanup, two_hosts["consumer"], [*module, "consume", url, str(taken)], tmp_path / "c.log")
@@ -47,7 +48,7 @@ def test_a_whole_stream_crosses_a_link_that_is_cut_for_ten_seconds(
         def windows() -> int:
             return taken.read_text().count("window")
 
-        wait_for(lambda: windows() > 20, 60)
+        eventually(lambda: windows() > 20)
         ip("-n", two_hosts["consumer"], "link", "set", "link0", "down")
         began = time.monotonic()
         threading.Event().wait(1.0)
@@ -56,7 +57,7 @@ def test_a_whole_stream_crosses_a_link_that_is_cut_for_ten_seconds(
         assert windows() <= at_cut + 64 // peer.WINDOW + 1, "the link was not cut"
         during = windows()
         ip("-n", two_hosts["consumer"], "link", "set", "link0", "up")
-        wait_for(lambda: windows() > during + 20, 60)
+        eventually(lambda: windows() > during + 20)
         stop.touch()
         for process, log in ((producer, "p.log"), (consumer, "c.log")):
             assert process.wait(60) == 0, (tmp_path / log).read_text()

@@ -18,7 +18,7 @@ from disagg_core.processes.tree import free_port, tail
 from disagg_core.settings import Settings
 from flows.platform import local
 from tests.kit.prefect_database import copy_empty_database
-from tests.unit.channel.kit import wait_for
+from tests.kit.waiting import eventually
 
 _OFTEN = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
@@ -72,7 +72,7 @@ def served(server: PrefectServer) -> Iterator[subprocess.Popen[bytes]]:
     address = httpx.URL(server.api_url)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", address.host, "--port", str(address.port)]
     with running(command, server.environment, server.log) as process:
-        wait_for(lambda: server.ready() or process.poll() is not None, local.START_TIMEOUT_S, poll_s=0.1)
+        eventually(lambda: server.ready() or process.poll() is not None, within_s=local.START_TIMEOUT_S, every_s=0.1)
         assert process.poll() is None, tail(server.log)
         yield process
 

@@ -17,7 +17,7 @@ from disagg_core.run_spec.yaml_file import load_spec
 from flows.platform.deployments import Nightly, register, register_all
 from flows.platform.recurring import TRIGGERS
 from tests.integration.flows.conftest import PrefectServer
-from tests.unit.channel.kit import wait_for
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +68,7 @@ def test_an_event_starts_a_run(registered: PrefectServer, event: str) -> None:
         emit_event(event=event, resource={"prefect.resource.id": "draftline.draft.model"}, payload={"reason": "seen"})
         return any((run["created_by"] or {}).get("id") == automation["id"] for run in runs_of(api, "on-demand"))
 
-    wait_for(started, 60, poll_s=2.0)
+    eventually(started, every_s=2.0)
 
 
 def test_an_automation_that_somebody_switched_off_stays_off(registered: PrefectServer) -> None:

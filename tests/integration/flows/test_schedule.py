@@ -14,7 +14,7 @@ from prefect.states import Completed, Pending, Running
 from disagg_core.run_spec.yaml_file import load_spec
 from flows.platform.deployments import Nightly, register
 from tests.integration.flows.conftest import PrefectServer, running, served, server_in, spoken_to
-from tests.unit.channel.kit import wait_for
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +29,7 @@ def test_a_schedule_starts_a_run(prefect_server: PrefectServer, tmp_path: Path) 
 
     environment = {**prefect_server.environment, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     with running([sys.executable, str(GREETING), "every 3 s"], environment, tmp_path / "greeting.log"):
-        wait_for(scheduled_and_done, 60, poll_s=0.2)
+        eventually(scheduled_and_done, every_s=0.2)
     created_by = scheduled_and_done()[0]["created_by"]
     assert isinstance(created_by, dict)
     assert created_by["type"] == "SCHEDULE"
@@ -42,10 +42,10 @@ def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_serv
     with spoken_to(server):
         with served(server) as process:
             register(Nightly(load_spec(NIGHTLY), "* * * * *"))
-            wait_for(lambda: len(nights(server)) >= 2, 120, poll_s=0.5)
+            eventually(lambda: len(nights(server)) >= 2, every_s=0.5)
             first, second = nights(server)[:2]
             assert ask(first, Pending()).name == "Pending"
-            wait_for(lambda: ask(first, Running()).name == "Running", 120, poll_s=1.0)  # it may be due in a minute
+            eventually(lambda: ask(first, Running()).name == "Running", every_s=1.0)  # it may be due in a minute
             keep_slot(first)
             assert ask(second, Pending()).name == "AwaitingConcurrencySlot"
             known = set(nights(server))
@@ -53,7 +53,7 @@ def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_serv
 
         with served(server):
             assert ask(second, Pending()).name == "AwaitingConcurrencySlot"
-            wait_for(lambda: set(nights(server)) > known, 180, poll_s=0.5)
+            eventually(lambda: set(nights(server)) > known, within_s=180, every_s=0.5)
             assert ask(first, Completed(name="Promoted")).name == "Promoted"
             assert ask(second, Pending()).name == "Pending"
 

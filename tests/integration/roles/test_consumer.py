@@ -34,7 +34,7 @@ from disagg_core.training.checkpoint import covered_ordinals, newest_complete, r
 from tests.integration.channel.away import leaving_redis
 from tests.integration.forks import end, forked
 from tests.integration.training.consumer_kit import Attempt
-from tests.unit.channel.kit import wait_for
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -111,12 +111,12 @@ class Run:
         return self.assignment(attempt).dir.state / "consumer.log"
 
     def wait_for_step(self, alive: Callable[[], bool], attempt: int, step: int) -> None:
-        deadline = time.monotonic() + 90
-        while not any(record["step"] == step for record in read_metrics(self.plan.dir.metrics / "train.jsonl")):
-            log = self._log(attempt)
-            assert alive(), log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            threading.Event().wait(0.05)
+        metrics, log = self.plan.dir.metrics / "train.jsonl", self._log(attempt)
+        eventually(
+            lambda: any(record["step"] == step for record in read_metrics(metrics)),
+            lambda: log.read_text()[-4000:],
+            alive=alive,
+        )
 
 
 def uncovered(run: Run, stop: int = SAMPLES) -> Iterable[int]:
@@ -202,7 +202,7 @@ def test_two_ranks_are_preempted_together(tmp_path, target_dir, endpoints):
             assert child.wait(60) != 0
         finally:
             child.kill()
-            child.wait(30)
+            child.wait(60)
         assert attempt.writer.reader_status().reason == "preempted"
     outcome = read_outcome(run.assignment(1).dir.state / "consumer-outcome.json")
     assert (outcome.state, outcome.failure_class) == ("failed", "preempted")
@@ -225,7 +225,7 @@ def test_rank_0_names_what_felled_another_rank(tmp_path, target_dir, endpoints):
             assert child.wait(120) != 0
         finally:
             child.kill()
-            child.wait(30)
+            child.wait(60)
         assert attempt.writer.reader_status().state == "failed"
     outcome = read_outcome(run.assignment(1).dir.state / "consumer-outcome.json")
     assert (outcome.state, outcome.failure_class) == ("failed", "bad_input")
@@ -261,7 +261,7 @@ def test_a_stop_is_heard_while_the_vocabulary_map_is_waited_for_and_the_channel_
         progress = run.assignment(1).dir.state / "consumer.json"
 
         def ask() -> None:
-            wait_for(lambda: read_progress(progress).get("phase") == "waiting for the vocabulary map", 60)
+            eventually(lambda: read_progress(progress).get("phase") == "waiting for the vocabulary map")
             server.leave(how)
             threading.Event().wait(0.7)
             asked.append(time.monotonic())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from multiprocessing.context import ForkServerProcess
 
 import pytest
@@ -16,6 +14,7 @@ from disagg_core.run.outcomes import PREEMPTED_EXIT_CODE, read_outcome
 from disagg_core.store import MooncakeFeatureStore
 from tests.integration.forks import end, forked
 from tests.integration.rollout.rollout_kit import Consumer
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -47,14 +46,6 @@ def open_channel(assignment) -> StreamingRefChannel:
     return StreamingRefChannel(assignment.channel_url, run_id=assignment.plan.run_id, attempt=assignment.attempt)
 
 
-def wait_until(condition, process, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.is_alive(), "the producer ended"
-        assert time.monotonic() < deadline, "waited too long"
-        threading.Event().wait(0.02)
-
-
 def test_a_killed_producer_is_started_again_and_nothing_is_lost_or_doubled(make_assignment, start):
     assignment = make_assignment(40, **SLOW)
     with (
@@ -64,7 +55,7 @@ def test_a_killed_producer_is_started_again_and_nothing_is_lost_or_doubled(make_
     ):
         with Consumer(channel, store, window=2) as consumer:
             process = start(assignment)
-            wait_until(lambda: watch.published >= 9, process)
+            eventually(lambda: watch.published >= 9, process)
             end(process)
             assert exit_code(start(assignment), 120) == 0
         assert consumer.error is None
@@ -80,7 +71,7 @@ def test_a_producer_that_is_asked_to_stop_says_so_in_the_stream(make_assignment,
         open_channel(assignment) as watch,
     ):
         process = start(assignment)
-        wait_until(lambda: watch.published >= 1, process)
+        eventually(lambda: watch.published >= 1, alive=process.is_alive)
         os.kill(process.pid, signal.SIGTERM)
         assert exit_code(process, 30) == PREEMPTED_EXIT_CODE
         with pytest.raises(ProducerFailed) as failure:

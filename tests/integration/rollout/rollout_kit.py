@@ -15,6 +15,7 @@ from disagg_core.contracts import PromptTask, SampleRef, StreamTotals
 from disagg_core.engines.contract import Captured, Failed, ServerHealth
 from disagg_core.run.plan import RoleAssignment
 from disagg_core.store import MooncakeFeatureStore
+from tests.kit.waiting import PATIENCE_S
 
 Script = Callable[[PromptTask, int], str | None]
 
@@ -104,7 +105,7 @@ class Consumer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(30)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the consumer never came to an end"
 
     def _run(self) -> None:

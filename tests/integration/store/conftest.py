@@ -1,7 +1,6 @@
 """Clients of the store that all tests share; those that kill or stop its processes start a store of their own."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,16 +99,3 @@ class Faults:
 @pytest.fixture
 def faults() -> Faults:
     return Faults()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait until `condition` holds, and fail if it does not in time."""
-    deadline, pause = time.monotonic() + timeout_s, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen in {timeout_s} s"
-        pause.wait(0.02)
-
-
-@pytest.fixture(name="eventually")
-def eventually_fixture() -> Callable[..., None]:
-    return eventually

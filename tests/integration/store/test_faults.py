@@ -14,6 +14,7 @@ from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import SampleLost, StoreFull, StoreMisuse, StoreRejected, StoreUnavailable
 from disagg_core.store import MooncakeFeatureStore, NewSample, probe_store
 from disagg_core.store.endpoints import StoreEndpoints
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -68,9 +69,7 @@ def test_a_put_that_fails_is_tried_again_under_a_new_key(
     store.release(ref)
 
 
-def test_a_put_that_failed_but_was_done_leaves_nothing(
-    open_store: Open, identity: RunIdentity, faults: Any, eventually: Callable[..., None]
-) -> None:
+def test_a_put_that_failed_but_was_done_leaves_nothing(open_store: Open, identity: RunIdentity, faults: Any) -> None:
     store = open_store(wrap=faults.wrap)
     faults.on("put_from", deny(-901), deny(-800))
     ref = put(store, identity)
@@ -81,7 +80,7 @@ def test_a_put_that_failed_but_was_done_leaves_nothing(
 
 
 def test_a_put_whose_every_try_fails_names_the_trouble_and_leaves_nothing(
-    open_store: Open, identity: RunIdentity, faults: Any, eventually: Callable[..., None]
+    open_store: Open, identity: RunIdentity, faults: Any
 ) -> None:
     store = open_store(wrap=faults.wrap, retry_timeout_s=0.3)
     faults.on("put_from", *[deny(-901)] * 100)
@@ -92,9 +91,7 @@ def test_a_put_whose_every_try_fails_names_the_trouble_and_leaves_nothing(
     eventually(lambda: store.key_count() == 0)
 
 
-def test_an_unknown_answer_is_a_bug_and_leaves_nothing(
-    open_store: Open, identity: RunIdentity, faults: Any, eventually: Callable[..., None]
-) -> None:
+def test_an_unknown_answer_is_a_bug_and_leaves_nothing(open_store: Open, identity: RunIdentity, faults: Any) -> None:
     store = open_store(wrap=faults.wrap)
     faults.on("put_from", deny(-4711))
     with pytest.raises(StoreRejected, match="-4711"):
@@ -175,9 +172,7 @@ def test_a_get_whose_every_try_fails_names_the_trouble(open_store: Open, identit
     store.release(ref)
 
 
-def test_a_removal_that_fails_is_made_up_for(
-    open_store: Open, identity: RunIdentity, faults: Any, eventually: Callable[..., None]
-) -> None:
+def test_a_removal_that_fails_is_made_up_for(open_store: Open, identity: RunIdentity, faults: Any) -> None:
     store = open_store(wrap=faults.wrap)
     ref = put(store, identity)
     faults.on("remove", answer(-706), answer(-900))
@@ -227,9 +222,7 @@ def test_a_part_of_a_batch_that_fails_is_made_up_for(open_store: Open, identity:
     assert store.key_count() == 0
 
 
-def test_a_batch_that_cannot_be_put_leaves_nothing(
-    open_store: Open, identity: RunIdentity, faults: Any, eventually: Callable[..., None]
-) -> None:
+def test_a_batch_that_cannot_be_put_leaves_nothing(open_store: Open, identity: RunIdentity, faults: Any) -> None:
     store = open_store(wrap=faults.wrap)
     samples = [NewSample(f"s{n:09d}", {"x": torch.full((500,), n)}, "t", 1) for n in range(100)]
 
@@ -261,14 +254,14 @@ def test_a_slow_store_does_not_hold_up_the_caller(open_store: Open, identity: Ru
     go_on = threading.Event()
 
     def slow(real: Callable[..., Any], *args: Any) -> Any:
-        go_on.wait(10)
+        go_on.wait(60)
         return real(*args)
 
     faults.on("put_from", slow)
     future = store.submit_put("s000000001", SAMPLE, identity=identity, source_task_id="t", num_tokens=1)
     assert not future.done()
     go_on.set()
-    assert_whole(store.submit_get(future.result(10)).result(10))
+    assert_whole(store.submit_get(future.result(60)).result(60))
     store.release(future.result())
 
 
@@ -300,23 +293,21 @@ def test_a_full_store_says_so_with_figures_and_evicts_nothing(
     assert probe_store(endpoints).evicted == 0
 
 
-def test_a_producer_waits_for_room(open_store: Open, identity: RunIdentity, eventually: Callable[..., None]) -> None:
+def test_a_producer_waits_for_room(open_store: Open, identity: RunIdentity) -> None:
     probe, store = open_store(put_timeout_s=0.05), open_store(put_timeout_s=30)
     refs = fill(probe, identity)
     future = store.submit_put("late", BLOCK, identity=identity, source_task_id="t", num_tokens=1)
     eventually(lambda: store.counters["full_answers"] > 3)
     assert not future.done()
     store.release(refs.pop())
-    refs.append(future.result(5))
+    refs.append(future.result(60))
     assert store.counters["full_wait_seconds"] > 0
     store.release_many(refs)
     assert store.key_count() == 0
     assert store.health().evicted == 0
 
 
-def test_closing_ends_a_put_that_waits_for_room(
-    open_store: Open, identity: RunIdentity, eventually: Callable[..., None]
-) -> None:
+def test_closing_ends_a_put_that_waits_for_room(open_store: Open, identity: RunIdentity) -> None:
     probe, store = open_store(put_timeout_s=0.05), open_store(put_timeout_s=300)
     refs = fill(probe, identity)
     future = store.submit_put("late", BLOCK, identity=identity, source_task_id="t", num_tokens=1)

@@ -80,7 +80,7 @@ def test_a_forked_child_may_drop_the_store_it_has_inherited(endpoints: StoreEndp
 
     child = multiprocessing.get_context("fork").Process(target=drop)
     child.start()
-    child.join(20)
+    child.join(60)
     assert child.exitcode == 0
     assert held[0].sweep() == 0
     held[0].close()

@@ -21,6 +21,7 @@ from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.errors import SampleLost, StoreError, StoreUnavailable
 from disagg_core.store import MooncakeFeatureStore, StoreServices, running_store
 from disagg_core.store import services as services_module
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -140,9 +141,7 @@ def test_a_dead_process_is_a_named_error_soon(services: StoreServices, identity:
     assert time.monotonic() - begin < 20, "closing hangs"
 
 
-def test_a_producer_killed_in_the_middle_of_a_put_leaves_no_key(
-    services: StoreServices, identity: RunIdentity, eventually: Callable[..., None]
-) -> None:
+def test_a_producer_killed_in_the_middle_of_a_put_leaves_no_key(services: StoreServices, identity: RunIdentity) -> None:
     owner = services.owners[0].process
     with opened(services) as store:
         ref = put(store, identity)
@@ -182,7 +181,7 @@ def test_a_consumer_killed_in_the_middle_of_a_get_takes_nothing_along(
 @pytest.mark.parametrize("victim", ["owner", "master"])
 @pytest.mark.parametrize("action", ["kill", "pause 30 s", "pause for good"])
 def test_with_the_timeouts_of_production_nothing_hangs(
-    services: StoreServices, identity: RunIdentity, victim: str, action: str, eventually: Callable[..., None]
+    services: StoreServices, identity: RunIdentity, victim: str, action: str
 ) -> None:
     process = (services.owners[0] if victim == "owner" else services.master).process
     large = {"x": torch.arange(5 * MIB // 2)}  # is read in parts
@@ -210,16 +209,16 @@ def test_with_the_timeouts_of_production_nothing_hangs(
         resume.join() if action == "pause 30 s" else resume.cancel()
         if action != "kill":
             process.send_signal(signal.SIGCONT)
-            eventually(lambda: isinstance(outcome(lambda: store.get(ref))[0], dict), 60)
-            eventually(lambda: store.counters["parked_removals"] == 0, 150)
+            eventually(lambda: isinstance(outcome(lambda: store.get(ref))[0], dict))
+            eventually(lambda: store.counters["parked_removals"] == 0, within_s=150)
             store.sweep()
             assert store.key_count() == 0
-            eventually(lambda: store.health().keys == 0, 150)
+            eventually(lambda: store.health().keys == 0, within_s=150)
 
 
 @pytest.mark.slow
 def test_a_restarted_master_has_lost_the_samples_and_serves_again(
-    services: StoreServices, identity: RunIdentity, tmp_path: Path, eventually: Callable[..., None]
+    services: StoreServices, identity: RunIdentity, tmp_path: Path
 ) -> None:
     host, port = services.endpoints.master_address.split(":")
     metrics_port = services.endpoints.metrics_address.split(":")[1]
@@ -234,7 +233,7 @@ def test_a_restarted_master_has_lost_the_samples_and_serves_again(
             result, seconds = outcome(lambda: store.get(ref))
             assert isinstance(result, (SampleLost, StoreUnavailable))
             assert seconds < LONGEST_S
-            eventually(lambda: isinstance(outcome(lambda: put(store, identity))[0], SampleRef), 60)
+            eventually(lambda: isinstance(outcome(lambda: put(store, identity))[0], SampleRef))
             fresh = put(store, identity)
             assert_whole_or_named(store.get(fresh))
             with pytest.raises(SampleLost):

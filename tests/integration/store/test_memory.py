@@ -10,6 +10,7 @@ from disagg_core.contracts import RunIdentity
 from disagg_core.store import MooncakeFeatureStore, memory, staging
 from disagg_core.store.capacity import staging_bytes_for
 from tests.integration.store.test_put_get import assert_same
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -46,7 +47,7 @@ def test_without_a_plan_the_memory_grows_with_the_samples_and_leaves_none_behind
 
 
 def test_a_client_that_rests_gives_its_memory_back(
-    open_store: Open, identity: RunIdentity, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+    open_store: Open, identity: RunIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "LOOK_EVERY_S", 0.02)
     monkeypatch.setattr(staging, "IDLE_S", 0.2)

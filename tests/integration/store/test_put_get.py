@@ -124,10 +124,10 @@ def test_puts_and_gets_run_beside_the_caller(store: MooncakeFeatureStore, identi
         store.submit_put(f"s{number:09d}", tensors, identity=identity, source_task_id="t", num_tokens=200)
         for number, tensors in enumerate(samples)
     ]
-    refs = [future.result(30) for future in puts]
+    refs = [future.result(60) for future in puts]
     gets = [store.submit_get(ref) for ref in refs]
     for future, expected in zip(gets, samples, strict=True):
-        assert_same(future.result(30), expected)
+        assert_same(future.result(60), expected)
     for ref in refs:
         store.abort(ref)
     assert store.key_count() == 0

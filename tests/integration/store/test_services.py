@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from disagg_core.store.capacity import available_bytes
 from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.store.library import ENVIRONMENT
 from disagg_core.store.master import MasterView
+from tests.kit.waiting import eventually
 from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
@@ -70,7 +70,7 @@ def test_a_store_started_by_a_thread_that_ends_lives_on(tmp_path: Path) -> None:
         manager.__exit__(None, None, None)
 
 
-def test_everything_dies_with_a_parent_that_is_killed(tmp_path: Path, eventually: Callable[..., None]) -> None:
+def test_everything_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
 import threading
@@ -87,7 +87,7 @@ with running_store({16 * MIB}, log_dir=Path({str(tmp_path)!r})) as services:
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children), 5)
+    eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
 
 
 @pytest.mark.parametrize("which", ["master_port", "metrics_port"])
@@ -122,7 +122,7 @@ def test_options_out_of_range_are_named(tmp_path: Path, options: dict[str, objec
         pass
 
 
-def test_a_dead_owner_is_noticed_with_the_end_of_its_log(tmp_path: Path, eventually: Callable[..., None]) -> None:
+def test_a_dead_owner_is_noticed_with_the_end_of_its_log(tmp_path: Path) -> None:
     with running_store(16 * MIB, log_dir=tmp_path) as services:
         services.owners[0].process.kill()
         eventually(lambda: services.owners[0].process.poll() is not None)
@@ -144,9 +144,7 @@ def test_an_owner_that_cannot_start_says_why(tmp_path: Path, endpoints: StoreEnd
     assert str(wanted) in said.error
 
 
-def test_an_owner_started_by_hand_adds_its_memory_and_takes_it_away(
-    tmp_path: Path, eventually: Callable[..., None]
-) -> None:
+def test_an_owner_started_by_hand_adds_its_memory_and_takes_it_away(tmp_path: Path) -> None:
     with managed_store(16 * MIB, log_dir=tmp_path) as endpoints:
         arguments = ["--master", endpoints.master_address, "--capacity", "32MiB", "--status", str(tmp_path / "s.json")]
         owner = subprocess.Popen(
@@ -154,11 +152,11 @@ def test_an_owner_started_by_hand_adds_its_memory_and_takes_it_away(
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            eventually(lambda: probe_store(endpoints).total_bytes == 48 * MIB, 30)
-            eventually(lambda: owner_module.read_status(tmp_path / "s.json") is not None, 30)
+            eventually(lambda: probe_store(endpoints).total_bytes == 48 * MIB)
+            eventually(lambda: owner_module.read_status(tmp_path / "s.json") is not None)
         finally:
             owner.terminate()
-            assert owner.wait(20) == 0
+            assert owner.wait(60) == 0
         eventually(lambda: probe_store(endpoints).total_bytes == 16 * MIB)
 
 

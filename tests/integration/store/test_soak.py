@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +16,7 @@ import pytest
 from disagg_core.contracts import RunIdentity, SampleRef
 from disagg_core.store import MooncakeFeatureStore, running_store
 from disagg_core.store.endpoints import StoreEndpoints
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -146,7 +146,7 @@ class Soak:
 )
 def test_every_sample_arrives_exactly_once_and_nothing_is_left(
     tmp_path: Path, samples: int, largest: int, capacity: int, kills: int, timeout_s: float,
-    eventually: Callable[..., None], identity: RunIdentity, run_id: str,
+    identity: RunIdentity, run_id: str,
 ) -> None:  # fmt: skip
     begin = time.monotonic()
     with (
@@ -174,4 +174,4 @@ def test_every_sample_arrives_exactly_once_and_nothing_is_left(
         assert store.health().evicted == 0
         assert grown < 32 << 20
         if samples > 10_000:  # half-written objects of killed puts are the master's to discard, after a minute or two
-            eventually(lambda: store.health().keys == 0 and store.health().used_bytes == 0, 240)
+            eventually(lambda: store.health().keys == 0 and store.health().used_bytes == 0, within_s=240)

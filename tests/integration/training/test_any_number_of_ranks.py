@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-import time
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -17,6 +16,7 @@ from disagg_core.store.endpoints import StoreEndpoints
 from disagg_core.training.checkpoint import covered_ordinals, newest_complete, read_state
 from tests.integration.forks import end, forked_ranks
 from tests.integration.training.consumer_kit import Attempt
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -102,11 +102,13 @@ class Training:
         self.processes = forked_ranks("tests.integration.training.rank_main", [str(told)], logs)
 
     def _kill(self, rank: int, step: int, delay_s: float) -> None:
-        deadline = time.monotonic() + LIMIT_S
-        while not self._has_reached(step):
-            assert all(process.is_alive() for process in self.processes), self._logs()
-            assert time.monotonic() < deadline, self._logs()
-            threading.Event().wait(0.01)
+        eventually(
+            lambda: self._has_reached(step),
+            self._logs,
+            within_s=LIMIT_S,
+            every_s=0.01,
+            alive=lambda: all(process.is_alive() for process in self.processes),
+        )
         threading.Event().wait(delay_s)
         assert self.processes[rank].is_alive(), "it was over before"
         self.processes[rank].kill()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -65,13 +63,6 @@ def dead_process() -> ProcessIdentity:
 def elsewhere() -> ProcessIdentity:
     """A process on a machine that we cannot look into."""
     return replace(ProcessIdentity.mine(), host="other-host", boot="another-boot", pid=next(_dead_pids))
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0, *, poll_s: float = 0.005) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {timeout_s} s"
-        threading.Event().wait(poll_s)
 
 
 @dataclass

@@ -13,7 +13,8 @@ from disagg_core.channel.file.filesystem import FileSystem
 from disagg_core.channel.file.log import CHUNK, SETTLE_S
 from disagg_core.channel.records import MAX_FRAME, EndRecord, frame
 from disagg_core.errors import BadInput, ChannelDamaged, ChannelUnavailable
-from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of, wait_for
+from tests.kit.waiting import eventually
+from tests.unit.channel.kit import FakeClock, dead_process, drain, ids, make_ref, make_refs, names, totals_of
 
 pytestmark = pytest.mark.unit
 
@@ -236,7 +237,7 @@ class CountingFiles(FileSystem):
 
     def sync(self, descriptor: int) -> None:
         self.syncs += 1
-        self.go_on.wait(10)
+        self.go_on.wait(60)
         super().sync(descriptor)
 
 
@@ -259,10 +260,10 @@ def test_publishers_that_arrive_during_a_commit_share_the_next_one(tmp_path: Pat
         before = files.syncs
         threads = [threading.Thread(target=writer.publish, args=[make_ref(ordinal)]) for ordinal in range(8)]
         threads[0].start()
-        wait_for(lambda: files.syncs > before)
+        eventually(lambda: files.syncs > before)
         for thread in threads[1:]:
             thread.start()
-        wait_for(lambda: len(writer._writer._waiting) == 7)
+        eventually(lambda: len(writer._writer._waiting) == 7)
         files.go_on.set()
         for thread in threads:
             thread.join()
@@ -290,10 +291,10 @@ def test_publishers_whose_commit_failed_all_learn_of_it(tmp_path: Path) -> None:
         before = files.syncs
         threads = [threading.Thread(target=publish, args=[ordinal]) for ordinal in range(4)]
         threads[0].start()
-        wait_for(lambda: files.syncs > before)
+        eventually(lambda: files.syncs > before)
         for thread in threads[1:]:
             thread.start()
-        wait_for(lambda: len(writer._writer._waiting) == 3)
+        eventually(lambda: len(writer._writer._waiting) == 3)
         backend.append = refuse  # type: ignore[method-assign,assignment]
         files.go_on.set()
         for thread in threads:

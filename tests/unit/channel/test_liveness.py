@@ -11,7 +11,8 @@ import pytest
 from disagg_core.channel.contract import ClaimStatus
 from disagg_core.channel.liveness import IdleWatch, PeerWatch, ProcessIdentity, holder_is_alive
 from disagg_core.errors import ChannelStalled
-from tests.unit.channel.kit import FakeClock, dead_process, elsewhere, wait_for
+from tests.kit.waiting import eventually
+from tests.unit.channel.kit import FakeClock, dead_process, elsewhere
 
 pytestmark = pytest.mark.unit
 
@@ -32,7 +33,7 @@ def test_a_holder_is_alive_while_its_very_process_is() -> None:
 
 def test_a_zombie_is_dead() -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
-    wait_for(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
+    eventually(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
     started = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()[19])
     assert not holder_is_alive(claim_of(ProcessIdentity.mine(), pid=process.pid, started=started))
     process.wait()

@@ -93,9 +93,9 @@ def test_a_worker_whose_pipeline_stops_leaves_the_batch_and_gives_its_leases_bac
     )
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
-    assert started.wait(30)
+    assert started.wait(60)
     pipeline.stopping = True
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert (pipeline.returned, pipeline.error) == (["lease"], None)
 
@@ -119,6 +119,6 @@ def test_a_stop_of_another_rank_ends_the_wait_for_samples_that_only_this_rank_la
     with ThreadPoolExecutor(1) as waiter:
         arrived = waiter.submit(loader._arrived, PendingWindow([], [[(None, never)]]))
         try:
-            assert arrived.result(timeout=30) is False
+            assert arrived.result(timeout=60) is False
         finally:
             never.cancel()

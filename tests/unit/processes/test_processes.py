@@ -7,9 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,22 +14,16 @@ import pytest
 
 from disagg_core.errors import PortTaken
 from disagg_core.processes.tree import check_port, describe_exit, free_port, lives, spawn, stop_tree, tail
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        threading.Event().wait(0.02)
-
-
 def test_output_goes_to_the_log_and_not_to_us(tmp_path: Path) -> None:
     process = spawn([sys.executable, "-c", "print('said')"], tmp_path / "logs" / "x.log")
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert tail(tmp_path / "logs" / "x.log") == "said"
 
 

@@ -52,7 +52,7 @@ def test_a_short_stream_that_ended_before_the_map_shows_is_delivered_whole(
     SlowToShow.looks_missed = looks_missed
     with StreamingRefChannel(tmp_path / "channel") as reader:
         wait_for_map(assignment, tmp_path, reader)
-        refs = StreamingRefQueue(reader).get(10, timeout=5)
+        refs = StreamingRefQueue(reader).get(10, timeout=60)
         assert ids(refs) == names(3)
         reader.ack(refs, step=1)
         assert reader.in_flight_remote() == 0

@@ -1,13 +1,13 @@
 """What could not be removed is tried until it is gone; keys of failed puts are removed twice."""
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from disagg_core.errors import StoreUnavailable
 from disagg_core.store import reclaimer as module
 from disagg_core.store.reclaimer import Reclaimer
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -29,19 +29,11 @@ class Store:
         return codes
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("did not happen in 10 s")
-
-
 def test_a_store_that_comes_back_is_cleaned() -> None:
     store = Store("a", "b", failures=2)
     reclaimer = Reclaimer(store.remove)
     reclaimer.park(["a", "b", "gone"])
-    wait_for(lambda: len(reclaimer) == 0)
+    eventually(lambda: len(reclaimer) == 0)
     assert store.keys == set()
     assert reclaimer.removed == 3
     assert reclaimer.stop(1) == 0
@@ -52,9 +44,9 @@ def test_a_put_that_lands_after_its_removal_is_removed_too(monkeypatch: pytest.M
     store = Store()
     reclaimer = Reclaimer(store.remove)
     reclaimer.park(["late"], doubtful=True)
-    wait_for(lambda: store.tries == ["late"])
+    eventually(lambda: store.tries == ["late"])
     store.keys.add("late")
-    wait_for(lambda: len(reclaimer) == 0)
+    eventually(lambda: len(reclaimer) == 0)
     assert store.keys == set()
     assert reclaimer.stop(1) == 0
 
@@ -70,8 +62,8 @@ def test_retry_does_not_wait_for_the_next_turn() -> None:
     store = Store("a", failures=1)
     reclaimer = Reclaimer(store.remove)
     reclaimer.park(["a"])
-    wait_for(lambda: len(store.tries) == 1)
-    wait_for(lambda: reclaimer.retry() == 1 or not store.keys)
+    eventually(lambda: len(store.tries) == 1)
+    eventually(lambda: reclaimer.retry() == 1 or not store.keys)
     assert store.keys == set()
     reclaimer.stop(1)
 

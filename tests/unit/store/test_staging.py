@@ -14,6 +14,7 @@ from disagg_core.errors import StoreRejected, StoreUnavailable
 from disagg_core.store import staging
 from disagg_core.store.capacity import STAGING_BYTES, most_regions, staging_bytes_for
 from disagg_core.store.staging import PAGE, Slot, StagingPool
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -105,18 +106,17 @@ def test_a_request_waits_for_room_and_a_larger_one_is_not_overtaken() -> None:
     pool, _ = pool_of()
     first, second = pool.acquire(REGION // 2, 1), pool.acquire(REGION // 2, 1)
     order: list[str] = []
-    large = threading.Thread(target=lambda: order.append(f"large {pool.acquire(REGION, 5).size}"))
+    large = threading.Thread(target=lambda: order.append(f"large {pool.acquire(REGION, 60).size}"))
     large.start()
-    while not pool._turn.locked():
-        threading.Event().wait(0.001)
-    small = threading.Thread(target=lambda: order.append(f"small {pool.acquire(REGION, 5).size}"))
+    eventually(pool._turn.locked, every_s=0.001)
+    small = threading.Thread(target=lambda: order.append(f"small {pool.acquire(REGION, 60).size}"))
     small.start()
     first.release()
     second.release()
-    large.join(5)
+    large.join(60)
     assert order == [f"large {REGION}"]
     pool.returned(pool._regions[0], 0, REGION)
-    small.join(5)
+    small.join(60)
     assert order[1:] == [f"small {REGION}"]
 
 
@@ -197,11 +197,10 @@ def test_a_larger_sample_waits_until_nobody_holds_the_smaller_memory() -> None:
     held = pool.acquire(PAGE, 1)
     waiting = threading.Thread(target=lambda: pool.acquire(2 * REGION, 10).release())
     waiting.start()
-    while not pool._turn.locked():
-        threading.Event().wait(0.001)
+    eventually(pool._turn.locked, every_s=0.001)
     assert [size for _, size in registered] == [REGION]
     held.release()
-    waiting.join(10)
+    waiting.join(60)
     assert [size for _, size in registered] == [REGION, 2 * REGION]
     assert pool.total_bytes == 2 * REGION
 

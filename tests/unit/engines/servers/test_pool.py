@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from disagg_core.engines.servers import pool as pool_module
 from disagg_core.engines.servers.pool import PoolMember, ServerPool
 from disagg_core.engines.sglang.client import SglangClient
 from disagg_core.errors import Preempted, TargetError, TargetUnavailable
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -36,13 +36,6 @@ def pool_of() -> Iterator[Callable[..., ServerPool]]:
     yield make
     for pool in made:
         pool.close()
-
-
-def await_true(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
 
 
 def states(pool: ServerPool) -> dict[str, str]:
@@ -132,13 +125,13 @@ def test_closing_does_not_wait_for_a_supervisor_that_waits_for_its_server(
     pool = pool_of([scripted(), scripted()], check)
     starting = threading.Thread(target=start_in_vain, args=(pool,))
     starting.start()
-    assert checking.wait(20)
+    assert checking.wait(60)
 
     pool.close()
 
     assert not released.is_set(), "close() came back although the check did not"
     released.set()
-    starting.join(20)
+    starting.join(60)
     assert not starting.is_alive()
 
 
@@ -158,12 +151,12 @@ def test_a_server_that_hangs_is_taken_out_and_checked_again_when_it_is_back(
     client = pool.acquire(frozenset({"server-1"}))
     pool.failed(client.name, "no answer in time")
 
-    await_true(lambda: any("hangs" in event for event in events_of(pool, "server-0")))
+    eventually(lambda: any("hangs" in event for event in events_of(pool, "server-0")))
     assert states(pool)["server-0"] == "open"
     assert pool.acquire(frozenset({"server-1"})).name == "server-1"
     servers[0].healthy = True
-    await_true(lambda: checked.count("server-0") == 2)
-    await_true(lambda: states(pool)["server-0"] == "probation")
+    eventually(lambda: checked.count("server-0") == 2)
+    eventually(lambda: states(pool)["server-0"] == "probation")
     assert "back" in events_of(pool, "server-0")
 
 
@@ -182,14 +175,14 @@ def test_a_server_that_comes_back_as_another_model_gets_no_more_work(
     changed.set()
     servers[0].healthy = False
     pool.failed(pool.acquire(frozenset({"server-1"})).name, "no answer in time")
-    await_true(lambda: any("hangs" in event for event in events_of(pool, "server-0")))
+    eventually(lambda: any("hangs" in event for event in events_of(pool, "server-0")))
     servers[0].healthy = True
 
     def refused() -> bool:
         expected = "refused: server-0 is not the run's target: dtype"
         return expected in events_of(pool, "server-0")
 
-    await_true(refused)
+    eventually(refused)
     assert pool.acquire(frozenset({"server-1"})).name == "server-1"
 
 
@@ -207,6 +200,6 @@ def test_a_server_that_was_replaced_by_another_model_is_noticed_at_its_next_fail
     replaced.set()
     pool.failed(pool.acquire(frozenset()).name, "connection reset")
 
-    await_true(lambda: "refused: another model" in events_of(pool, "server-0"))
+    eventually(lambda: "refused: another model" in events_of(pool, "server-0"))
     with pytest.raises(TargetUnavailable, match="server-0: refused: another model"):
         pool.acquire(frozenset())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +30,7 @@ from disagg_core.errors import StoreFull
 from disagg_core.store.outgoing import Shapes, allocate_plain
 from disagg_core.store.packing import plan_layout, unpack
 from disagg_core.target.layers import LayerStates
+from tests.kit.waiting import eventually
 from tests.unit.engines.kit import ADDRESS, IDENTITY
 
 pytestmark = pytest.mark.unit
@@ -76,7 +76,7 @@ class Shelf:
         num_tokens: int,
         metadata: Mapping[str, Any] | None = None,
     ) -> SampleRef:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.full:
             raise StoreFull("no room")
         self.samples[sample_id] = dict(tensors)
@@ -148,11 +148,15 @@ def capture(recorder: Recorder, order: CaptureOrder | ProbeOrder, tokens: int, *
 def settled(recorder: Recorder, recording: Recording) -> Any:
     """Hold the reply as the server does, until it may go out, and read it as the producer does."""
     request = SimpleNamespace(rid="r", origin_input_ids=[], customized_info=None)
-    deadline = time.monotonic() + 20
-    while recorder.hold(recording, request, "streamer"):
-        assert time.monotonic() < deadline
+
+    def may_go() -> bool:
+        if not recorder.hold(recording, request, "streamer"):
+            return True
         recorder.wait(0.05)
         recorder.released()
+        return False
+
+    eventually(may_go)
     return find_reply(request.customized_info[WIRE_KEY])
 
 

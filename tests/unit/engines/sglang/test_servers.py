@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from disagg_core.errors import MissingLibrary, TargetUnavailable
 from disagg_core.run_spec.document import TargetSection
 from disagg_core.settings import Settings
 from disagg_core.target.facts import TargetFacts
+from tests.kit.waiting import eventually
 from tests.unit.engines.kit import CAPTURE
 
 pytestmark = pytest.mark.unit
@@ -114,13 +114,6 @@ def stubborn(section: TargetSection, facts: TargetFacts, tmp_path: Path) -> Call
     return make
 
 
-def await_true(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        threading.Event().wait(0.02)
-
-
 def is_up(server: ManagedServer) -> bool:
     return server.log.is_file() and "up" in server.log.read_text()
 
@@ -133,12 +126,12 @@ def test_servers_that_do_not_want_to_end_are_ended_together(stubborn: Callable[[
     starting = threading.Thread(target=start_in_vain, args=(pool,))
     starting.start()
     for server in servers:
-        await_true(lambda server=server: is_up(server), f"{server.name} is up")
+        eventually(lambda server=server: is_up(server), f"{server.name} is up")
     pids = [server.pid for server in servers]
 
     pool.close()
 
-    starting.join(20)
+    starting.join(60)
     assert not starting.is_alive()
     assert not [pid for pid in pids if pid is not None and psutil.pid_exists(pid)]
 
@@ -151,7 +144,7 @@ def start_in_vain(pool: ServerPool) -> None:
 def test_a_closed_server_does_not_start_again(stubborn: Callable[[int], ManagedServer]) -> None:
     server = stubborn(0)
     server.start()
-    await_true(lambda: is_up(server), "it is up")
+    eventually(lambda: is_up(server), "it is up")
     server.close()
 
     server.start()
@@ -195,8 +188,8 @@ def test_each_start_has_a_port_of_its_own_and_the_client_follows(
         somebody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        await_true(lambda: taken(somebody, before), "the port is somebody else's")
-        await_true(lambda: server.port != before and client.healthy(1.0), "the server is back elsewhere")
+        eventually(lambda: taken(somebody, before), "the port is somebody else's")
+        eventually(lambda: server.port != before and client.healthy(1.0), "the server is back elsewhere")
         assert client.url == server.url
     pool.close()
 
@@ -250,12 +243,12 @@ def test_a_server_leaves_no_shared_memory_behind(
     server = ManagedServer(launch, index=0, log_dir=tmp_path)
     server.start()
     held = held_by(server.port)
-    await_true(lambda: all(path.is_file() for path in held), "the server holds shared memory")
-    await_true(lambda: len(list(tmp_path.glob("*.shared-memory"))) or server.became_healthy(), "which was noted")
+    eventually(lambda: all(path.is_file() for path in held), "the server holds shared memory")
+    eventually(lambda: len(list(tmp_path.glob("*.shared-memory"))) or server.became_healthy(), "which was noted")
     if end != "stopped":
         assert server.pid is not None
         os.killpg(server.pid, signal.SIGKILL)
-        await_true(lambda: server.exit_reason() is not None, "it is dead")
+        eventually(lambda: server.exit_reason() is not None, "it is dead")
     if end == "killed with its producer":
         server = ManagedServer(launch, index=0, log_dir=tmp_path)
         server.start()
