@@ -259,8 +259,7 @@ class DFlashConfig(BaseModel):
                 "target_layer_ids": list(capture.layers),
                 "num_target_layers": facts.num_layers,
                 "output_multiplier": facts.logit_scale if "output_multiplier" not in cls.required_values else None,
-                "input_embedding_scale": options.embedding_scale
-                or (facts.embedding_scale if facts.embedding_scale != 1.0 else None),
+                "input_embedding_scale": options.embedding_scale,
                 "bos_token_id": facts.bos_token_id,
                 "eos_token_id": facts.eos_token_ids[0]
                 if len(facts.eos_token_ids) == 1
@@ -268,7 +267,13 @@ class DFlashConfig(BaseModel):
                 "pad_token_id": facts.pad_token_id,
                 **extra,
             }
-        )
+        ).with_scale_of(facts)
+
+    def with_scale_of(self, facts: TargetFacts) -> Self:
+        """Return a config that says the factor on this target's embedding, where it says none and there is one."""
+        if self.input_embedding_scale is not None or facts.embedding_scale == 1.0:
+            return self
+        return self.model_copy(update={"input_embedding_scale": facts.embedding_scale})
 
 
 def _completed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -140,14 +140,14 @@ class DFlash(DraftMethod):
     def continued(
         self, config: DraftConfig, state: Mapping[str, Tensor], facts: TargetFacts, capture: Capture, vocab: VocabMap
     ) -> DFlashDraft:
-        """Return a draft with the weights of a published one.
+        """Return a draft with the weights of a published one; its config says the factor that it is trained with.
 
         Raises:
             IncompatibleDraft: it was made for a target of other sizes or other layers.
         """
         assert isinstance(config, DFlashConfig)
         self.check_made_for(config, facts, capture)
-        draft = self.model(config)
+        draft = self.model(config.with_scale_of(facts))
         draft.load_serving_state_dict(state)
         return draft
 

@@ -86,6 +86,16 @@ def test_a_draft_sees_the_embedding_that_it_is_served_with() -> None:
         torch.testing.assert_close(draft.embed(torch.tensor([3, 5])), factor * parts.embedding[[3, 5]].float())
 
 
+def test_a_published_draft_that_is_trained_on_says_the_factor_it_is_trained_with() -> None:
+    target = some_facts(embedding_scale=4.0)
+    served = METHOD.config_for(DFlashSection(**OPTIONS), target, CAPTURE, VOCAB)
+    published = METHOD.model(served.model_copy(update={"input_embedding_scale": None}))
+    weights, vocabulary = published.serving_state_dict(), VocabMap.identity(VOCAB)
+    for config, scale in ((published.config, 4.0), (served.model_copy(update={"input_embedding_scale": 1.0}), 1.0)):
+        continued = METHOD.continued(config, weights, target, CAPTURE, vocabulary)
+        assert continued.config.input_embedding_scale == continued.embedding_scale == scale
+
+
 def test_a_target_that_sglang_cannot_capture_for_such_drafts_is_named() -> None:
     assert METHOD.unserved(some_facts()) is None
     said = METHOD.unserved(some_facts(model_type="gemma3_text"))
