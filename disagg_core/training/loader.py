@@ -94,7 +94,12 @@ class FeatureDataLoader:
         self._channel = channel
         self._ranks = ranks or Ranks(0, 1, torch.device("cpu"), owns_group=False, control=None)
         assert (queue is not None) == self._ranks.is_first, "rank 0, and no other, reads the queue"
-        self._cut = Cut(batch_size, pack_tokens, by_length=all(reads.batcher.by_length for reads in inputs))
+        self._cut = Cut(
+            batch_size,
+            pack_tokens,
+            by_length=all(reads.batcher.by_length for reads in inputs),
+            packed=all(reads.packing is not False for reads in inputs),
+        )
         self._global_batch_size = self._ranks.size * batch_size * accumulation_steps
         self._stager = Stager(inputs, self._ranks.device)
         self._prefetch_samples = prefetch_samples

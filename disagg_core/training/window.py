@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,16 +53,21 @@ class Cut:
     """How a window is cut into micro-batches: `batch_size` samples each or, with `pack_tokens`, so many tokens.
 
     Without `by_length` some draft's loss depends on which samples share a micro-batch: they stay in published order.
+    Which samples a window has never depends on the cut.
     """
 
     batch_size: int
     pack_tokens: int | None
     by_length: bool
+    packed: bool
+    """Whether samples of unlike lengths are packed in one row; padded ones share a micro-batch with their like."""
 
     def share(self, refs: Sequence[SampleRef], rank: int, size: int) -> list[list[int]]:
         """Return rank `rank`'s micro-batches of a window as indices into `refs`; every rank has as many of them."""
         if self.pack_tokens is not None and self.by_length:
             return packed_share_of(refs, rank, size, self.pack_tokens)
+        if self.packed and self.by_length:
+            return balanced_share_of(refs, rank, size, self.batch_size)
         return share_of(refs, rank, size, self.batch_size, by_length=self.by_length)
 
 
@@ -80,6 +86,33 @@ def share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int, *
         first = slot * base + min(slot, longer)
         shares.append(order[first : first + base + (slot < longer)])
     return shares
+
+
+def balanced_share_of(refs: Sequence[SampleRef], rank: int, size: int, batch_size: int) -> list[list[int]]:
+    """Return rank `rank`'s micro-batches of a window as indices into `refs`: of up to `batch_size` samples each.
+
+    A packed row costs what its tokens cost, whatever their samples: ranks get about equally many tokens, and so do the
+    micro-batches of each. Every rank gets as many micro-batches, which a full window fills.
+    """
+    lengths = [ref.num_tokens for ref in refs]
+    rounds = -(-len(refs) // (batch_size * size))
+    own = _evenly(range(len(refs)), lengths, size, most=rounds * batch_size)[rank]
+    return _evenly(own, lengths, rounds, most=batch_size)
+
+
+def _evenly(indices: Sequence[int], lengths: Sequence[int], count: int, *, most: int) -> list[list[int]]:
+    """Return `indices` in `count` parts of at most `most`, alike in the sum of their `lengths`.
+
+    From the longest on, each goes to the part with the least that has room (longest processing time first).
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, part) for part in range(count)]  # a heap of those with room
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        load, part = heapq.heappop(loads)
+        parts[part].append(index)
+        if len(parts[part]) < most:
+            heapq.heappush(loads, (load + lengths[index], part))
+    return parts
 
 
 def packed_share_of(refs: Sequence[SampleRef], rank: int, size: int, tokens: int) -> list[list[int]]:
