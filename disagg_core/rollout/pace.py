@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from disagg_core.run.progress import ProgressValue
+from disagg_core.run.progress import ProgressValue, tells_pace
 
 
 class Pace:
@@ -19,10 +19,10 @@ class Pace:
     def fields(self, done: int, total: int | None) -> dict[str, ProgressValue]:
         """Return the rate (``samples_per_s``) and the seconds left (``left_s``) for a progress file.
 
-        Either is None where it is not known: nothing was done yet, or nobody knows how much there is.
+        Either is None where it is not known: too little was done yet (`tells_pace`), or nobody knows how much there is.
         """
         new, spent = done - self._begun, self._clock() - self._since
-        if new <= 0 or spent <= 0:
+        if not tells_pace(new, spent):
             return {"samples_per_s": None, "left_s": None}
         rate = new / spent
         left_s = None if total is None else round(max(0, total - done) / rate)

@@ -97,7 +97,7 @@ class _Counting:
 
     def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._generating:
-            rows = _continuations(self._plan, self._pool, self._target, self._waiting)
+            rows = _continuations(self._plan, self._pool, self._target, self._tell)
         else:
             rows = _trained_tokens(self._pool)
         rows = itertools.islice(rows, self._total)
@@ -107,7 +107,7 @@ class _Counting:
         for tokens in itertools.chain([first], rows):
             yield torch.tensor(tokens, dtype=torch.int64), torch.ones(len(tokens), dtype=torch.uint8)
 
-    def _waiting(self) -> None:
+    def _tell(self) -> None:
         self._progress(self._so_far, self._total)
 
     def _report(self, counted: int) -> None:
@@ -140,15 +140,17 @@ def _trained_tokens(pool: PromptPool) -> Iterator[list[int]]:
         yield [token for token, live in zip(task.input_ids, task.loss_mask, strict=True) if live]
 
 
-def _continuations(plan: RunPlan, pool: PromptPool, target: Target, waiting: Callable[[], None]) -> Iterator[list[int]]:
+def _continuations(plan: RunPlan, pool: PromptPool, target: Target, tell: Callable[[], None]) -> Iterator[list[int]]:
     """Yield continuations by the target, in prompt order but for the order within a batch.
 
     The batches are the groups in which the same prompts will be leased, so that each is continued in the same company.
+    `tell` is called when one is through: all of it counts from then on, while the next one takes its time.
     """
     group = largest_group(plan.watermarks, target.batch_size)
     together = group if target.batch_size > 1 else target.concurrency
     for _, batch in itertools.groupby(_tasks(pool), key=lambda task: task.ordinal // together):
-        yield from _generated(plan, target, list(batch), waiting)
+        yield from _generated(plan, target, list(batch), tell)
+        tell()
 
 
 def _generated(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from disagg_core.run.metrics import MetricValue
-from disagg_core.run.progress import ProgressValue
+from disagg_core.run.progress import ProgressValue, tells_pace
 
 TrainingPhase = Literal[
     "refs",
@@ -106,9 +106,10 @@ class RecentShares:
         return sums
 
     @property
-    def mean_s(self) -> float:
-        """Mean seconds of a step or interval; 0 before anything was added."""
-        return self._seconds / len(self._records) if self._records else 0.0
+    def mean_s(self) -> float | None:
+        """Mean seconds of a step or interval; None while they are too few to tell, and are not a whole window yet."""
+        known = self._seconds >= self._window_s or tells_pace(len(self._records), self._seconds)
+        return self._seconds / len(self._records) if known else None
 
     def rate_without(self, idle: Iterable[str], parallel: int = 1) -> float | None:
         """Return the samples a second that would be done if the `idle` phases took no time.

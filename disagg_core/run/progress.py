@@ -14,6 +14,12 @@ from disagg_core.files import write_atomically
 log = logging.getLogger(__name__)
 
 ProgressValue = str | int | float | bool | None
+_ENOUGH, _LONG_ENOUGH_S = 5, 10.0
+
+
+def tells_pace(done: int, seconds: float) -> bool:
+    """Whether `done` things in so many `seconds` say how fast they go: the first few, and the first seconds, do not."""
+    return done >= _ENOUGH and seconds >= _LONG_ENOUGH_S
 
 
 def figure_of(draft: str, name: str) -> str:

@@ -91,10 +91,11 @@ class ProgressObserver(StepObserver):
         """Show where the time of the last minutes went, what training could do without waits, and how long it takes."""
         self._recent.add(lap.seconds, samples=lap.samples)
         steps_left = None if self._total_steps is None else max(0, self._total_steps - lap.step)
+        mean_s = self._recent.mean_s
         self._file.update(
             **self._recent.fields(),
             train_capacity=self._recent.rate_without(DATA_WAIT),
-            left_s=None if steps_left is None else round(steps_left * self._recent.mean_s),
+            left_s=None if steps_left is None or mean_s is None else round(steps_left * mean_s),
         )
 
     def on_heldout(self, record: Mapping[str, Any]) -> None:

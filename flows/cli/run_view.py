@@ -19,6 +19,8 @@ from disagg_core.run.plan import RunPlan
 from disagg_core.run.progress import ProgressValue
 
 _LINE_INTERVAL_S = 10.0
+_SLOW = 0.1
+"""Samples a second; what goes slower is said by the minute."""
 _STYLES = {"plain": "", "strong": "bold", "alarm": "bold red"}
 
 RoleState = dict[str, ProgressValue]
@@ -146,7 +148,9 @@ def _training_detail(flow_state: str, producer: RoleState, state: RoleState) -> 
 
 def _rate(state: RoleState) -> str:
     rate = state.get("samples_per_s")
-    return f", {rate:.1f}/s" if isinstance(rate, (int, float)) else ""
+    if not isinstance(rate, (int, float)):
+        return ""
+    return f", {rate:.1f}/s" if rate >= _SLOW else f", {60 * rate:.1f}/min"
 
 
 def _left(state: RoleState) -> str:

@@ -307,6 +307,7 @@ def test_the_counting_of_continuations_is_shown_with_rate_and_time_left() -> Non
     assert rollout_line(state) == f"{phase}, 0.8/s, 5 min left"
     assert rollout_line({**state, "left_s": 40}) == f"{phase}, 0.8/s, 40 s left"
     assert rollout_line({**state, "samples_per_s": None, "left_s": None}) == phase
+    assert rollout_line({**state, "samples_per_s": 0.03}) == f"{phase}, 1.8/min, 5 min left"
 
 
 def test_the_plan_says_what_memory_each_process_takes() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from disagg_core.contracts import PromptTask
 from disagg_core.engines.contract import Captured, Failed, Generated
+from disagg_core.rollout import vocab_counts
 from disagg_core.rollout.continuations import ContinuationLog, ContinuedTarget, Origin
 from disagg_core.rollout.pace import Pace
 from disagg_core.rollout.vocab_counts import vocab_maps_of
@@ -169,3 +170,33 @@ def test_a_pace_says_nothing_of_what_was_there_before() -> None:
     now = 110.0
     assert pace.fields(276, 512) == {"samples_per_s": 2.0, "left_s": 118}
     assert pace.fields(276, None) == {"samples_per_s": 2.0, "left_s": None}
+
+
+def test_a_pace_says_nothing_while_too_little_was_done_to_tell() -> None:
+    now = 0.0
+    pace = Pace(clock=lambda: now)
+    unknown = {"samples_per_s": None, "left_s": None}
+    now = 32.0
+    assert pace.fields(1, 512) == unknown, "one prompt of a batch that took half a minute"
+    now = 9.9
+    assert pace.fields(64, 512) == unknown, "a first batch that came at once"
+    now = 32.0
+    assert pace.fields(64, 512) == {"samples_per_s": 2.0, "left_s": 224}
+
+
+def test_all_of_a_batch_is_told_as_counted_while_the_next_one_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocab_counts, "_REPORT_S", 0.0)
+
+    class Watched(Parrot):
+        def generate(self, batch: Sequence[PromptTask], *, avoid: object) -> Iterator[Generated | Failed]:
+            told_before.append(told[-1] if told else 0)
+            return super().generate(batch, avoid=avoid)
+
+    told: list[int] = []
+    told_before: list[int] = []
+    plan = a_plan(tmp_path)
+    target = ContinuedTarget(Watched(batch_size=3), ContinuationLog(plan.dir.continuations, Origin.of(plan)))
+    vocab_maps_of(plan, Ordinals(), target, cache=tmp_path / "c", progress=lambda done, total: told.append(done))
+    assert told_before == [0, 3]

@@ -113,6 +113,7 @@ def test_a_target_that_is_away_for_a_moment_is_waited_for(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AWAY_PAUSE_S", 0.0)
+    monkeypatch.setattr(module, "_REPORT_S", float("inf"))
     target, seen = Away(calls=2), []
     (made,) = vocab_maps_of(
         a_generating_plan(tmp_path, prompts),

@@ -10,6 +10,7 @@ from disagg_core.training.observers import (
     Observers,
     ProgressObserver,
 )
+from disagg_core.training.phase_clock import Lap
 from disagg_core.training.progress import TrainingProgress
 from disagg_core.training.window import GivenUp
 from flows.cli.run_view import _training_detail
@@ -103,6 +104,16 @@ def test_samples_that_are_not_trained_on_are_kept_with_their_reasons(tmp_path):
     found = [(r["ordinal"], r["kind"], r["reason"]) for r in read_metrics(tmp_path / "quarantined.jsonl")]
     assert found == [(7, "quarantined", "hidden is not finite"), (9, "lost", "no longer in the store")]
     assert len(list(read_metrics(tmp_path / "train.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(("step_s", "left_after"), [(2.0, 5), (4.0, 5), (60.0, 2)])
+def test_the_time_left_is_said_as_soon_as_a_few_steps_and_seconds_tell_it(tmp_path, step_s, left_after):
+    progress = ProgressFile(tmp_path / "consumer.json", interval_s=0.0)
+    observer = ProgressObserver(progress, total_steps=100)
+    for step in range(1, 8):
+        observer.on_lap(Lap(step=step, samples=4, seconds={"forward": step_s}))
+        left_s = read_progress(tmp_path / "consumer.json")["left_s"]
+        assert left_s == (None if step < left_after else (100 - step) * step_s), step
 
 
 def test_progress_is_written_at_most_once_a_second(tmp_path):
