@@ -7,7 +7,7 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from disagg_core.run_spec.document import RunSpec
-from tasks.watch import Sighting, look
+from tasks.watch import look, remember
 
 
 @flow(name="draft-watch", flow_run_name="watch over {spec.run.name}")
@@ -16,9 +16,9 @@ def draft_watch(spec: RunSpec, server: str | None = None, drop: float = 0.1) -> 
 
     `spec` is the document of recurring training. `server` is an SGLang or vLLM server that serves the champion, whose
     metrics are read: its accept length has dropped if it is lower than the champion's by more than the share `drop`.
-    Returns the names of the events.
+    What lasts is told once, not at every look. Returns the names of the events.
     """
-    sightings: list[Sighting] = look(spec, server, drop)
+    sightings = look(spec, server, drop)
     for sighting in sightings:
         get_run_logger().info("%s: %s", sighting.event, sighting.reason)
         emit_event(
@@ -29,4 +29,5 @@ def draft_watch(spec: RunSpec, server: str | None = None, drop: float = 0.1) -> 
             },
             payload={"reason": sighting.reason},
         )
+    remember(spec, sightings)
     return [sighting.event for sighting in sightings]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import httpx
 
 from disagg_core.errors import TargetUnavailable
-from disagg_core.recurring.night import assess
+from disagg_core.recurring.night import Night, Situation, assess
 from disagg_core.recurring.preparation import situation_of
+from disagg_core.recurring.sighting import Marks, Sighting, Told
 from disagg_core.registry.references import open_registry, registry_name
+from disagg_core.registry.versions import Version
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.settings import Settings
 
@@ -18,41 +21,82 @@ _TIMEOUT_S = 10.0
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(?P<value>[-+.\deE]+|NaN|[-+]?Inf)")
 
 
-@dataclass(frozen=True)
-class Sighting:
-    """An event that is to be emitted, of which target, and what was seen."""
-
-    event: str
-    target: str
-    reason: str
-
-
 def watch(spec: RunSpec, settings: Settings, server: str | None, drop: float) -> list[Sighting]:
-    """Return what calls for another draft than the champion: nothing where there is none, which a first night makes.
+    """Return what calls for another draft than the champion and was not told yet; see `remember`.
+
+    Nothing where there is no champion, which a first night makes. What is over is told anew when it comes back.
 
     Raises:
         BadInput: target, tokenizer or source of the prompts cannot be read.
         StorageFailed, StorageUnusable: registry or source do not answer.
         TargetUnavailable: the server does not answer, or has no metrics of speculative decoding.
     """
-    registry, target = open_registry(spec, settings), registry_name(spec)
+    assert spec.recurring is not None
+    registry = open_registry(spec, settings)
     champion = registry.champion()
     if champion is None:
         return []
-    seen = []
+    look = _Look(registry_name(spec), champion)
     situation = situation_of(spec)
-    if differences := situation.differences(champion.provenance):
-        seen.append(Sighting("draftline.target.changed", target, "; ".join(differences)))
-    night = assess(spec, registry, situation, cache=settings.home / "sources")
-    if night.skipped is None and night.fresh is None:
-        seen.append(Sighting("draftline.data.arrived", target, f"{night.new} prompts since {champion.label}"))
-    expected = champion.provenance.accept_length
-    if server is not None and expected is not None:
-        found = served_accept_length(server)
-        if found is not None and found < expected * (1 - drop):
-            reason = f"{found:.3f} on {server}, {expected:.3f} when {champion.label} was promoted"
-            seen.append(Sighting("draftline.accept_length.dropped", target, reason))
-    return seen
+    look.at_target(situation)
+    look.at_data(assess(spec, registry, situation, cache=settings.home / "sources"))
+    if server is not None:
+        look.at_server(server, served_accept_length(server), drop)
+    marks = Marks(registry.place)
+    for condition in look.over:
+        marks.clear(condition)
+    return [seen for seen in look.seen if marks.is_news(seen, worth_telling=spec.recurring.min_new_prompts)]
+
+
+def remember(spec: RunSpec, settings: Settings, told: Sequence[Sighting]) -> None:
+    """Keep in the registry what was told, so that it is not told again while it lasts.
+
+    Raises:
+        StorageFailed, StorageUnusable: the registry does not answer.
+    """
+    marks = Marks(open_registry(spec, settings).place)
+    for sighting in told:
+        marks.keep(sighting)
+
+
+class _Look:
+    """What a look at target, data and server finds: conditions that call for another draft, and those that are over."""
+
+    def __init__(self, target: str, champion: Version) -> None:
+        self.seen: list[Sighting] = []
+        self.over: list[str] = []
+        self._target = target
+        self._champion = champion
+
+    def at_target(self, situation: Situation) -> None:
+        """See whether the champion was made for something else than the document says by now."""
+        differences = "; ".join(situation.differences(self._champion.provenance))
+        self._take("draftline.target.changed", differences, Told(about=f"{self._champion.label}: {differences}"))
+
+    def at_data(self, night: Night) -> None:
+        """See whether there are enough new prompts."""
+        enough = night.skipped is None and night.fresh is None
+        label, reason = self._champion.label, f"{night.new} prompts since {self._champion.label}" if enough else ""
+        self._take("draftline.data.arrived", reason, Told(about=label, prompts=night.mark.prompts))
+
+    def at_server(self, url: str, found: float | None, drop: float) -> None:
+        """See whether a server accepts less than the champion did; one that has not decoded yet says nothing."""
+        expected = self._champion.provenance.accept_length
+        if expected is None or found is None:
+            return
+        label, reason = self._champion.label, ""
+        if found < expected * (1 - drop):
+            reason = f"{found:.3f} on {url}, {expected:.3f} when {label} was promoted"
+        of_server = hashlib.sha256(url.encode()).hexdigest()[:12]
+        self._take("draftline.accept_length.dropped", reason, Told(about=f"{label} on {url}"), of_server)
+
+    def _take(self, event: str, reason: str, told: Told, part: str = "") -> None:
+        """Take a condition that lasts, for a `reason`, or is over, without one."""
+        condition = f"{event}-{part}" if part else event
+        if reason:
+            self.seen.append(Sighting(event, self._target, reason, condition, told))
+        else:
+            self.over.append(condition)
 
 
 def served_accept_length(url: str) -> float | None:

@@ -9,6 +9,7 @@
       versions/<number>/report/          report, accounting, evaluation
       versions/<number>/manifest.json    provenance, sizes and hashes; written last
       history/<number>.json              moves of the champion, one file each, made exclusively
+      watch/<condition>.json             what the watch has told of a condition that lasts
 
 **A version is whole when its manifest is there**, and does not change afterwards. A number belongs to one draft of one
 run: an upload that was killed is finished, or replaced, by the next one of that run.

@@ -56,7 +56,9 @@ def tonight(registry: Registry, spec: RunSpec, tmp_path: Path, situation: Situat
     return night, [json.loads(line)["prompt"] for line in lines]
 
 
-def publish(registry: Registry, run: str, mark: DataMark, tmp_path: Path, *, promoted: bool) -> None:
+def publish(
+    registry: Registry, run: str, mark: DataMark, tmp_path: Path, *, promoted: bool, accept_length: float | None = None
+) -> None:
     draft = tmp_path / run
     draft.mkdir()
     (draft / "config.json").write_text(run)
@@ -70,6 +72,7 @@ def publish(registry: Registry, run: str, mark: DataMark, tmp_path: Path, *, pro
         draft_vocab_size=24,
         layers=(0, 1, 2),
         data=mark,
+        accept_length=accept_length,
         created=0.0,
     )
     version = registry.publish({"checkpoint": draft}, provenance)
