@@ -93,7 +93,7 @@ def build_disagg_online_consumer(
     saving = CheckpointPolicy(checkpoints, every, keep, seed, named, steps) if checkpoints is not None else None
     pairs = list(zip(drafts, batchers, strict=True))
     trainees = [_trainee(draft, batcher, parts, ranks, section, steps, seed, clock) for draft, batcher in pairs]
-    inputs = [_input(draft, batcher, section) for draft, batcher in pairs]
+    inputs = [input_of(draft, batcher, section) for draft, batcher in pairs]
     trainer = Trainer(
         trainees,
         ranks=ranks,
@@ -109,7 +109,7 @@ def build_disagg_online_consumer(
     return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
 
 
-def _input(draft: DraftToTrain, batcher: Batcher, section: TrainingSection) -> DraftInput:
+def input_of(draft: DraftToTrain, batcher: Batcher, section: TrainingSection) -> DraftInput:
     """Return what a draft's batches are made of, and how."""
     return DraftInput(batcher, draft.selection, COMPILED_MULTIPLE if section.compile else 1, section.packing)
 

@@ -279,9 +279,10 @@ def flex_mask(plan: BlockPlan, mask: LayerMask) -> BlockMask:
     """Return the pattern of all M * K slots by the context rows, with the slots after them."""
     size, rows = plan.block_size, len(plan.context_flat)
     start, end = plan.context_start, plan.context_start + plan.anchors
+    last = plan.blocks - 1  # a number: of a list that is reached through the plan, each length would be compiled anew
 
     def sees(batch: Tensor, head: Tensor, slot: Tensor, key: Tensor) -> Tensor:
-        block, place = (slot // size).clamp(max=plan.blocks - 1), slot % size  # a kernel's last tile goes beyond
+        block, place = (slot // size).clamp(max=last), slot % size  # a kernel's last tile goes beyond
         begin = start[block]
         if mask.window is not None:
             begin = torch.maximum(begin, end[block] + mask.first_seen(place))
