@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disagg_core.drafts.cost import TRAINED_BYTES
+from disagg_core.drafts.cost import TrainedBytes, trained_bytes
 from disagg_core.drafts.warm_start import first_config
 from disagg_core.engines.transformers import decode_budget, group_for
 from disagg_core.rollout.worker import QUEUED_BYTES
@@ -82,14 +82,13 @@ def _server(plan: RunPlan) -> ProcessMemory:
 
 def _trainer(plan: RunPlan) -> ProcessMemory:
     spec, facts = plan.spec, plan.target
-    trained = sum(map(_parameters, plan.drafts)) * TRAINED_BYTES
     item = int(getattr(torch, facts.dtype).itemsize)
     frozen = facts.vocab_size * facts.hidden_size * item * (1 if facts.tie_word_embeddings else 2)
     return ProcessMemory(
         "each training rank, beside the activations of its batch",
         (
             ("libraries", _LIBRARIES),
-            ("drafts, gradients, optimizer", trained),
+            ("drafts, gradients, optimizer", _trained(plan)),
             ("target's embedding and head", frozen),
             ("samples fetched ahead", spec.training.prefetch_samples * plan.max_sample_bytes),
             ("transfer buffers", 2 * plan.staging_bytes),
@@ -97,6 +96,12 @@ def _trainer(plan: RunPlan) -> ProcessMemory:
     )
 
 
-def _parameters(draft: PlannedDraft) -> int:
+def _trained(plan: RunPlan) -> int:
+    found = sum(_trained_bytes(draft, plan.spec.training.optimizer).total for draft in plan.drafts)
+    return -(-found // plan.spec.world_size)
+
+
+def _trained_bytes(draft: PlannedDraft, optimizer: str) -> TrainedBytes:
     size = draft.vocabulary.size
-    return draft.method.parameters(first_config(draft.init_path, draft.section, draft.target, draft.capture, size))
+    config = first_config(draft.init_path, draft.section, draft.target, draft.capture, size)
+    return trained_bytes(draft.method, config, optimizer)

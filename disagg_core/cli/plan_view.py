@@ -89,7 +89,7 @@ def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
         ("bytes per token that it reads", str(cost.bytes_per_token)),
         ("rows of logits per step", f"up to {step:,}, {cost.logit_rows:,} of each sample, {cost.logit_width:,} wide"),
         ("logits of a sample, made in slices", f"up to {_size(cost.logits_bytes)} if they were held at once"),
-        ("weights, gradients, optimizer", f"{_size(cost.trained_bytes)} over {spec.world_size} ranks"),
+        ("weights, gradients, optimizer", f"{_size(cost.trained.total)} over {spec.world_size} ranks"),
         ("embedding and LM head of the target", f"{_size(cost.frozen_bytes)} on each rank"),
         (
             "memory of a rank, without activations",
@@ -108,6 +108,7 @@ def _cost(plan: RunPlan, draft: PlannedDraft) -> DraftCost:
         draft.capture,
         max_tokens=plan.spec.data.max_tokens,
         compute_dtype="float32" if plan.spec.training.device == "cpu" else target.dtype,
+        training=plan.spec.training,
     )
 
 

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from disagg_core.contracts import DTYPE_BYTES, Capture
+from disagg_core.drafts.matrices import hidden_matrices
 from disagg_core.drafts.method import DraftConfig, DraftMethod
+from disagg_core.run_spec.document import TrainingSection
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
 
-TRAINED_BYTES = 4 * 4
-"""Of a parameter: its fp32 master, its gradient and AdamW's two moments."""
-_LOGIT_BYTES = 4
+_NUMBER_BYTES = 4
+"""Of fp32, in which masters, gradients, the optimizer's state and logits are."""
+
+
+@dataclass(frozen=True)
+class TrainedBytes:
+    """What training keeps of a draft's parameters, over all ranks together."""
+
+    weights: int
+    """Masters and their gradients."""
+    optimizer: int
+    """AdamW's two moments of a parameter; Muon's one of a matrix."""
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.optimizer
+
+
+def trained_bytes(method: DraftMethod, config: DraftConfig, optimizer: str) -> TrainedBytes:
+    """Return what a draft of `config` takes in training by `optimizer`, as ``training.optimizer`` names it."""
+    parameters, moments = method.parameters(config), 2 * method.parameters(config)
+    if optimizer == "muon":
+        with torch.device("meta"):
+            moments -= sum(matrix.numel() for matrix in hidden_matrices(method.model(config)))
+    return TrainedBytes(2 * parameters * _NUMBER_BYTES, moments * _NUMBER_BYTES)
 
 
 @dataclass(frozen=True)
@@ -29,21 +56,17 @@ class DraftCost:
     max_tokens: int
     frozen_bytes: int
     """The target's embedding and LM head, whole on every rank."""
-
-    @property
-    def trained_bytes(self) -> int:
-        """Weights, gradients and optimizer state, over all ranks together."""
-        return self.parameters * TRAINED_BYTES
+    trained: TrainedBytes
 
     @property
     def logits_bytes(self) -> int:
         """The logits of one sample in fp32."""
-        return self.logit_rows * self.logit_width * _LOGIT_BYTES
+        return self.logit_rows * self.logit_width * _NUMBER_BYTES
 
     def rank_bytes(self, world_size: int, batch_size: int) -> int:
         """Return what each of `world_size` ranks holds, with captured states of a micro-batch, without activations."""
         states = batch_size * self.max_tokens * self.bytes_per_token
-        return -(-self.trained_bytes // world_size) + self.frozen_bytes + states
+        return -(-self.trained.total // world_size) + self.frozen_bytes + states
 
 
 def cost_of(
@@ -55,6 +78,7 @@ def cost_of(
     *,
     max_tokens: int,
     compute_dtype: str,
+    training: TrainingSection,
 ) -> DraftCost:
     """Return what a draft of `config` costs; `compute_dtype` is torch's name of the dtype of the target's parts."""
     matrices = 1 if facts.tie_word_embeddings else 2
@@ -65,4 +89,5 @@ def cost_of(
         logit_width=config.draft_vocab_size,
         max_tokens=max_tokens,
         frozen_bytes=matrices * facts.vocab_size * facts.hidden_size * DTYPE_BYTES[compute_dtype],
+        trained=trained_bytes(method, config, training.optimizer),
     )

@@ -150,11 +150,14 @@ class TrainingSection(Section):
         None, ge=1, description="Cut a step's samples into packed rows of at most so many tokens, not by batch_size."
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for matrices inside a draft; AdamW for embeddings, heads, vectors."
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate; Muon's updates are scaled to AdamW's.")
     warmup_ratio: float = Field(0.015, ge=0, lt=1, description="Part of the steps with linear warm-up.")
     max_grad_norm: float = Field(0.5, gt=0, description="Clip the global gradient norm to this.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     processes: int = Field(1, ge=1, description="Trainer processes (GPUs) on one node.")
     nodes: int = Field(1, ge=1, description="Trainer nodes.")
     save_every_steps: int = Field(500, ge=1, description="Checkpoint interval in optimizer steps.")

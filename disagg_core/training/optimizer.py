@@ -6,6 +6,7 @@ The schedule is a function of the step alone, so resuming needs no scheduler sta
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -52,6 +53,29 @@ class Schedule:
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+class OwnOptimizer(torch.optim.Optimizer, ABC):
+    """What the optimizers of this package add to PyTorch's."""
+
+    found_inf: Tensor | None = None
+    """Scalar on the device; where it is 1, a step leaves all as it is. See `update_unless`."""
+
+    @abstractmethod
+    def blank_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return the state of zeros that the optimizer begins with for `parameter`."""
+
+
+def blank_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the state of zeros that `optimizer`, one of this package or AdamW, begins with for `parameter`."""
+    if isinstance(optimizer, OwnOptimizer):
+        return optimizer.blank_state(parameter)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
     """Return AdamW (decoupled weight decay) over `parameters`, which must be fp32."""
     masters = list(parameters)
@@ -62,12 +86,12 @@ def build_optimizer(parameters: Iterable[nn.Parameter], section: TrainingSection
     )
 
 
-def update_unless(fault: Tensor, optimizer: torch.optim.AdamW) -> None:
-    """Let `optimizer`, which is fused, take its step, or leave all as it is where `fault` is 1, without a host's look.
+def update_unless(fault: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer` take its step, or leave all as it is where `fault` is 1, without a host's look.
 
     Args:
         fault: fp32 scalar on the parameters' device, 0 or 1.
-        optimizer: fused AdamW looks at it inside its kernel, as it does for gradient scaling.
+        optimizer: one that looks at it on the device; fused AdamW does inside its kernel, as for gradient scaling.
     """
     optimizer.found_inf = fault  # type: ignore[attr-defined]  # read by fused optimizers, which GradScaler sets it for
     optimizer.step()

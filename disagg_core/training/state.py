@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from disagg_core.training.optimizer import blank_state
+
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_KINDS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def gather_weights(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def gather_weights(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Te
     return {name: trained.get(name, tensor).detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the state of `optimizer`, over the trained parameters of `module`, itself, called <parameter>.<state>.
 
     Empty before its first step.
@@ -38,19 +39,17 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
     if not optimizer.state:
         return {}
     return {
-        f"{name}.{kind}": optimizer.state[parameter][kind] for name, parameter in _trained(module) for kind in _KINDS
+        f"{name}.{kind}": tensor
+        for name, parameter in _trained(module)
+        for kind, tensor in optimizer.state[parameter].items()
     }
 
 
-def prepared_optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def prepared_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what `optimizer_tensors` does, with a state of zeros where there is none: to load a saved one into."""
     for _, parameter in _trained(module):
         if not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+            optimizer.state[parameter] = blank_state(optimizer, parameter)
     return optimizer_tensors(module, optimizer)
 
 

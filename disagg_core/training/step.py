@@ -1,11 +1,11 @@
-"""One optimizer step over a window, on every rank: forward, backward, one reduction, clip, AdamW.
+"""One optimizer step over a window, on every rank: forward, backward, one reduction, clip, update.
 
 Gradients of a window are reduced once, with its last micro-batch. The loss divides by sums over the whole window on all
 ranks, while FSDP2 averages gradients over ranks, so the loss is scaled by their number. A micro-batch with nothing to
 train on runs as a dummy whose loss weighs zero, because all ranks must do the same collectives.
 
-Nothing in a step waits for the device. Whether loss and gradient are finite is decided there, and AdamW leaves weights
-and moments as they are where they are not; the figures travel to pinned memory, and whoever reads them waits.
+Nothing in a step waits for the device. Whether loss and gradient are finite is decided there, and the optimizer leaves
+weights and its state as they are where they are not; the figures travel to pinned memory, and whoever reads them waits.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from disagg_core.training.inputs import DraftBatches
 from disagg_core.training.optimizer import (
     NamedParameters,
     Schedule,
-    build_optimizer,
     clip_gradients,
     update_unless,
 )
+from disagg_core.training.optimizers import optimizer_for
 from disagg_core.training.phase_clock import PhaseClock
 
 
@@ -117,7 +117,7 @@ class OptimizerStep:
         self._clock = clock or PhaseClock()
         self._idle: Batch | None = None
         self.parameters: NamedParameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer(self.parameters.values(), section)
+        self.optimizer = optimizer_for(draft, section)
         self.applied = 0
         """How often the weights were changed, or began to be."""
 

@@ -63,8 +63,8 @@ def load_into(
     if wanted.keys() != reader.tensors.keys():
         missing, unknown = wanted.keys() - reader.tensors.keys(), reader.tensors.keys() - wanted.keys()
         raise CheckpointError(
-            f"{path / file}: {what}: missing {sorted(missing)}, unknown {sorted(unknown)}; the draft section of the "
-            "run has changed"
+            f"{path / file}: {what}: missing {sorted(missing)}, unknown {sorted(unknown)}; the draft section or "
+            "training.optimizer of the run has changed"
         )
     for key, tensor in wanted.items():
         if tensor.shape != (found := reader.tensors[key].size):

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,9 +36,9 @@ def main(name: str, folder: Path) -> None:
             save_file(weights, folder / f"{ranks.size}.safetensors")
 
 
-def step_of(case: Case, draft: DraftModel, ranks: Ranks) -> OptimizerStep:
-    """Return the optimizer step of `draft`, sharded."""
-    section = TrainingSection(learning_rate=1e-3)
+def step_of(case: Case, draft: DraftModel, ranks: Ranks, **training: Any) -> OptimizerStep:
+    """Return the optimizer step of `draft`, sharded, with `training` in its section."""
+    section = TrainingSection.model_validate({"learning_rate": 1e-3, **training})
     module = case.method.loss(draft, case.parts, case.options, activation_checkpointing=False)
     sharded = shard(module, ranks, torch.float32)
     return OptimizerStep(

@@ -1,4 +1,8 @@
-"""Child of the test of resharding: the ranks save, after a step, what they hold; or all load it and compare."""
+"""Child of the test of resharding: the ranks save, after a step, what they hold; or all load it and compare.
+
+Arguments: save or load, the checkpoints' directory, and how the module is trained: adamw or muon, the latter beside
+AdamW.
+"""
 
 import sys
 from pathlib import Path
@@ -21,18 +25,20 @@ from disagg_core.training.checkpoint import (
 )
 from disagg_core.training.checkpoint.document import OPTIMIZER_FILE
 from disagg_core.training.distributed import Ranks, shard
+from disagg_core.training.muon import Muon
 from disagg_core.training.optimizer import build_optimizer
+from disagg_core.training.optimizers import Optimizers
 from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
 
 
-def main(what: str, folder: Path) -> None:
-    """Run one rank; `what` is save or load."""
+def main(what: str, folder: Path, how: str) -> None:
+    """Run one rank."""
     with Ranks.join("cpu") as ranks:
         torch.manual_seed(0 if what == "save" else 1)
         module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))  # rows that no number of ranks divides
         module[1].requires_grad_(False)
         shard(module, ranks, torch.float32)
-        optimizer = build_optimizer((p for p in module.parameters() if p.requires_grad), TrainingSection())
+        optimizer = optimizer_of(module, how)
         if what == "save":
             module(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
@@ -43,14 +49,25 @@ def main(what: str, folder: Path) -> None:
         load_into(folder / "step-1", OPTIMIZER_FILE, state, "optimizer", ranks.another_group())
         assert len(optimizer.state) == 2
         saved = load_checkpoint(folder / "step-1").drafts[""]
-        assert not torch.equal(saved.optimizer["0.weight.exp_avg"], torch.zeros(5, 4))
+        kind = "exp_avg" if how == "adamw" else "momentum_buffer"
+        assert not torch.equal(saved.optimizer[f"0.weight.{kind}"], torch.zeros(5, 4))
         for name, parameter in module.named_parameters():
             assert torch.equal(_whole(parameter), saved.weights[name]), name
             for kind, value in optimizer.state.get(parameter, {}).items():
                 assert torch.equal(_whole(value), saved.optimizer[f"{name}.{kind}"]), (name, kind)
 
 
-def save(folder: Path, module: nn.Module, optimizer: torch.optim.AdamW, ranks: Ranks) -> None:
+def optimizer_of(module: nn.Module, how: str) -> torch.optim.Optimizer:
+    """Return an optimizer of the parameters that are trained."""
+    section = TrainingSection()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if how == "adamw":
+        return build_optimizer(trained, section)
+    matrices, vectors = ([p for p in trained if p.dim() == size] for size in (2, 1))
+    return Optimizers([build_optimizer(vectors, section), Muon(matrices, lr=1e-3, weight_decay=0.0)])
+
+
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Save in the background while the weights and the optimizer's state change already."""
     before = {name: _whole(tensor).clone() for name, tensor in module.state_dict().items()}
     state = TrainerState(
@@ -82,4 +99,4 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -16,12 +16,24 @@ pytestmark = pytest.mark.integration
 
 RESHARD = "tests.integration.training.reshard_main"
 WAITING = "tests.integration.training.waiting_main"
+MUON = "tests.integration.training.muon_rank_main"
 
 
-@pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 1), (2, 3)])
-def test_what_some_ranks_saved_any_number_can_load(tmp_path: Path, saving: int, loading: int):
-    run_ranks(saving, RESHARD, ["save", str(tmp_path)], tmp_path / "save.log")
-    run_ranks(loading, RESHARD, ["load", str(tmp_path)], tmp_path / "load.log")
+@pytest.mark.parametrize(("saving", "loading", "how"), [(1, 2, "adamw"), (2, 1, "adamw"), (2, 3, "muon")])
+def test_what_some_ranks_saved_any_number_can_load(tmp_path: Path, saving: int, loading: int, how: str):
+    run_ranks(saving, RESHARD, ["save", str(tmp_path), how], tmp_path / "save.log")
+    run_ranks(loading, RESHARD, ["load", str(tmp_path), how], tmp_path / "load.log")
+
+
+def test_muon_updates_rows_on_several_ranks_with_the_bits_of_one(tmp_path: Path):
+    for size in (1, 2, 3):
+        run_ranks(size, MUON, [str(tmp_path)], tmp_path / f"{size}.log")
+
+    one, two, three = (load_file(tmp_path / f"{size}") for size in (1, 2, 3))
+
+    for name, tensor in one.items():
+        assert torch.equal(two[name], tensor), name
+        assert torch.equal(three[name], tensor), name
 
 
 def test_two_ranks_end_with_the_weights_of_one(endpoints, tmp_path, run_id):

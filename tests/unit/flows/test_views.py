@@ -28,7 +28,7 @@ from disagg_core.report.figures import figures_of
 from disagg_core.report.markdown import to_markdown
 from disagg_core.report.plots import plot_run
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
-from disagg_core.run.plan import make_plan
+from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import Settings
@@ -322,6 +322,20 @@ def test_the_plan_says_what_memory_each_process_takes() -> None:
     assert "Memory, estimated" in shown
     assert "samples fetched ahead" in shown
     assert dict(trainer.parts)["samples fetched ahead"] == spec.training.prefetch_samples * plan.max_sample_bytes
+
+
+def test_the_plan_knows_what_the_optimizer_keeps() -> None:
+    def plan_with(*overrides: str) -> RunPlan:
+        spec = load_spec(RUNS / "qwen3-8b-dflash2.yaml", overrides)
+        return make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2800)
+
+    def optimizer_of(*overrides: str) -> dict[str, int]:
+        parts = dict(memory_of(plan_with(*overrides))[1].parts)
+        return {what: size for what, size in parts.items() if "drafts" in what or "optimizer" in what}
+
+    (adamw,) = optimizer_of().values()
+    (muon,) = optimizer_of("training.optimizer=muon").values()
+    assert 3 / 4 * adamw < muon < adamw
 
 
 def test_rates_are_shown_while_there_are_any() -> None:

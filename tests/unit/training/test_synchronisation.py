@@ -29,6 +29,10 @@ CASES = [(name, {}) for name in method_names()] + [
     ("dflash2", {"loss": {"type": "dpace"}}),
     ("dspark", {"markov_head_type": "rnn"}),
 ]
+OPTIMIZERS = [
+    pytest.param({"optimizer": "adamw"}, id="adamw"),
+    pytest.param({"optimizer": "muon"}, id="muon"),
+]
 
 
 class Whole:
@@ -39,8 +43,8 @@ class Whole:
     def set_reshard_after_backward(self, reshard_after_backward: bool) -> None: ...
 
 
-def step_of(case: Case, draft: DraftModel, ranks: Ranks, *, sharded: bool) -> OptimizerStep:
-    section = TrainingSection(learning_rate=1e-3)
+def step_of(case: Case, draft: DraftModel, ranks: Ranks, *, sharded: bool, **training: Any) -> OptimizerStep:
+    section = TrainingSection.model_validate({"learning_rate": 1e-3, **training})
     module = case.method.loss(draft, case.parts, case.options, activation_checkpointing=False).to(ranks.device)
     return OptimizerStep(
         module,
@@ -88,13 +92,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> PretendedDevice:
     return pretended
 
 
+@pytest.mark.parametrize("training", OPTIMIZERS)
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_no_operation_of_a_step_makes_the_host_wait(
-    device: PretendedDevice, name: str, changes: dict[str, Any]
+    device: PretendedDevice, name: str, changes: dict[str, Any], training: dict[str, Any]
 ) -> None:
     case = Case.of(name, **changes)
     ranks = Ranks(0, 1, torch.device("cpu"), owns_group=False, control=None)
-    step = step_of(case, case.draft(), ranks, sharded=False)
+    step = step_of(case, case.draft(), ranks, sharded=False, **training)
     assert step.run(window_of(case), 0, samples=3, tokens=73) is not None  # what is looked at once, at the start
     window = window_of(case)
     device.place([*step._module.parameters(), *step._module.buffers(), *computed_with(window)])
@@ -127,11 +132,12 @@ def test_the_pretended_device_sees_whoever_waits(device: PretendedDevice) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("training", OPTIMIZERS)
 @pytest.mark.parametrize(("name", "changes"), CASES)
-def test_no_step_on_a_gpu_synchronises(name: str, changes: dict[str, Any]) -> None:
+def test_no_step_on_a_gpu_synchronises(name: str, changes: dict[str, Any], training: dict[str, Any]) -> None:
     with Ranks.join("cuda") as ranks:
         case = Case.of(name, **changes)
-        step = step_of(case, case.draft(), ranks, sharded=True)
+        step = step_of(case, case.draft(), ranks, sharded=True, **training)
         for number in range(2):
             queued = step.run(window_of(case), number, samples=3, tokens=73)
             assert queued is not None
