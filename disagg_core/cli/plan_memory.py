@@ -15,6 +15,7 @@ from disagg_core.engines.transformers import decode_budget, group_for
 from disagg_core.rollout.worker import QUEUED_BYTES
 from disagg_core.run.plan import PlannedDraft, RunPlan
 from disagg_core.target.weights import weight_bytes
+from disagg_core.training.offload import CHUNK_BYTES
 
 _LIBRARIES = 400 * 1024**2
 """What a process has after importing torch and transformers, on a machine without a GPU."""
@@ -88,7 +89,7 @@ def _trainer(plan: RunPlan) -> ProcessMemory:
         "each training rank, beside the activations of its batch",
         (
             ("libraries", _LIBRARIES),
-            ("drafts, gradients, optimizer", _trained(plan)),
+            *_trained(plan),
             ("target's embedding and head", frozen),
             ("samples fetched ahead", spec.training.prefetch_samples * plan.max_sample_bytes),
             ("transfer buffers", 2 * plan.staging_bytes),
@@ -96,9 +97,15 @@ def _trainer(plan: RunPlan) -> ProcessMemory:
     )
 
 
-def _trained(plan: RunPlan) -> int:
-    found = sum(_trained_bytes(draft, plan.spec.training.optimizer).total for draft in plan.drafts)
-    return -(-found // plan.spec.world_size)
+def _trained(plan: RunPlan) -> list[tuple[str, int]]:
+    training, ranks = plan.spec.training, plan.spec.world_size
+    found = [_trained_bytes(draft, training.optimizer) for draft in plan.drafts]
+    weights = -(-sum(own.weights for own in found) // ranks)
+    optimizer = -(-sum(own.optimizer for own in found) // ranks)
+    if not training.optimizer_offload:
+        return [("drafts, gradients, optimizer", weights + optimizer)]
+    visiting = min(optimizer, 2 * CHUNK_BYTES * len(plan.drafts))
+    return [("drafts, gradients", weights + visiting), ("optimizer, in host memory", optimizer)]
 
 
 def _trained_bytes(draft: PlannedDraft, optimizer: str) -> TrainedBytes:

@@ -89,12 +89,22 @@ def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
         ("bytes per token that it reads", str(cost.bytes_per_token)),
         ("rows of logits per step", f"up to {step:,}, {cost.logit_rows:,} of each sample, {cost.logit_width:,} wide"),
         ("logits of a sample, made in slices", f"up to {_size(cost.logits_bytes)} if they were held at once"),
-        ("weights, gradients, optimizer", f"{_size(cost.trained.total)} over {spec.world_size} ranks"),
+        *_trained_lines(cost, spec.world_size),
         ("embedding and LM head of the target", f"{_size(cost.frozen_bytes)} on each rank"),
         (
             "memory of a rank, without activations",
             _size(cost.rank_bytes(spec.world_size, spec.training.batch_size)),
         ),
+    ]
+
+
+def _trained_lines(cost: DraftCost, ranks: int) -> list[tuple[str, str]]:
+    trained = cost.trained
+    if not cost.offloaded:
+        return [("weights, gradients, optimizer", f"{_size(trained.total)} over {ranks} ranks")]
+    return [
+        ("weights, gradients", f"{_size(trained.weights)} over {ranks} ranks"),
+        ("optimizer, in host memory", f"{_size(trained.optimizer)} over {ranks} ranks"),
     ]
 
 

@@ -57,6 +57,8 @@ class DraftCost:
     frozen_bytes: int
     """The target's embedding and LM head, whole on every rank."""
     trained: TrainedBytes
+    offloaded: bool
+    """Whether the optimizer's state is in host memory."""
 
     @property
     def logits_bytes(self) -> int:
@@ -64,9 +66,13 @@ class DraftCost:
         return self.logit_rows * self.logit_width * _NUMBER_BYTES
 
     def rank_bytes(self, world_size: int, batch_size: int) -> int:
-        """Return what each of `world_size` ranks holds, with captured states of a micro-batch, without activations."""
+        """Return what each of `world_size` ranks holds, with captured states of a micro-batch, without activations.
+
+        What of the optimizer is in host memory is not in it.
+        """
         states = batch_size * self.max_tokens * self.bytes_per_token
-        return -(-self.trained.total // world_size) + self.frozen_bytes + states
+        trained = self.trained.weights if self.offloaded else self.trained.total
+        return -(-trained // world_size) + self.frozen_bytes + states
 
 
 def cost_of(
@@ -90,4 +96,5 @@ def cost_of(
         max_tokens=max_tokens,
         frozen_bytes=matrices * facts.vocab_size * facts.hidden_size * DTYPE_BYTES[compute_dtype],
         trained=trained_bytes(method, config, training.optimizer),
+        offloaded=training.optimizer_offload,
     )

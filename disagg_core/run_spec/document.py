@@ -153,6 +153,9 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for matrices inside a draft; AdamW for embeddings, heads, vectors."
     )
+    optimizer_offload: bool = Field(
+        False, description="Keep the optimizer's state in host memory; parts of it visit the GPU for the update."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate; Muon's updates are scaled to AdamW's.")
     warmup_ratio: float = Field(0.015, ge=0, lt=1, description="Part of the steps with linear warm-up.")
     max_grad_norm: float = Field(0.5, gt=0, description="Clip the global gradient norm to this.")
@@ -185,6 +188,12 @@ class TrainingSection(Section):
     def _stopping_needs_measurements(self) -> TrainingSection:
         if self.early_stop is not None and self.heldout is None:
             raise ValueError("early_stop takes effect with training.heldout only, which says how to measure")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_is_from_a_gpu(self) -> TrainingSection:
+        if self.optimizer_offload and self.device == "cpu":
+            raise ValueError("optimizer_offload: expected device: cuda or auto, found cpu, which has no other memory")
         return self
 
     @model_validator(mode="after")

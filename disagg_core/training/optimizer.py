@@ -63,6 +63,9 @@ class OwnOptimizer(torch.optim.Optimizer, ABC):
     def blank_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return the state of zeros that the optimizer begins with for `parameter`."""
 
+    def settle(self) -> None:
+        """Wait until the host can read the state, as far as it lies in the host's memory."""
+
 
 def blank_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return the state of zeros that `optimizer`, one of this package or AdamW, begins with for `parameter`."""

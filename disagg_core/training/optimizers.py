@@ -1,4 +1,7 @@
-"""What trains a draft's parameters: AdamW for all of them, or Muon for its matrices and AdamW for the rest."""
+"""What trains a draft's parameters: AdamW for all of them, or Muon for its matrices and AdamW for the rest.
+
+Either may have its state in host memory.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from disagg_core.drafts.matrices import hidden_matrices
 from disagg_core.drafts.method import DraftModel
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.muon import Muon
+from disagg_core.training.offload import Offloaded
 from disagg_core.training.optimizer import OwnOptimizer, blank_state, build_optimizer, update_unless
 
 
@@ -30,6 +34,12 @@ class Optimizers(OwnOptimizer):
         """Return what the optimizer of `parameter` begins with."""
         return blank_state(self._part_of[parameter], parameter)
 
+    def settle(self) -> None:
+        """Wait for the state of all of them."""
+        for part in self._parts:
+            if isinstance(part, OwnOptimizer):
+                part.settle()
+
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Let each of them take its step."""
         assert closure is None
@@ -40,13 +50,15 @@ class Optimizers(OwnOptimizer):
                 update_unless(self.found_inf, part)
 
 
-def optimizer_for(draft: DraftModel, section: TrainingSection) -> torch.optim.Optimizer:
-    """Return what trains the parameters of `draft`, fp32 masters, as `section` says."""
+def optimizer_for(draft: DraftModel, section: TrainingSection, device: torch.device) -> torch.optim.Optimizer:
+    """Return what trains the parameters of `draft`, fp32 masters on `device`, as `section` says."""
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     chosen = hidden_matrices(draft) if section.optimizer == "muon" else set()
     parts: list[torch.optim.Optimizer] = [build_optimizer((p for p in trained if p not in chosen), section)]
     if matrices := [parameter for parameter in trained if parameter in chosen]:
         parts.append(Muon(matrices, lr=section.learning_rate, weight_decay=section.weight_decay))
+    if section.optimizer_offload:
+        return Optimizers([Offloaded(part, device) for part in parts])
     return Optimizers(parts) if len(parts) > 1 else parts[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -11,12 +12,12 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_as(like: Tensor, rows: Tensor) -> Tensor:
-    """Return `rows`, this rank's, as a tensor of the shape and placement of `like`."""
+def placed_as(like: Tensor, rows: Tensor, mesh: DeviceMesh | None = None) -> Tensor:
+    """Return `rows`, this rank's, as a tensor of the shape and placement of `like`, on its mesh or on `mesh`."""
     if not isinstance(like, DTensor):
         return rows
     return DTensor.from_local(
-        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        rows, mesh or like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from disagg_core.training.optimizer import blank_state
+from disagg_core.training.optimizer import OwnOptimizer, blank_state
 
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -38,6 +38,8 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """
     if not optimizer.state:
         return {}
+    if isinstance(optimizer, OwnOptimizer):
+        optimizer.settle()
     return {
         f"{name}.{kind}": tensor
         for name, parameter in _trained(module)

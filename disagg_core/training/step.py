@@ -117,7 +117,7 @@ class OptimizerStep:
         self._clock = clock or PhaseClock()
         self._idle: Batch | None = None
         self.parameters: NamedParameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer_for(draft, section)
+        self.optimizer = optimizer_for(draft, section, ranks.device)
         self.applied = 0
         """How often the weights were changed, or began to be."""
 

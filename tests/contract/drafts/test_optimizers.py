@@ -35,6 +35,7 @@ def train(case: Case, step: OptimizerStep, numbers: range) -> list[float]:
 OPTIMIZERS = [
     pytest.param({"optimizer": "adamw"}, id="adamw"),
     pytest.param({"optimizer": "muon"}, id="muon"),
+    pytest.param({"optimizer": "muon", "optimizer_offload": True}, id="muon-offloaded"),
 ]
 
 
@@ -57,6 +58,25 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(
         assert losses[-1] < losses[0]
         assert again == losses[STEPS // 2 :]
         assert_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_where_the_state_lies_changes_no_bit_and_no_checkpoint(case: Case, optimizer: str, tmp_path: Path) -> None:
+    """In host memory up to the checkpoint, and not after it."""
+    with Ranks.join("cpu") as ranks:
+        plain = case.draft()
+        losses = train(case, step_of(case, plain, ranks, optimizer=optimizer), range(STEPS))
+
+        first, second = case.draft(), case.draft()
+        step = step_of(case, first, ranks, optimizer=optimizer, optimizer_offload=True)
+        found = train(case, step, range(STEPS // 2))
+        path = save_checkpoint(tmp_path, content_of(case, first, step, STEPS // 2), keep=1)
+        step = step_of(case, second, ranks, optimizer=optimizer)
+        restore(path, second, step)
+        found += train(case, step, range(STEPS // 2, STEPS))
+
+        assert found == losses
+        assert_equal(second, plain)
 
 
 def restore(path: Path, draft: DraftModel, step: OptimizerStep) -> None:

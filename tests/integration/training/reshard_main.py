@@ -1,7 +1,7 @@
 """Child of the test of resharding: the ranks save, after a step, what they hold; or all load it and compare.
 
-Arguments: save or load, the checkpoints' directory, and how the module is trained: adamw or muon, the latter beside
-AdamW.
+Arguments: save or load, the checkpoints' directory, and how the module is trained: by adamw, by muon beside AdamW, or
+offloaded, by AdamW with its state in host memory.
 """
 
 import sys
@@ -26,6 +26,7 @@ from disagg_core.training.checkpoint import (
 from disagg_core.training.checkpoint.document import OPTIMIZER_FILE
 from disagg_core.training.distributed import Ranks, shard
 from disagg_core.training.muon import Muon
+from disagg_core.training.offload import Offloaded
 from disagg_core.training.optimizer import build_optimizer
 from disagg_core.training.optimizers import Optimizers
 from disagg_core.training.state import optimizer_tensors, prepared_optimizer_tensors
@@ -38,7 +39,7 @@ def main(what: str, folder: Path, how: str) -> None:
         module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))  # rows that no number of ranks divides
         module[1].requires_grad_(False)
         shard(module, ranks, torch.float32)
-        optimizer = optimizer_of(module, how)
+        optimizer = optimizer_of(module, how, ranks.device)
         if what == "save":
             module(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
@@ -49,7 +50,7 @@ def main(what: str, folder: Path, how: str) -> None:
         load_into(folder / "step-1", OPTIMIZER_FILE, state, "optimizer", ranks.another_group())
         assert len(optimizer.state) == 2
         saved = load_checkpoint(folder / "step-1").drafts[""]
-        kind = "exp_avg" if how == "adamw" else "momentum_buffer"
+        kind = "momentum_buffer" if how == "muon" else "exp_avg"
         assert not torch.equal(saved.optimizer[f"0.weight.{kind}"], torch.zeros(5, 4))
         for name, parameter in module.named_parameters():
             assert torch.equal(_whole(parameter), saved.weights[name]), name
@@ -57,12 +58,14 @@ def main(what: str, folder: Path, how: str) -> None:
                 assert torch.equal(_whole(value), saved.optimizer[f"{name}.{kind}"]), (name, kind)
 
 
-def optimizer_of(module: nn.Module, how: str) -> torch.optim.Optimizer:
+def optimizer_of(module: nn.Module, how: str, device: torch.device) -> torch.optim.Optimizer:
     """Return an optimizer of the parameters that are trained."""
     section = TrainingSection()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if how == "adamw":
         return build_optimizer(trained, section)
+    if how == "offloaded":
+        return Optimizers([Offloaded(build_optimizer(trained, section), device)])
     matrices, vectors = ([p for p in trained if p.dim() == size] for size in (2, 1))
     return Optimizers([build_optimizer(vectors, section), Muon(matrices, lr=1e-3, weight_decay=0.0)])
 

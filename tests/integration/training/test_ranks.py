@@ -19,7 +19,9 @@ WAITING = "tests.integration.training.waiting_main"
 MUON = "tests.integration.training.muon_rank_main"
 
 
-@pytest.mark.parametrize(("saving", "loading", "how"), [(1, 2, "adamw"), (2, 1, "adamw"), (2, 3, "muon")])
+@pytest.mark.parametrize(
+    ("saving", "loading", "how"), [(1, 2, "adamw"), (2, 1, "adamw"), (2, 3, "muon"), (3, 2, "offloaded")]
+)
 def test_what_some_ranks_saved_any_number_can_load(tmp_path: Path, saving: int, loading: int, how: str):
     run_ranks(saving, RESHARD, ["save", str(tmp_path), how], tmp_path / "save.log")
     run_ranks(loading, RESHARD, ["load", str(tmp_path), how], tmp_path / "load.log")

@@ -324,7 +324,7 @@ def test_the_plan_says_what_memory_each_process_takes() -> None:
     assert dict(trainer.parts)["samples fetched ahead"] == spec.training.prefetch_samples * plan.max_sample_bytes
 
 
-def test_the_plan_knows_what_the_optimizer_keeps() -> None:
+def test_the_plan_knows_what_the_optimizer_keeps_and_where() -> None:
     def plan_with(*overrides: str) -> RunPlan:
         spec = load_spec(RUNS / "qwen3-8b-dflash2.yaml", overrides)
         return make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2800)
@@ -335,7 +335,12 @@ def test_the_plan_knows_what_the_optimizer_keeps() -> None:
 
     (adamw,) = optimizer_of().values()
     (muon,) = optimizer_of("training.optimizer=muon").values()
+    offloaded = optimizer_of("training.optimizer_offload=true")
     assert 3 / 4 * adamw < muon < adamw
+    assert offloaded["optimizer, in host memory"] == pytest.approx(adamw / 2, abs=1)
+    assert offloaded["drafts, gradients"] < adamw
+    shown = text_of(render(plan_with("training.optimizer_offload=true")))
+    assert "optimizer, in host memory" in shown
 
 
 def test_rates_are_shown_while_there_are_any() -> None:

@@ -72,6 +72,7 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         (MINIMAL | {"store": {"capacity": "9 parsecs"}}, [], "store.capacity: expected a size"),
         (MINIMAL | {"training": {"packing": False, "pack_tokens": 9}}, [], "expected packed micro-batches"),
         (MINIMAL | {"training": {"optimizer": "sgd"}}, [], "training.optimizer: .*found 'sgd'"),
+        (MINIMAL | {"training": {"optimizer_offload": True, "device": "cpu"}}, [], "expected device: cuda or auto"),
         ({"data": {"prompts": "p"}}, [], "target: missing"),
         ([1, 2], [], "expected sections"),
         ("run: [", [], "not valid YAML"),

@@ -32,6 +32,7 @@ CASES = [(name, {}) for name in method_names()] + [
 OPTIMIZERS = [
     pytest.param({"optimizer": "adamw"}, id="adamw"),
     pytest.param({"optimizer": "muon"}, id="muon"),
+    pytest.param({"optimizer": "muon", "optimizer_offload": True}, id="muon-offloaded"),
 ]
 
 
