@@ -92,6 +92,7 @@ def _trainer(plan: RunPlan) -> ProcessMemory:
             *_trained(plan),
             ("target's embedding and head", frozen),
             ("samples fetched ahead", spec.training.prefetch_samples * plan.max_sample_bytes),
+            ("batches of a step and of the next one", 2 * _window(plan)),
             ("transfer buffers", 2 * plan.staging_bytes),
         ),
     )
@@ -112,3 +113,11 @@ def _trained_bytes(draft: PlannedDraft, optimizer: str) -> TrainedBytes:
     size = draft.vocabulary.size
     config = first_config(draft.init_path, draft.section, draft.target, draft.capture, size)
     return trained_bytes(draft.method, config, optimizer)
+
+
+def _window(plan: RunPlan) -> int:
+    """Return the bytes of one rank's batches of an optimizer step, of samples of the longest length, for all drafts."""
+    spec, facts = plan.spec, plan.target
+    samples = spec.training.batch_size * spec.training.accumulation_steps
+    by_token = sum(draft.capture.bytes_per_token(facts.hidden_size, facts.dtype) for draft in plan.drafts)
+    return samples * spec.data.max_tokens * by_token

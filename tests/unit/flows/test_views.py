@@ -322,6 +322,8 @@ def test_the_plan_says_what_memory_each_process_takes() -> None:
     assert "Memory, estimated" in shown
     assert "samples fetched ahead" in shown
     assert dict(trainer.parts)["samples fetched ahead"] == spec.training.prefetch_samples * plan.max_sample_bytes
+    window = spec.training.batch_size * spec.training.accumulation_steps * plan.max_sample_bytes
+    assert dict(trainer.parts)["batches of a step and of the next one"] == pytest.approx(2 * window, rel=0.01)
 
 
 def test_the_plan_knows_what_the_optimizer_keeps_and_where() -> None:
