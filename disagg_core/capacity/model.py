@@ -92,7 +92,7 @@ def forecast(work: SampleWork, hardware: Hardware, split: Split) -> Forecast:
     compute_s = work.training_flops / (hardware.tflops * 1e12 * hardware.training_mfu)
     reduce_s = _reduce_s(work, hardware, split.ranks)
     step_s = work.batch * compute_s + reduce_s
-    window = split.ranks * work.batch
+    window = round(split.ranks * work.batch)
     network = hardware.network_gbs * 1e9 / work.sample_bytes  # samples a second through one node
     return Forecast(
         split=split,

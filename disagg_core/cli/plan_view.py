@@ -48,9 +48,9 @@ def _processes(plan: RunPlan) -> Table:
             table.add_row("SGLang server", f"{pools.rollout} (producer)", str(spec.target.servers), gpus)
     training = spec.training
     each = "0" if training.device == "cpu" else "1"
-    table.add_row(
-        f"training ranks: {training.nodes} node(s) of {training.processes}", pools.train, str(spec.world_size), each
-    )
+    shared = f", {training.context_parallel} share each sample" if training.context_parallel > 1 else ""
+    ranks = f"training ranks: {training.nodes} node(s) of {training.processes}{shared}"
+    table.add_row(ranks, pools.train, str(spec.world_size), each)
     if spec.evaluation.measured:
         each = "0" if spec.target.device == "cpu" else "1"
         table.add_row("evaluation, after the two roles", pools.rollout, "1", each)
@@ -93,7 +93,7 @@ def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
         ("embedding and LM head of the target", f"{_size(cost.frozen_bytes)} on each rank"),
         (
             "memory of a rank, without activations",
-            _size(cost.rank_bytes(spec.world_size, spec.training.batch_size)),
+            _size(cost.rank_bytes(spec.world_size, spec.training.batch_size, spec.training.context_parallel)),
         ),
     ]
 
@@ -137,7 +137,7 @@ def _numbers(plan: RunPlan) -> Table:
     table.add_row("bytes per sample", f"up to {_size(plan.max_sample_bytes)} ({spec.data.max_tokens} tokens)")
     table.add_row(
         "global batch",
-        f"{spec.global_batch_size} samples = {spec.world_size} ranks x {training.batch_size} x "
+        f"{spec.global_batch_size} samples = {_parts(spec)} x {training.batch_size} x "
         f"{training.accumulation_steps}, up to {_size(spec.global_batch_size * plan.max_sample_bytes)}",
     )
     marks = plan.watermarks
@@ -153,6 +153,12 @@ def _numbers(plan: RunPlan) -> Table:
     table.add_row("memory for transfers", _transfers(plan))
     table.add_row("reference channel", spec.channel.url or "files in the run's directory")
     return table
+
+
+def _parts(spec: RunSpec) -> str:
+    """Say in how many parts a window is trained."""
+    shared_by = spec.training.context_parallel
+    return f"{spec.world_size} ranks" + (f" / {shared_by}" if shared_by > 1 else "")
 
 
 def _memory(plan: RunPlan) -> Table:

@@ -65,12 +65,12 @@ class DraftCost:
         """The logits of one sample in fp32."""
         return self.logit_rows * self.logit_width * _NUMBER_BYTES
 
-    def rank_bytes(self, world_size: int, batch_size: int) -> int:
+    def rank_bytes(self, world_size: int, batch_size: int, shared_by: int = 1) -> int:
         """Return what each of `world_size` ranks holds, with captured states of a micro-batch, without activations.
 
-        What of the optimizer is in host memory is not in it.
+        `shared_by` ranks share each micro-batch. What of the optimizer is in host memory is not in it.
         """
-        states = batch_size * self.max_tokens * self.bytes_per_token
+        states = -(-batch_size * self.max_tokens * self.bytes_per_token // shared_by)
         trained = self.trained.weights if self.offloaded else self.trained.total
         return -(-trained // world_size) + self.frozen_bytes + states
 

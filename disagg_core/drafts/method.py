@@ -31,7 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.context import Context
 from disagg_core.drafts.figures import Figures, Ratio
+from disagg_core.drafts.formats import ExportRequest as ExportRequest
+from disagg_core.drafts.formats import ServingFormat as ServingFormat
 from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.run_spec.draft import DraftSection
@@ -92,6 +95,14 @@ class Batcher(ABC):
         is padded so. The loss and its gradients are the same, and those of the samples one by one: nothing of a sample
         sees, or is shifted into, another.
         """
+
+    def shared(self, batch: Batch, context: Context, *, pin: bool = False) -> Batch:
+        """Return the part of `batch`, packed and in host memory, that this rank of `context` computes.
+
+        Losses, figures and gradients of the parts of all its ranks add up to those of `batch`, whose counts still are
+        what `trainable_positions` and `normalisers` say of it. Asked for of methods with `context_parallel` only.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def dummy(self) -> Batch:
@@ -202,30 +213,6 @@ class DraftVocabulary:
     sampled_prompts: int = 0
 
 
-@dataclass(frozen=True)
-class ServingFormat:
-    """One of a method's formats: who loads it (for people), and what it has room for besides the draft itself."""
-
-    loaded_by: str
-    names_target: bool = False
-    holds_parts: bool = False
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What an export is to say besides the draft itself.
-
-    `format` is one of the method's; `dtype` is torch's name; `verifier_name` and `verifier_architectures` name the
-    target, in formats that do; `draft_tokens` is the number of tokens that an engine should propose.
-    """
-
-    format: str
-    dtype: str
-    draft_tokens: int
-    verifier_name: str | None = None
-    verifier_architectures: tuple[str, ...] = ()
-
-
 class DraftMethod(ABC):
     """One draft method. `options` are always of the method's own section."""
 
@@ -237,6 +224,8 @@ class DraftMethod(ABC):
     """The serving formats that `written` knows, by name; the first is the default."""
     continues: ClassVar[tuple[str, ...]] = ()
     """Other methods whose published drafts this one goes on from; see `adopted`."""
+    context_parallel: ClassVar[bool] = False
+    """Whether ranks can share a sample's positions; see `Batcher.shared`."""
 
     # --- what of the target, and which samples ----------------------------------------------------------------------
 

@@ -148,14 +148,16 @@ def _faster_capture(spec: RunSpec, shares: Shares) -> list[str]:
         ways = [f"add one rollout server (target.servers: {target.servers + 1})"]
     if shares.generate > shares.prefill:
         ways.append("lower data.generate.max_new_tokens")
-    if training.processes > 1:
+    if training.processes > 1 and training.context_parallel == 1:
         ways.append(f"move a GPU from training (training.processes: {training.processes - 1})")
     return ways
 
 
 def _faster_training(spec: RunSpec) -> list[str]:
     target, training = spec.target, spec.training
-    ways = [f"add a training rank (training.processes: {training.processes + 1})"]
+    more = training.context_parallel
+    added = "a training rank" if more == 1 else f"{more} training ranks"
+    ways = [f"add {added} (training.processes: {training.processes + more})"]
     if target.backend == "sglang" and not target.server_urls and target.servers > 1:
         ways = [f"move a GPU from capture (target.servers: {target.servers - 1}, training.processes)"]
     if not training.compile and training.device != "cpu":

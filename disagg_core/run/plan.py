@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from disagg_core.contracts import Capture, RunIdentity
-from disagg_core.drafts.registry import method_of
+from disagg_core.drafts.registry import method_names, method_of
 from disagg_core.drafts.together import capture_for, capture_of, strategy_of
 from disagg_core.errors import BadInput, SpecError
 from disagg_core.prompts.pinned import PinnedData
@@ -260,7 +260,7 @@ def make_plan(
 
 
 def _check_drafts(spec: RunSpec, target: TargetFacts) -> None:
-    """Have each draft's method check it against the target.
+    """Have each draft's method check it against the target, and against how it is to be trained.
 
     Raises:
         BadInput: one does not fit; of several, every one that does not is named.
@@ -269,6 +269,7 @@ def _check_drafts(spec: RunSpec, target: TargetFacts) -> None:
     for section in sections:
         method = method_of(section.method)
         try:
+            _check_context(method, spec.training.context_parallel)
             method.vocabulary(section, target)
             method.check(section, target, max_tokens=spec.data.max_tokens, draft_tokens=spec.evaluation.draft_tokens)
         except BadInput as error:
@@ -277,3 +278,12 @@ def _check_drafts(spec: RunSpec, target: TargetFacts) -> None:
             faults.append(f"{section.label}: {error}")
     if faults:
         raise BadInput("; ".join(faults))
+
+
+def _check_context(method: DraftMethod, shared_by: int) -> None:
+    if shared_by > 1 and not method.context_parallel:
+        able = ", ".join(name for name in method_names() if method_of(name).context_parallel)
+        raise SpecError(
+            f"training.context_parallel: expected 1 with draft.method {method.name}, whose loss cannot share the "
+            f"positions of a sample over ranks, found {shared_by}; methods that can: {able}"
+        )

@@ -8,7 +8,7 @@ from disagg_core.errors import SpecError
 from disagg_core.run_spec.document import RolloutSection
 
 _STORE_SHARE = 0.8
-_FACTORS = "training.processes x nodes x batch_size x accumulation_steps"
+_FACTORS = "training.processes x nodes / context_parallel x batch_size x accumulation_steps"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,9 @@ class TrainingSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     processes: int = Field(1, ge=1, description="Trainer processes (GPUs) on one node.")
     nodes: int = Field(1, ge=1, description="Trainer nodes.")
+    context_parallel: int = Field(
+        1, ge=1, description="Ranks that share each sample's positions, for samples that do not fit one GPU."
+    )
     save_every_steps: int = Field(500, ge=1, description="Checkpoint interval in optimizer steps.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 on GPUs that have it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the draft is trained.")
@@ -202,6 +205,21 @@ class TrainingSection(Section):
             raise ValueError(
                 f"expected packed micro-batches with pack_tokens, found packing: false and pack_tokens: "
                 f"{self.pack_tokens}; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_shared_by_ranks_that_are_there(self) -> TrainingSection:
+        ranks, shared_by = self.processes * self.nodes, self.context_parallel
+        if ranks % shared_by:
+            raise ValueError(
+                f"expected a context_parallel that divides the number of ranks, processes x nodes ({ranks}), "
+                f"found {shared_by}"
+            )
+        if shared_by > 1 and self.packing is False:
+            raise ValueError(
+                f"expected packed micro-batches with context_parallel, found packing: false and context_parallel: "
+                f"{shared_by}; leave one of them out"
             )
         return self
 
@@ -289,8 +307,9 @@ class RunSpec(Section):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of one optimizer step: world_size x batch_size x accumulation_steps."""
-        return self.world_size * self.training.batch_size * self.training.accumulation_steps
+        """Samples of one optimizer step: world_size / context_parallel x batch_size x accumulation_steps."""
+        training = self.training
+        return self.world_size // training.context_parallel * training.batch_size * training.accumulation_steps
 
 
 def _with_drafts(document: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
+from disagg_core.drafts.context import Context
 from disagg_core.drafts.method import Batcher, DraftModel, FrozenParts
 from disagg_core.drafts.registry import method_of
 from disagg_core.ordinals import OrdinalSet
@@ -84,8 +85,9 @@ def build_disagg_online_consumer(
 
     Raises:
         CheckpointError: the newest checkpoint belongs to another run or other drafts.
+        BadInput: `section.context_parallel` does not divide the number of ranks.
     """
-    ranks = ranks or Ranks.join(section.device)
+    ranks = (ranks or Ranks.join(section.device)).sharing_context(section.context_parallel)
     clock = PhaseClock(ranks.device)
     batchers = [method_of(d.model.method).batcher(d.options, d.model.config, seed=seed) for d in drafts]
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
@@ -93,7 +95,7 @@ def build_disagg_online_consumer(
     saving = CheckpointPolicy(checkpoints, every, keep, seed, named, steps) if checkpoints is not None else None
     pairs = list(zip(drafts, batchers, strict=True))
     trainees = [_trainee(draft, batcher, parts, ranks, section, steps, seed, clock) for draft, batcher in pairs]
-    inputs = [input_of(draft, batcher, section) for draft, batcher in pairs]
+    inputs = [input_of(draft, batcher, section, ranks.context) for draft, batcher in pairs]
     trainer = Trainer(
         trainees,
         ranks=ranks,
@@ -109,9 +111,12 @@ def build_disagg_online_consumer(
     return trainer, _loader(channel, store, inputs, ranks, section, trained=trainer.progress.trained)
 
 
-def input_of(draft: DraftToTrain, batcher: Batcher, section: TrainingSection) -> DraftInput:
+def input_of(
+    draft: DraftToTrain, batcher: Batcher, section: TrainingSection, context: Context | None = None
+) -> DraftInput:
     """Return what a draft's batches are made of, and how."""
-    return DraftInput(batcher, draft.selection, COMPILED_MULTIPLE if section.compile else 1, section.packing)
+    multiple_of = COMPILED_MULTIPLE if section.compile else 1
+    return DraftInput(batcher, draft.selection, multiple_of, section.packing, context)
 
 
 def _loader(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Protocol, cast
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from disagg_core.drafts.context import Context
 from disagg_core.errors import BadInput, FailureClass, RoleFailed, classify
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -44,13 +45,17 @@ class ShardedModule(Protocol):
 
 @dataclass
 class Ranks:
-    """This process among the trainer's processes; `control` is None when there is no other."""
+    """This process among the trainer's processes; `control` is None when there is no other.
+
+    With a `context`, ranks that follow each other share samples; there are `data_size` such groups.
+    """
 
     rank: int
     size: int
     device: torch.device
     owns_group: bool
     control: dist.ProcessGroup | None
+    context: Context | None = None
 
     @classmethod
     def join(cls, device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
@@ -74,6 +79,43 @@ class Ranks:
         if dist.get_world_size() > 1:
             control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
         return cls(dist.get_rank(), dist.get_world_size(), chosen, owns_group, control)
+
+    def sharing_context(self, size: int) -> Ranks:
+        """Return the same rank, which shares samples with others so that `size` ranks do. A collective.
+
+        Raises:
+            BadInput: the number of ranks is not a multiple of `size`.
+        """
+        if size == 1:
+            return self
+        if self.size % size:
+            raise BadInput(
+                f"training.context_parallel: expected a divisor of the number of ranks ({self.size}), found {size}"
+            )
+        together = [list(range(first, first + size)) for first in range(0, self.size, size)]
+        groups = [dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in together]
+        group = cast(dist.ProcessGroup, groups[self.rank // size])
+        return replace(self, context=Context(self.rank % size, size, group))
+
+    @property
+    def shared_by(self) -> int:
+        """How many ranks share each sample."""
+        return 1 if self.context is None else self.context.size
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a window this rank trains; the ranks that share samples have the same one."""
+        return self.rank // self.shared_by
+
+    @property
+    def data_size(self) -> int:
+        """In how many parts a window is trained."""
+        return self.size // self.shared_by
+
+    @property
+    def frees(self) -> bool:
+        """Whether this is the one of the ranks that share samples which removes them from the store."""
+        return self.context is None or self.context.rank == 0
 
     @property
     def is_first(self) -> bool:
@@ -105,6 +147,10 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return cast(list[float], total.tolist())
+
+    def sum_of_data(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of `values` over the parts of a window: those of ranks that share samples count once."""
+        return [total / self.shared_by for total in self.sum(values)]
 
     def sum_tensor(self, values: Tensor) -> Tensor:
         """Return the sum over ranks of `values`, one CPU tensor of the same shape on every rank."""

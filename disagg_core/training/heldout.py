@@ -117,8 +117,8 @@ class HeldOut:
                 "the held-out samples of training.heldout: expected the producer to have captured them before its "
                 "first sample, found none; see its log"
             )
-        own = [Sample(*files.read(number)) for number in range(ranks.rank, count, ranks.size)]
-        rounds = math.ceil(math.ceil(count / ranks.size) / self._batch_size)
+        own = [Sample(*files.read(number)) for number in range(ranks.data_rank, count, ranks.data_size)]
+        rounds = math.ceil(math.ceil(count / ranks.data_size) / self._batch_size)
         windows = [reads.begin() for reads in self._inputs]
         for first in range(0, rounds * self._batch_size, self._batch_size):
             for reads, window in zip(self._inputs, windows, strict=True):

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from disagg_core.contracts import Capture
+from disagg_core.drafts.context import Context
 from disagg_core.drafts.layout import varied
 from disagg_core.drafts.method import Batch, Batcher, Sample
 
@@ -47,7 +48,7 @@ class DraftBatches:
     """One draft's micro-batches of a window on one rank; None weighs zero, and every rank has the same number of them.
 
     `live_positions` counts the positions that are trained on, `normalisers` what the batches add to the numbers that
-    the window's loss is divided by.
+    the window's loss is divided by: on ranks that share samples, those of all of them.
     """
 
     batches: list[Batch | None]
@@ -87,13 +88,15 @@ class DraftBatches:
 class DraftInput:
     """How one draft reads samples: `batcher` makes batches of its `selection`, packed as `packing` says.
 
-    Rows are padded to a multiple of `multiple_of` tokens. Without a selection it reads all that is captured.
+    Rows are padded to a multiple of `multiple_of` tokens. Without a selection it reads all that is captured. With a
+    `context` samples are packed always, and batches are this rank's part of them.
     """
 
     batcher: Batcher
     selection: Selection | None = None
     multiple_of: int = 1
     packing: Packing = "auto"
+    context: Context | None = None
 
     def begin(self) -> DraftBatches:
         """Return a window without micro-batches."""
@@ -103,10 +106,13 @@ class DraftInput:
         """Add a micro-batch of `samples` to `window`, `pin` in pinned memory; None with nothing to train on."""
         own = [self.selection.of(sample) for sample in samples] if self.selection is not None else samples
         packed = self.packing is True or (self.packing == "auto" and varied([len(sample) for sample in own]))
-        batch = self.batcher.collate(own, multiple_of=self.multiple_of, packed=packed, pin=pin) if own else None
+        packed, whole = packed or self.context is not None, pin and self.context is None
+        batch = self.batcher.collate(own, multiple_of=self.multiple_of, packed=packed, pin=whole) if own else None
         positions = self.batcher.trainable_positions(batch) if batch is not None else 0
         batch = batch if positions else None
-        window.batches.append(batch)
         window.live_positions += positions
         for name, value in self.batcher.normalisers(batch).items():
             window.normalisers[name] += value
+        if batch is not None and self.context is not None:
+            batch = self.batcher.shared(batch, self.context, pin=pin)
+        window.batches.append(batch)

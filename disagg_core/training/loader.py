@@ -1,6 +1,7 @@
 """From references to batches: windows of samples, shared out over ranks, fetched ahead of the step that needs them.
 
-A window is the samples of one optimizer step: ranks x batch_size x accumulation_steps of them. Rank 0 takes its
+A window is the samples of one optimizer step: ranks x batch_size x accumulation_steps of them, where ranks that share
+samples (context parallelism) count as one, and fetch the same. Rank 0 takes its
 references from the queue and tells the other ranks; each rank fetches its own share from the store while earlier
 windows are trained. The last window of a stream may be short: what it lacks weighs zero. A sample that the store has
 lost weighs zero too; it is quarantined with its reason when its window completes. Nothing is freed when it is read:
@@ -31,7 +32,7 @@ from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.inputs import DraftInput
-from disagg_core.training.staging import PendingWindow, Stager
+from disagg_core.training.staging import PendingWindow, Stager, refused
 from disagg_core.training.window import Cut, GivenUp, TrainingWindow
 
 PREFETCH_BYTES = 4 * 1024**3
@@ -100,7 +101,7 @@ class FeatureDataLoader:
             by_length=all(reads.batcher.by_length for reads in inputs),
             packed=all(reads.packing is not False for reads in inputs),
         )
-        self._global_batch_size = self._ranks.size * batch_size * accumulation_steps
+        self._global_batch_size = self._ranks.data_size * batch_size * accumulation_steps
         self._stager = Stager(inputs, self._ranks.device)
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
@@ -208,7 +209,7 @@ class FeatureDataLoader:
         ahead = [pending.refs for pending in self._pending] + windows
         samples = sum(len(refs) for refs in ahead[1:]) + self._global_batch_size
         waiting = sum(ref.size_bytes for refs in ahead[1:] for ref in refs)
-        size = self._ranks.size
+        size = self._ranks.data_size
         return samples <= self._prefetch_samples * size and waiting < self._prefetch_bytes * size
 
     def _take(self, timeout: float) -> list[SampleRef]:
@@ -271,10 +272,14 @@ class FeatureDataLoader:
 
     # --- fetching -----------------------------------------------------------------------------------------------
 
-    def _dispatched(self, refs: list[SampleRef]) -> PendingWindow:
-        """Start fetching this rank's share of a window."""
-        own = [[refs[index] for index in share] for share in self._cut.share(refs, self._ranks.rank, self._ranks.size)]
-        return PendingWindow(refs, [[(ref, self._store.submit_get(ref)) for ref in share] for share in own])
+    def _dispatched(self, refs: list[SampleRef], without: Sequence[GivenUp] = ()) -> PendingWindow:
+        """Start fetching this rank's share of a window, but for those samples that are given up already."""
+        known = {item.sample_id: refused(item) for item in without}
+        shares = self._cut.share(refs, self._ranks.data_rank, self._ranks.data_size)
+        own = [[refs[index] for index in share] for share in shares]
+        return PendingWindow(
+            refs, [[(ref, known.get(ref.sample_id) or self._store.submit_get(ref)) for ref in share] for share in own]
+        )
 
     def _arrived(self, pending: PendingWindow) -> bool:
         """Wait for a window's samples on all ranks; False, on all, if one was asked to stop before all had theirs.
@@ -301,7 +306,18 @@ class FeatureDataLoader:
         if self._ranks.sum([float(pending.broken() is not None)])[0]:
             self.failure, self.end_reason = pending.broken(), "stream failed"
             return False
-        return True
+        return self._ranks.context is None or self._agreed(pending)
+
+    def _agreed(self, pending: PendingWindow) -> bool:
+        """As `_arrived`; ranks that share a sample, which one cannot use, fetch the others again and leave it out."""
+        window = pending.staged_window()
+        given_up = self.given_up_in(window)
+        differs = bool(window.used & {item.sample_id for item in given_up})
+        if not given_up or not self._ranks.sum([float(differs)])[0]:
+            return True
+        if differs:
+            self._pending[0] = self._dispatched(pending.refs, given_up)
+        return self._arrived(self._pending[0])
 
     # --- after the step -----------------------------------------------------------------------------------------
 
@@ -320,7 +336,8 @@ class FeatureDataLoader:
                 _log.warning("asked to stop while the channel is away: the last window is not acknowledged")
             except ChannelError as error:
                 self._fail(error, at_once=True)
-        self._store.release_many(window.own)
+        if self._ranks.frees:
+            self._store.release_many(window.own)
         return given_up
 
     def _acknowledge(
@@ -338,7 +355,8 @@ class FeatureDataLoader:
         if not self._ranks.sum([float(len(window.given_up))])[0]:
             return []
         messages = self._ranks.gather(_json_encoder.encode(window.given_up))
-        return [item for message in messages for item in msgspec.json.decode(message, type=list[GivenUp])]
+        items = [item for message in messages for item in msgspec.json.decode(message, type=list[GivenUp])]
+        return list({item.sample_id: item for item in items}.values())  # ranks that share a sample both name it
 
     @property
     def store_trouble(self) -> dict[str, int | float]:

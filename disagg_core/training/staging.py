@@ -47,6 +47,11 @@ class PendingWindow:
         assert self.staged is not None
         return [*self.transfers(), self.staged]
 
+    def staged_window(self) -> TrainingWindow:
+        """Return the window with its batches, which are made."""
+        assert self.staged is not None
+        return self.staged.result()
+
     def unfinished(self) -> int:
         """Return how much of its work is not done."""
         return sum(not future.done() for future in self.work())
@@ -55,6 +60,13 @@ class PendingWindow:
         """Return what a transfer ended with, of those that are done, if it is no fault of its one sample."""
         errors = (future.exception() for future in self.transfers() if future.done() and not future.cancelled())
         return next((e for e in errors if e is not None and not isinstance(e, (SampleLost, SampleUnusable))), None)
+
+
+def refused(item: GivenUp) -> Future[dict[str, Tensor]]:
+    """Return what stands for the transfer of a sample that is given up before it is fetched."""
+    transfer: Future[dict[str, Tensor]] = Future()
+    transfer.set_exception(SampleLost(item.reason) if item.lost else SampleUnusable(item.reason))
+    return transfer
 
 
 class Stager:

@@ -142,7 +142,7 @@ class OptimizerStep:
         self._clock.enter("reduce")
         names = sorted(window.normalisers)
         counts = [window.live_positions, samples, tokens]
-        live, *summed = self._ranks.sum([*counts, *(window.normalisers[name] for name in names)])
+        live, *summed = self._ranks.sum_of_data([*counts, *(window.normalisers[name] for name in names)])
         if live == 0:
             return None
         device = self._ranks.device
@@ -182,7 +182,7 @@ class OptimizerStep:
         Compiled code is left aside: its shapes would be compiled for this alone.
         """
         names = sorted(window.normalisers)
-        summed = self._ranks.sum([window.normalisers[name] for name in names])
+        summed = self._ranks.sum_of_data([window.normalisers[name] for name in names])
         device = self._ranks.device
         normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed, strict=True)}
         tally = _Tally()

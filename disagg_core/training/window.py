@@ -47,6 +47,11 @@ class TrainingWindow:
         """Samples of this rank that are trained on."""
         return len(self.own) - len(self.given_up)
 
+    @property
+    def used(self) -> set[str]:
+        """Ids of the samples of this rank that are trained on."""
+        return {ref.sample_id for ref in self.own} - {item.sample_id for item in self.given_up}
+
 
 @dataclass(frozen=True)
 class Cut:

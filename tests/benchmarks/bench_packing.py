@@ -102,7 +102,7 @@ def module_of() -> tuple[Eagle3Loss, Eagle3Draft]:
 def measure(variant: str, samples: Sequence[Sample], size: int, rounds: int) -> Measured:
     """Run all `samples` in micro-batches of `size` as one optimizer window, `rounds` times."""
     module, draft = module_of()
-    batcher = Eagle3Batcher(LossSection(), HIDDEN)
+    batcher = Eagle3Batcher(LossSection(), HIDDEN, STEPS)
     order = sorted(samples, key=lambda sample: -len(sample)) if variant == "sorted" else list(samples)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     collate = partial(batcher.collate, packed=variant == "packed")

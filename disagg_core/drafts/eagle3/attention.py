@@ -268,7 +268,7 @@ class _Flash(torch.autograd.Function):
 
 def _to_dense(plan: StepPlan, x: Tensor) -> Tensor:
     """Put query rows ``[rows, heads, d]`` on the dense grid, zero elsewhere: ``[batch, heads, keys, d]``."""
-    grid = x.new_zeros(plan.key_flat.numel(), *x.shape[1:]).index_copy(0, plan.row_key, x)
+    grid = x.new_zeros(plan.keys, *x.shape[1:]).index_copy(0, plan.row_key, x)
     return grid.view(len(plan.key_counts), -1, *x.shape[1:]).transpose(1, 2)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.context import Context, distinct
 from disagg_core.drafts.layout import Layout
 from disagg_core.drafts.upload import uploaded
 from disagg_core.errors import BadInput
@@ -35,6 +36,8 @@ class Eagle3Batch:
     aux_hidden_states: Tensor  # [batch, tokens, 3 * target_hidden], low layer to high
     last_hidden_state: Tensor  # [batch, tokens, target_hidden], after the target's final norm
     packing: Layout | None = None  # where a packed batch has its samples
+    shared: StepPlan | None = None
+    """The plan of a rank that shares the batch with others, in host memory: ids and states are those that it names."""
 
     @property
     def layout(self) -> Layout:
@@ -48,7 +51,9 @@ class Eagle3Batch:
         Raises:
             BadInput: a tensor is missing or the shapes do not fit each other.
         """
-        names = [field.name for field in fields(cls) if field.name != "packing"]
+        if isinstance(tensors, Eagle3Batch) and tensors.shared is not None:
+            return tensors
+        names = [field.name for field in fields(cls) if field.name not in ("packing", "shared")]
         if isinstance(tensors, Mapping):
             missing = [name for name in names if name not in tensors]
             if missing:
@@ -123,23 +128,38 @@ class StepPlan:
     key_flat: Tensor  # [key rows] index into the batch's tokens, flattened over its rows
     key_positions: Tensor  # [key rows] t
     key_padding: Tensor | None  # [key rows] bool, True where the key must not be attended to
-    row_key: Tensor  # [rows] index into the key rows
+    row_key: Tensor  # [rows] index into all key rows
+    row_token: Tensor  # [rows] index into the token rows for step 0; step k is k further
+    row_flat: Tensor | None  # [rows] index, as of keys, of t; None where every row is among the key rows of this rank
     row_positions: Tensor  # [rows] t
     row_bounds: tuple[Sequence[int], ...]  # t of the query rows of each sample, in host memory
     token_flat: Tensor  # [token rows] index, as of keys, of token u + 1, for u < key_counts[b] + L - 1
     token_inside: Tensor  # [token rows] bool, False where u + 1 is beyond the end (embedding of id 0)
-    key_token: Tensor  # [key rows] index into the token rows for step 0; step k is k further
+    key_token: Tensor  # [key rows] index into the token rows for step 0
     teacher_flat: Tensor  # [teacher rows] index, as of keys, of token u + 1
     teacher_inside: Tensor  # [teacher rows] bool, False where u + 1 is beyond the end (zero logits)
     teacher_live: Tensor  # [teacher rows] bool, loss mask at u; always true on a host plan
     teacher_row: Tensor  # [L, teacher rows] query row of position u - k
-    teacher_valid: Tensor  # [L, teacher rows] bool, u - k is not before the start
+    teacher_valid: Tensor  # [L, teacher rows] bool, u - k is not before the start, and a row of this rank
     denominators: Tensor  # [L] fp32, loss-masked positions of each step
+    positions: Tensor  # scalar fp32, loss-masked positions of step 0 on all ranks that share the batch
+    context: Context | None = None
 
     @property
     def rows(self) -> int:
         """Number of query rows."""
         return self.row_key.numel()
+
+    @property
+    def keys(self) -> int:
+        """Number of key rows, on all ranks that share the batch."""
+        return sum(self.key_counts)
+
+    def on(self, device: torch.device) -> StepPlan:
+        """Return the plan with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: uploaded(v, device) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def plan_step(
@@ -151,6 +171,7 @@ def plan_step(
     every_row: bool,
     dense: bool,
     layout: Layout | None = None,
+    context: Context | None = None,
 ) -> StepPlan:
     """Return the plan of a batch.
 
@@ -162,20 +183,30 @@ def plan_step(
         every_row: compute every row, live or not (masks on a device, or logits wanted for all rows).
         dense: every sample has the same number of key rows (for attention kernels without packing).
         layout: where the samples lie, on the masks' device; by default padded as the masks are.
+        context: the ranks that share the batch, whose masks are in host memory; neither `every_row` nor `dense`.
     """
     layout = layout or Layout.like(mask)
     grid = _Grid.of(mask, layout, ttt_length, every_row=every_row, dense=dense)
     padding = grid.pick(attention_mask.to(mask.device) == 0, grid.is_key)
-    denominators = torch.stack([mask[:, k:].sum() for k in range(ttt_length)]).to(torch.float32)
+    if context is not None:
+        grid = grid.shared(context)
     tensors = {**_row_tensors(grid), **_token_tensors(grid, ttt_length), **_teacher_tensors(grid, mask, ttt_length)}
-    return StepPlan(
+    tensors["row_token"] = tensors["key_token"][tensors["row_key"]]
+    if context is not None:
+        tensors |= _part_of_keys(tensors, ttt_length, context)
+    counted = (tensors["teacher_valid"] & tensors["teacher_live"]).sum(1)
+    plan = StepPlan(
         ttt_length=ttt_length,
         key_counts=grid.key_counts,
-        key_padding=None if mask.device.type == "cpu" and not padding.any() else uploaded(padding, device),
+        key_padding=None if mask.device.type == "cpu" and not padding.any() else padding,
         row_bounds=grid.row_bounds,
-        denominators=uploaded(denominators, device),
-        **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
+        row_flat=tensors.pop("row_flat", None),
+        denominators=counted.to(torch.float32),
+        positions=mask.sum().to(torch.float32),
+        context=context,
+        **tensors,
     )
+    return plan.on(device)
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,7 @@ class _Grid:
     key_counts: tuple[int, ...]
     is_key: Tensor  # [batch, tokens] bool
     is_row: Tensor  # [batch, tokens] bool
+    is_taught: Tensor  # [batch, tokens] bool, the rows whose loss is counted here
     every_row: bool  # all of them are both
 
     @classmethod
@@ -205,7 +237,16 @@ class _Grid:
                 counts = [max(counts)] * batch
         position = torch.arange(tokens, device=mask.device).expand(batch, tokens)
         is_key = position < torch.tensor(counts, device=mask.device).unsqueeze(1)
-        return cls(position, layout, tuple(counts), is_key, is_row, every_row)
+        return cls(position, layout, tuple(counts), is_key, is_row, is_row, every_row)
+
+    def shared(self, context: Context) -> _Grid:
+        """Return the grid with the query rows of this rank; one without any computes a row and does not count it."""
+        rows = self.is_row.nonzero()
+        taught = torch.zeros_like(self.is_row)
+        taught[tuple(rows[context.mirrored_part(len(rows))].T)] = True
+        computed = taught.clone()
+        computed[tuple(rows[0])] |= ~taught.any()
+        return replace(self, is_row=computed, is_taught=taught)
 
     def flat(self, position: Tensor) -> Tensor:
         """Return the flat index of each `position` ``[batch, n]``; those beyond a sample's end become its last one."""
@@ -258,13 +299,33 @@ def _token_tensors(grid: _Grid, ttt_length: int) -> dict[str, Tensor]:
 
 def _teacher_tensors(grid: _Grid, mask: Tensor, ttt_length: int) -> dict[str, Tensor]:
     """Return the plan's tensors of teacher rows."""
-    chosen = torch.ones_like(mask) if grid.every_row else mask
-    row_index = _packed_index(grid.is_row)
+    row_index = _packed_index(grid.is_row).clamp(min=0)
     earlier = [grid.position - k for k in range(ttt_length)]
+    valid = [(at >= 0) & grid.is_taught.gather(1, at.clamp(min=0)) for at in earlier]
+    chosen = torch.ones_like(mask) if grid.every_row else mask & torch.stack(valid).any(0)
     return {
         "teacher_flat": grid.pick(grid.flat(grid.position + 1), chosen),
         "teacher_inside": grid.pick(grid.within(grid.position + 1), chosen),
         "teacher_live": grid.pick(mask, chosen),
         "teacher_row": torch.stack([grid.pick(row_index.gather(1, at.clamp(min=0)), chosen) for at in earlier]),
-        "teacher_valid": torch.stack([grid.pick(at >= 0, chosen) for at in earlier]),
+        "teacher_valid": torch.stack([grid.pick(known, chosen) for known in valid]),
+    }
+
+
+def _part_of_keys(tensors: dict[str, Tensor], ttt_length: int, context: Context) -> dict[str, Tensor]:
+    """Return those of the plan's `tensors` that are other ones where ranks share a batch: this rank's keys and tokens.
+
+    Its tokens are those of its key rows at step 0, and of its query rows at all steps, wherever another rank's begin.
+    """
+    part = context.part(len(tensors["key_flat"]))
+    key_token, row_token = tensors["key_token"][part], tensors["row_token"]
+    needed = distinct(torch.cat((key_token, (row_token[:, None] + torch.arange(ttt_length)).flatten())))
+    return {
+        "key_flat": tensors["key_flat"][part],
+        "key_positions": tensors["key_positions"][part],
+        "key_token": torch.searchsorted(needed, key_token),
+        "row_token": torch.searchsorted(needed, row_token),
+        "row_flat": tensors["key_flat"][tensors["row_key"]],
+        "token_flat": tensors["token_flat"][needed],
+        "token_inside": tensors["token_inside"][needed],
     }

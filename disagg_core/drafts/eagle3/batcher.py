@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from disagg_core.drafts.eagle3.batch import Eagle3Batch, count_valid_positions
+from disagg_core.drafts.context import Context, distinct, picked
+from disagg_core.drafts.eagle3.batch import Eagle3Batch, count_valid_positions, plan_step, step_mask
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.eagle_layers import COUNT
 from disagg_core.drafts.layout import Layout
@@ -16,11 +18,12 @@ _DUMMY_TOKENS = 4
 
 
 class Eagle3Batcher(Batcher):
-    """Pads samples on the right, or packs them; nothing is random. `target_hidden` is H_t."""
+    """Pads samples on the right, or packs them; nothing is random. `target_hidden` is H_t, `ttt_length` L."""
 
-    def __init__(self, loss: LossSection, target_hidden: int) -> None:
+    def __init__(self, loss: LossSection, target_hidden: int, ttt_length: int) -> None:
         self._loss = loss
         self._target_hidden = target_hidden
+        self._ttt_length = ttt_length
         self.by_length = loss.normalisation == "valid"
 
     def collate(
@@ -37,6 +40,37 @@ class Eagle3Batcher(Batcher):
             aux_hidden_states=layout.laid(columns["aux_hidden_states"], multiple_of=multiple_of),
             last_hidden_state=layout.laid(columns["last_hidden_state"], multiple_of=multiple_of),
             packing=layout if packed else None,
+        )
+
+    def shared(self, batch: Batch, context: Context, *, pin: bool = False) -> Eagle3Batch:
+        """Return the part of `batch` of this rank; of what lies beyond it, it has the tokens of later test steps."""
+        assert isinstance(batch, Eagle3Batch)
+        mask = step_mask(batch.loss_mask, batch.attention_mask, self._loss.mask_mode)
+        plan = plan_step(
+            mask,
+            batch.attention_mask,
+            self._ttt_length,
+            mask.device,
+            every_row=False,
+            dense=False,
+            layout=batch.layout,
+            context=context,
+        )
+        assert plan.row_flat is not None
+        states = distinct(torch.cat((plan.key_flat, plan.row_flat)))
+        teachers = distinct(plan.teacher_flat)
+        return replace(
+            batch,
+            input_ids=picked(batch.input_ids, plan.token_flat, pin=pin),
+            aux_hidden_states=picked(batch.aux_hidden_states, states, pin=pin),
+            last_hidden_state=picked(batch.last_hidden_state, teachers, pin=pin),
+            shared=replace(
+                plan,
+                token_flat=torch.arange(len(plan.token_flat)),
+                key_flat=torch.searchsorted(states, plan.key_flat),
+                row_flat=torch.searchsorted(states, plan.row_flat),
+                teacher_flat=torch.searchsorted(teachers, plan.teacher_flat),
+            ),
         )
 
     def dummy(self) -> Eagle3Batch:

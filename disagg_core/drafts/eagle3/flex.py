@@ -51,7 +51,7 @@ def document_mask(plan: StepPlan) -> BlockMask:
     """Return the pattern of query rows by key rows: those of the row's own sample, up to its position."""
     last = plan.row_key
     first = plan.row_key - plan.row_positions  # a sample's key rows are its positions from 0 on
-    rows, keys = plan.rows, plan.key_flat.numel()
+    rows, keys = plan.rows, plan.keys
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         known = row.clamp(max=rows - 1)  # a kernel's last tile goes beyond

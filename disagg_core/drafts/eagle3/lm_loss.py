@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.context import Context
 from disagg_core.drafts.eagle3.batch import StepPlan
 from disagg_core.drafts.eagle3.options import LossSection
 from disagg_core.drafts.linear import bounded_, product, wide_product
@@ -46,6 +47,11 @@ class StepSums:
     correct: Tensor  # argmax of the draft is the target's
     live: Tensor  # positions counted: loss mask and the target's argmax in the draft vocabulary
 
+    def over(self, context: Context) -> StepSums:
+        """Return the sums over all ranks that share the batch. A collective."""
+        parts = (self.cross_entropy, self.accepted, self.log_accepted, self.correct, self.live)
+        return StepSums(*context.sum(torch.stack(parts)))
+
 
 @dataclass(frozen=True)
 class Slopes:
@@ -69,15 +75,15 @@ class Objective:
     normaliser: Tensor  # N, scalar
     share: Tensor  # weight of this batch's means over m, scalar: its part of N in `valid` mode, else 1
 
-    def step_losses(self, sums: StepSums) -> Tensor:
-        """Return the loss of each step, ``[L]``."""
+    def step_losses(self, sums: StepSums, whole: StepSums) -> Tensor:
+        """Return the loss of each step, ``[L]``: the part of `sums`, where those of the batch are `whole`."""
         cross_entropy = sums.cross_entropy / self.normaliser
         if self.section.type == "soft_cross_entropy":
             return cross_entropy
-        counted = sums.live.clamp(min=1)
+        counted = whole.live.clamp(min=1)
         if self.section.type == "lk_alpha":
             return -sums.log_accepted / counted * self.share
-        weight = self._weight(sums)
+        weight = self._weight(whole)
         return weight * cross_entropy + (1 - weight) * (sums.live - sums.accepted) / counted * self.share
 
     def decays(self, like: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class Objective:
         return self.section.step_decay ** torch.arange(like.numel(), device=like.device, dtype=like.dtype)
 
     def slopes(self, sums: StepSums) -> Slopes:
-        """Return the derivatives of the total by the sums."""
+        """Return the derivatives of the total by the sums, which are those of the batch."""
         decays = self.decays(sums.live)
         if self.section.type == "soft_cross_entropy":
             return Slopes(decays / self.normaliser, None, None)
@@ -109,8 +115,10 @@ def lm_loss(
     normed: Sequence[Tensor],
     *,
     compiled: bool = False,
-) -> tuple[Tensor, StepSums]:
-    """Return the total loss (scalar, differentiable by `lm_head` and `normed`) and the sums it was made of.
+) -> tuple[Tensor, Tensor, StepSums]:
+    """Return the total loss (scalar, differentiable by `lm_head` and `normed`), that of each step, and their sums.
+
+    Where ranks share the batch, total, losses and sums are this rank's parts.
 
     Args:
         plan: the batch's rows.
@@ -120,8 +128,9 @@ def lm_loss(
         normed: states of the L steps after the final norm, each ``[rows, H]``.
         compiled: fuse the passes over the vocabulary with `torch.compile`.
     """
-    total, *sums = _LmLoss.apply(plan, teacher, objective, compiled, lm_head, *normed)  # type: ignore[no-untyped-call]
-    return total, StepSums(*sums)
+    found = _LmLoss.apply(plan, teacher, objective, compiled, lm_head, *normed)  # type: ignore[no-untyped-call]
+    total, step_losses, *sums = found
+    return total, step_losses, StepSums(*sums)
 
 
 class _LmLoss(torch.autograd.Function):
@@ -142,19 +151,21 @@ class _LmLoss(torch.autograd.Function):
         gradients = _Gradients.like(lm_head, normed) if any(ctx.needs_input_grad) else None
         walk = _Walk(plan, teacher, lm_head, normed, work, compiled)
         if objective.section.type == "soft_cross_entropy":
-            sums = walk.run(objective.slopes(empty), gradients)
+            sums = whole = walk.run(objective.slopes(empty), gradients)
         else:
             # An LK loss divides by how many positions are live, and w depends on their acceptance: both are known only
             # after all slices, so the slices are computed twice.
             sums = walk.run(None, None)
+            whole = sums if plan.context is None else sums.over(plan.context)
             if gradients is not None:
-                walk.run(objective.slopes(sums), gradients)
+                walk.run(objective.slopes(whole), gradients)
         if gradients is not None:
             ctx.save_for_backward(
                 gradients.lm_head.t().to(lm_head.dtype), *(g.to(lm_head.dtype) for g in gradients.normed)
             )
-        total = (objective.decays(sums.live) * objective.step_losses(sums)).sum()
-        figures = (sums.cross_entropy, sums.accepted, sums.log_accepted, sums.correct, sums.live)
+        step_losses = objective.step_losses(sums, whole)
+        total = (objective.decays(sums.live) * step_losses).sum()
+        figures = (step_losses, sums.cross_entropy, sums.accepted, sums.log_accepted, sums.correct, sums.live)
         ctx.mark_non_differentiable(*figures)
         return (total, *figures)
 

@@ -92,6 +92,7 @@ def training_time_test(
         draft: on the device and in the dtype to compute in, with embedding and vocabulary map set.
         batch: unshifted inputs: `input_ids`, `attention_mask`, `loss_mask` ``[batch, tokens]``, `aux_hidden_states`
             ``[batch, tokens, 3 * H_t]``, `last_hidden_state` ``[batch, tokens, H_t]``; a mapping or an `Eagle3Batch`.
+            Of one that ranks share, loss and figures are this rank's parts, which add up to its own.
         lm_head: the target's, ``[V, H_t]``; takes no gradient.
         logit_cap: bound of the target's logits.
         ttt_length: L.
@@ -114,28 +115,33 @@ def training_time_test(
     _check_widths(draft, batch, lm_head)
     mask = step_mask(batch.loss_mask, batch.attention_mask, mask_mode or section.mask_mode)
     kernel = _attention_kernel(draft, batch) if attention == "auto" else attention
-    plan = plan_step(
-        mask,
-        batch.attention_mask,
-        ttt_length,
-        draft.fc.weight.device,
-        every_row=return_logits or mask.device.type != "cpu",
-        dense=kernel == "flash",
-        layout=batch.layout,
+    device = draft.fc.weight.device
+    plan = (
+        batch.shared.on(device)
+        if batch.shared is not None
+        else plan_step(
+            mask,
+            batch.attention_mask,
+            ttt_length,
+            device,
+            every_row=return_logits or mask.device.type != "cpu",
+            dense=kernel == "flash",
+            layout=batch.layout,
+        )
     )
     states = run_steps(draft, batch, plan, kernel, checkpointing=activation_checkpointing)
     normed = [draft.norm(state) for state in states]
     objective = _objective(section, normalisation or section.normalisation, mask, plan, normaliser)
     teacher = _teacher(draft, batch, lm_head, logit_cap)
-    total, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
-    output = _output(total, objective, sums, plan)
+    total, step_losses, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
+    output = _output(total, step_losses, sums, plan)
     return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
 
 
-def _output(total: Tensor, objective: Objective, sums: StepSums, plan: StepPlan) -> TttOutput:
+def _output(total: Tensor, step_losses: Tensor, sums: StepSums, plan: StepPlan) -> TttOutput:
     return TttOutput(
         total=total,
-        step_losses=objective.step_losses(sums),
+        step_losses=step_losses,
         correct=sums.correct,
         denominators=plan.denominators,
         accepted=sums.accepted,
@@ -181,6 +187,7 @@ def _attention_kernel(draft: Eagle3Draft, batch: Eagle3Batch) -> AttentionKernel
     fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
     if fits and batch.packing is not None and head_dim >= 16 and head_dim & (head_dim - 1) == 0:
         return "flex"
+    fits = fits and batch.shared is None
     return "flash" if fits and _right_padded(batch.attention_mask) else "chunked"
 
 
@@ -199,7 +206,7 @@ def _objective(
     plan: StepPlan,
     normaliser: Tensor | float | None,
 ) -> Objective:
-    counted = plan.denominators[0]
+    counted = plan.positions
     one = torch.ones_like(counted)
     if normalisation == "compat":
         return Objective(section, one * mask.numel(), one)

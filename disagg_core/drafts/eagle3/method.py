@@ -58,7 +58,9 @@ class LossModule(nn.Module):
         if self.loss.section.normalisation == "compat":
             micro_batches = normalisers["micro_batches"]
             output = self.loss(batch)
-            return _loss_output(output, output.total / micro_batches, torch.ones_like(micro_batches))
+            context = batch.shared.context if batch.shared is not None else None
+            counted = torch.full_like(micro_batches, 1 / context.size if context is not None else 1.0)
+            return _loss_output(output, output.total / micro_batches, counted)
         whole = normalisers["positions"].clamp(min=1)
         output = self.loss(batch, normaliser=whole)
         return _loss_output(output, output.total, output.denominators[0], scale=whole)
@@ -83,6 +85,7 @@ class Eagle3(DraftMethod):
     name = "eagle3"
     title = Eagle3Section.title
     formats = serving_format.FORMATS
+    context_parallel = True
 
     def capture(self, options: DraftSection, num_layers: int, layers: tuple[int, ...] | None) -> Capture:
         """Return three layers and the last hidden state, which the teacher's logits are made from."""
@@ -178,7 +181,7 @@ class Eagle3(DraftMethod):
     def batcher(self, options: DraftSection, config: DraftConfig, *, seed: int) -> Eagle3Batcher:
         """Return the padding of samples; nothing is drawn."""
         assert isinstance(options, Eagle3Section)
-        return Eagle3Batcher(options.loss, config.target_hidden_size)
+        return Eagle3Batcher(options.loss, config.target_hidden_size, options.ttt_length)
 
     def loss(
         self, draft: DraftModel, parts: FrozenParts, options: DraftSection, *, activation_checkpointing: bool

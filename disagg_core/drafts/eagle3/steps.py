@@ -71,18 +71,23 @@ class _Steps:
         ids = torch.where(plan.token_inside, batch.input_ids.flatten()[plan.token_flat].long(), 0)
         embedded = F.embedding(ids, draft.embed_tokens.weight).to(self._dtype)
         self._sliding = linear(self._layer.input_layernorm(embedded), embedding_half)  # [token rows, q + k + v]
-        self._aux = batch.aux_hidden_states.flatten(0, 1)[plan.key_flat]
+        self._aux = batch.aux_hidden_states.flatten(0, 1)
         self._tokens = batch.loss_mask.shape[1]
 
     def first_keys(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the input states of the query rows, and step-0 keys and values of the key rows."""
+        """Return the input states of the query rows, and step-0 keys and values of all key rows."""
         plan, width = self._plan, self._query_width
-        state = self._draft.project_aux(self._aux)
+        state = self._draft.project_aux(self._aux[plan.key_flat])
         normed = self._layer.hidden_norm(state)
         both = linear(normed, self._state_half[width:]) + self._sliding[:, width:][plan.key_token]
         key, value = self._heads(both).chunk(2, dim=1)
         cos, sin = self._draft.rotary(plan.key_positions, self._tokens, self._dtype)
-        return state[plan.row_key], rotate(key, cos, sin), value.contiguous()
+        key = rotate(key, cos, sin)
+        if plan.row_flat is None or plan.context is None:
+            return state[plan.row_key], key, value.contiguous()
+        both = plan.context.gather(torch.cat((key, value), dim=1), plan.keys)
+        key, value = both.chunk(2, dim=1)
+        return self._draft.project_aux(self._aux[plan.row_flat]), key.contiguous(), value.contiguous()
 
     def step(
         self, k: int, state: Tensor, key: Tensor, value: Tensor, own_keys: list[Tensor], own_values: list[Tensor]
@@ -92,7 +97,7 @@ class _Steps:
         # The length grows with k for dynamic RoPE: in serving, every drafted token makes the sequence longer.
         cos, sin = self._draft.rotary(plan.row_positions + k, self._tokens + k, self._dtype)
         normed = self._layer.hidden_norm(state)
-        token = plan.key_token[plan.row_key] + k
+        token = plan.row_token + k
         if k == 0:
             query = self._heads(linear(normed, self._state_half[:width]) + self._sliding[:, :width][token])
             own_key, own_value = key, value

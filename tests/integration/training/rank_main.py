@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from disagg_core.channel import StreamingRefChannel
+from disagg_core.contracts import SampleRef, sample_id_of
+from disagg_core.errors import SampleLost
 from disagg_core.run.heldout import HeldOutFiles
 from disagg_core.run_spec.document import HeldOutSection
 from disagg_core.store import MooncakeFeatureStore
@@ -17,6 +20,17 @@ from disagg_core.training.distributed import Ranks
 from disagg_core.training.heldout import HeldOutPlan
 from disagg_core.training.observers import MetricsObserver
 from tests.integration.training.consumer_kit import consumer, identity_of, section
+
+
+class LossyStore(MooncakeFeatureStore):
+    """Has lost one sample, for this rank alone."""
+
+    lost: str | None = None
+
+    def get(self, ref: SampleRef, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        if ref.sample_id == self.lost:
+            raise SampleLost(f"{ref.sample_id}: lost on its way to this rank")
+        return super().get(ref, device)
 
 
 def held_out(told: dict[str, str]) -> HeldOutPlan | None:
@@ -34,7 +48,9 @@ def main() -> None:
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.join("cpu"))
         endpoints = StoreEndpoints.model_validate(told["store"])
-        store = stack.enter_context(MooncakeFeatureStore(endpoints, namespace=told["namespace"]))
+        store = stack.enter_context(LossyStore(endpoints, namespace=told["namespace"]))
+        if ranks.rank == told.get("lossy_rank"):
+            store.lost = sample_id_of(told["lost"])
         channel = (
             stack.enter_context(StreamingRefChannel(told["url"], run_id=told["run_id"], attempt=told["attempt"]))
             if ranks.is_first

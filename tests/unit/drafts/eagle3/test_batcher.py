@@ -25,7 +25,7 @@ def sample(tokens: int) -> Sample:
 
 
 def test_samples_are_padded_on_the_right_with_zeros() -> None:
-    batch = Eagle3Batcher(LossSection(), 2).collate([sample(3), sample(5)], multiple_of=4)
+    batch = Eagle3Batcher(LossSection(), 2, 3).collate([sample(3), sample(5)], multiple_of=4)
 
     assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
@@ -36,7 +36,7 @@ def test_samples_are_padded_on_the_right_with_zeros() -> None:
 
 
 def test_in_compat_normalisation_every_micro_batch_divides_by_its_own() -> None:
-    batcher = Eagle3Batcher(LossSection(normalisation="compat", mask_mode="compat"), 2)
+    batcher = Eagle3Batcher(LossSection(normalisation="compat", mask_mode="compat"), 2, 3)
 
     assert not batcher.by_length
     assert batcher.normalisers(None) == batcher.normalisers(batcher.collate([sample(3)])) == {"micro_batches": 1.0}
