@@ -33,14 +33,14 @@ class Context:
         each = -(-count // self.size)
         return (torch.arange(each) + self.rank * each).clamp(max=count - 1)
 
-    def mirrored_part(self, count: int) -> Tensor:
-        """Return which of `count` things in a row are this rank's, bool ``[count]``; perhaps none.
+    def mirrored(self, count: int) -> Tensor:
+        """Return which rank has each of `count` things in a row, int64 ``[count]``; a rank may have none.
 
         Of 2 * size pieces it has one from the front and its mirror image from the back: where each one needs all before
         it, as in causal attention, ranks have equally much to do.
         """
         piece = torch.arange(count) * 2 * self.size // max(1, count)
-        return torch.minimum(piece, 2 * self.size - 1 - piece) == self.rank
+        return torch.minimum(piece, 2 * self.size - 1 - piece)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """Return all ranks' `rows` ``[n, ...]``, of which those of `part` are n on each, as ``[count, ...]``.

@@ -243,7 +243,7 @@ class _Grid:
         """Return the grid with the query rows of this rank; one without any computes a row and does not count it."""
         rows = self.is_row.nonzero()
         taught = torch.zeros_like(self.is_row)
-        taught[tuple(rows[context.mirrored_part(len(rows))].T)] = True
+        taught[tuple(rows[context.mirrored(len(rows)) == context.rank].T)] = True
         computed = taught.clone()
         computed[tuple(rows[0])] |= ~taught.any()
         return replace(self, is_row=computed, is_taught=taught)

@@ -4,6 +4,8 @@ The rule for a query (anchor a, depth d) and a key (anchor b, depth e) of one se
 window W also ``b > a + d - W``; or ``b == a and e <= d``. Rows are sorted by anchor, so that a slice of them sees a
 run of real slots and chains that lie within the slice itself: the rule is written out for one slice at a time, in the
 backward pass again, and no mask over all rows is ever there.
+
+Where ranks share the rows, each has whole chains, and the keys and values of the real slots of all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disagg_core.drafts.context import Context
 from disagg_core.drafts.upload import uploaded
 
 _SLICE_ROWS = {"cpu": 192, "cuda": 2048}
@@ -34,23 +37,48 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """How the keys of all ranks' real slots come together; index tensors are int64."""
+
+    context: Context
+    given: Tensor  # [most] this rank's rows that give one, filled up with others: `most` is the same on all ranks
+    order: Tensor  # [n] where that of each real slot is among those gathered
+    deep_rows: Tensor  # this rank's rows of other depths, which stay with it
+
+    def together(self, values: Tensor) -> Tensor:
+        """Return ``[n + deep rows, ...]`` of this rank's `values` ``[rows, ...]``. A collective; differentiable."""
+        gathered = self.context.gather(values[self.given], self.context.size * len(self.given))
+        return torch.cat((gathered[self.order], values[self.deep_rows]))
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """Which row sees which; index tensors are int64 on the draft's device.
 
     Rows are sorted by sequence, anchor and depth. Rows from `real` on are padding: they see nothing and are not seen.
+    Keys are those of the rows or, where ranks share the rows, those that `shared` puts together.
     """
 
     slices: tuple[Slice, ...]
     anchors: Tensor  # [rows]
     depths: Tensor  # [rows]
-    key_rows: Tensor  # [n] rows of depth 0
-    deep_rows: Tensor  # [rows - n] rows of other depths
+    key_rows: Tensor  # [n] keys of depth 0
+    key_anchors: Tensor  # [n]
+    deep_rows: Tensor  # [deep] keys of other depths
+    deep_anchors: Tensor  # [deep]
+    deep_depths: Tensor  # [deep]
     real: int
     window: int | None
+    shared: SharedKeys | None = None
 
 
 def plan_attention(
-    sequences: Tensor, anchors: Tensor, depths: Tensor, window: int | None, device: torch.device
+    sequences: Tensor,
+    anchors: Tensor,
+    depths: Tensor,
+    window: int | None,
+    device: torch.device,
+    share: Share | None = None,
 ) -> AttentionPlan:
     """Return the plan of rows sorted by sequence, anchor and depth.
 
@@ -60,28 +88,75 @@ def plan_attention(
         depths: ``[rows]``, in host memory.
         window: W.
         device: of the draft.
+        share: which of the rows this rank has; none of them is padding then.
     """
     real = int((sequences != PADDING).sum())
-    is_key = depths[:real] == 0
-    keys_before = torch.cat((torch.zeros(1, dtype=torch.int64), is_key.cumsum(0)))  # of the rows before each
+    keys = depths[:real] == 0
+    seen = torch.cat((torch.zeros(1, dtype=torch.int64), keys.cumsum(0)))  # real slots before each row
+    rows = torch.arange(real) if share is None else share.rows
+    is_key = depths[rows] == 0
+    keys_before = torch.cat((torch.zeros(1, dtype=torch.int64), is_key.cumsum(0)))  # the same among this rank's rows
     slices = []
-    for start, stop in _cuts(sequences[:real], anchors[:real], _SLICE_ROWS[device.type]):
-        first_row = int((sequences[:real] == sequences[start]).to(torch.int8).argmax())
-        low, high = int(keys_before[first_row]), int(keys_before[stop])
+    for start, stop in _cuts(sequences[rows], anchors[rows], _SLICE_ROWS[device.type]):
+        first_row = int((sequences[:real] == sequences[rows[start]]).to(torch.int8).argmax())
+        low, high = int(seen[first_row]), int(seen[rows[stop - 1] + 1])
         if window is not None:
-            seen = anchors[:real][is_key][low:high] > anchors[start] - window
-            low = high - int(seen.sum())
+            within = anchors[:real][keys][low:high] > anchors[rows[start]] - window
+            low = high - int(within.sum())
         deep = slice(start - int(keys_before[start]), stop - int(keys_before[stop]))
         slices.append(Slice(slice(start, stop), slice(low, high), deep))
+    deep_rows, count = (~is_key).nonzero().flatten(), int(keys.sum())
+    tensors = {
+        "anchors": anchors if share is None else anchors[rows],
+        "depths": depths if share is None else depths[rows],
+        "key_rows": is_key.nonzero().flatten() if share is None else torch.arange(count),
+        "key_anchors": anchors[:real][keys],
+        "deep_rows": deep_rows if share is None else count + torch.arange(len(deep_rows)),
+        "deep_anchors": anchors[rows][deep_rows],
+        "deep_depths": depths[rows][deep_rows],
+    }
     return AttentionPlan(
         slices=tuple(slices),
-        anchors=uploaded(anchors, device),
-        depths=uploaded(depths, device),
-        key_rows=uploaded(is_key.nonzero().flatten(), device),
-        deep_rows=uploaded((~is_key).nonzero().flatten(), device),
         real=real,
         window=window,
+        shared=None if share is None else _moved(share.keys(keys, deep_rows), device),
+        **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
+
+
+def _moved(keys: SharedKeys, device: torch.device) -> SharedKeys:
+    given, order, deep_rows = (uploaded(x, device) for x in (keys.given, keys.order, keys.deep_rows))
+    return SharedKeys(keys.context, given, order, deep_rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows each of the ranks of `context` has, by whole chains; all in host memory."""
+
+    context: Context
+    owner: Tensor  # [all rows] int64
+    rows: Tensor  # this rank's, at least one
+    counted: bool  # whether they are: a rank without rows of its own computes one that counts for another
+
+    @classmethod
+    def of(cls, depths: Tensor, context: Context) -> Share:
+        """Return how rows of these `depths`, sorted by chain, are shared: about equally many, early and late ones."""
+        starts = depths == 0
+        owner = context.mirrored(len(depths))[starts.nonzero().flatten()][starts.cumsum(0) - 1]
+        rows = (owner == context.rank).nonzero().flatten()
+        return cls(context, owner, rows if len(rows) else torch.zeros(1, dtype=torch.int64), bool(len(rows)))
+
+    def keys(self, is_key: Tensor, deep_rows: Tensor) -> SharedKeys:
+        """Return how keys come together, of all rows that are real slots (`is_key`) and this rank's `deep_rows`."""
+        owners = self.owner[is_key]
+        counts = torch.bincount(owners, minlength=self.context.size)
+        most = int(counts.max())
+        place = torch.empty_like(owners)
+        for rank, count in enumerate(counts.tolist()):
+            place[owners == rank] = rank * most + torch.arange(count)
+        own = is_key[self.rows].nonzero().flatten()
+        given = own[torch.arange(most).clamp(max=len(own) - 1)]
+        return SharedKeys(self.context, given, place, deep_rows)
 
 
 def _cuts(sequences: Tensor, anchors: Tensor, size: int) -> Iterator[tuple[int, int]]:
@@ -111,6 +186,8 @@ def chain_attention(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tens
         key: ``[rows, kv_heads, d]``, rotated.
         value: ``[rows, kv_heads, d]``.
     """
+    if plan.shared is not None:
+        key, value = plan.shared.together(torch.cat((key, value), dim=1)).chunk(2, dim=1)
     result: Tensor = _Sliced.apply(plan, query, key, value)  # type: ignore[no-untyped-call]
     return result
 
@@ -157,12 +234,11 @@ def _attend(
 ) -> Tensor:
     """Return the result ``[n, heads, d]`` of a slice's rows over real slots and the slice's own chains."""
     anchors, depths = plan.anchors[piece.rows, None], plan.depths[piece.rows, None]
-    known = plan.anchors[plan.key_rows[piece.keys]]
+    known = plan.key_anchors[piece.keys]
     visible = known <= anchors
     if plan.window is not None:
         visible &= known > anchors + depths - plan.window
-    chain = plan.deep_rows[piece.deep]
-    own = (plan.anchors[chain] == anchors) & (plan.depths[chain] <= depths)
+    own = (plan.deep_anchors[piece.deep] == anchors) & (plan.deep_depths[piece.deep] <= depths)
     heads = query.shape[1]
     keys, values = (
         torch.cat(pair).repeat_interleave(heads // key.shape[1], dim=1).transpose(0, 1)[None]

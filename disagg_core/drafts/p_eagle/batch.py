@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.context import Context, picked
 from disagg_core.drafts.layout import Layout
 from disagg_core.drafts.method import Batch, Batcher, Sample
-from disagg_core.drafts.p_eagle.attention import PADDING, AttentionPlan, plan_attention
+from disagg_core.drafts.p_eagle.attention import PADDING, AttentionPlan, Share, plan_attention
 from disagg_core.drafts.p_eagle.config import PEagleConfig
 from disagg_core.drafts.p_eagle.model import LAYERS_READ
 from disagg_core.drafts.p_eagle.options import PEagleSection
@@ -45,6 +46,7 @@ class PEagleBatch:
     anchors: Tensor  # [rows] int64
     depths: Tensor  # [rows] int64
     packing: Layout | None = None  # where a packed batch has its samples
+    context: Context | None = None  # ranks that share the rows; ids and states are those that this one's name, in order
 
     @property
     def layout(self) -> Layout:
@@ -134,17 +136,24 @@ class RowPlan:
     teacher_bounds: Sequence[int]  # [P + 1] how many live rows the teachers before have, in host memory
     trained: Tensor  # [D] fp32, trained rows of each depth
 
+    def of_picked(self) -> RowPlan:
+        """Return the plan over a batch that has the tokens it names, and no others."""
+        inputs, teachers = (torch.arange(len(x), device=x.device) for x in (self.input_flat, self.teacher_flat))
+        return replace(self, input_flat=inputs, teacher_flat=teachers)
+
 
 def plan_rows(batch: PEagleBatch, config: PEagleConfig, device: torch.device, *, every_row: bool = False) -> RowPlan:
     """Return the plan of `batch`; real slots after all that is trained are left out unless `every_row` is asked for."""
-    layout = batch.layout
-    order = _sorted_rows(batch, layout.width, every_row=every_row)
-    samples, sequences, anchors, depths = (
-        x[order] for x in (batch.samples, batch.sequences, batch.anchors, batch.depths)
-    )
-    positions = anchors + depths
-    flat, first = layout.inside(samples, positions), depths == 0
-    live = batch.trained[order].nonzero().flatten()
+    layout, order = batch.layout, _sorted_rows(batch, batch.layout.width, every_row=every_row)
+    sequences, anchors, depths = (x[order] for x in (batch.sequences, batch.anchors, batch.depths))
+    share = Share.of(depths, batch.context) if batch.context is not None else None
+    attention = plan_attention(sequences, anchors, depths, config.sliding_window, device, share)
+    if share is not None:
+        order, anchors, depths = (x[share.rows] for x in (order, anchors, depths))
+    positions, first = anchors + depths, depths == 0
+    flat = layout.inside(batch.samples[order], positions)
+    trained = batch.trained[order] & (share is None or share.counted)
+    live = trained.nonzero().flatten()
     live = live[torch.argsort(flat[live], stable=True)]
     teacher_flat, live_teacher, counts = torch.unique_consecutive(flat[live], return_inverse=True, return_counts=True)
     tensors = {
@@ -159,7 +168,7 @@ def plan_rows(batch: PEagleBatch, config: PEagleConfig, device: torch.device, *,
         "trained": torch.bincount(depths[live], minlength=config.depths).float(),
     }
     return RowPlan(
-        attention=plan_attention(sequences, anchors, depths, config.sliding_window, device),
+        attention=attention,
         teacher_bounds=[0, *counts.cumsum(0).tolist()],
         **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
@@ -211,6 +220,18 @@ class PEagleBatcher(Batcher):
             anchors=torch.cat([drawn.anchors for drawn in rows]),
             depths=torch.cat([drawn.depths for drawn in rows]),
             packing=layout if packed else None,
+        )
+
+    def shared(self, batch: Batch, context: Context, *, pin: bool = False) -> PEagleBatch:
+        """Return the part of `batch` of this rank: whole chains, and the tokens that they read and are taught by."""
+        assert isinstance(batch, PEagleBatch)
+        plan = plan_rows(replace(batch, context=context), self._config, batch.mask.device)
+        return replace(
+            batch,
+            input_ids=picked(batch.input_ids, plan.input_flat, pin=pin),
+            hidden_states=picked(batch.hidden_states, plan.input_flat, pin=pin),
+            teacher=picked(batch.teacher, plan.teacher_flat, pin=pin),
+            context=context,
         )
 
     def dummy(self) -> PEagleBatch:

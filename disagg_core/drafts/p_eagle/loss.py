@@ -152,6 +152,8 @@ class PEagleLoss(nn.Module):
         draft.require_complete()
         _check_widths(draft, batch, self.lm_head)
         plan = plan_rows(batch, draft.config, draft.fc.weight.device)
+        if batch.context is not None:
+            plan = plan.of_picked()
         states = run_rows(draft, batch, plan, checkpointing=self.activation_checkpointing)
         total, sums = row_loss(
             plan,

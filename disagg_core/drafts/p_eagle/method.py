@@ -47,6 +47,7 @@ class PEagle(DraftMethod):
     name = "p_eagle"
     title = PEagleSection.title
     formats = serving_format.FORMATS
+    context_parallel = True
 
     def capture(self, options: DraftSection, num_layers: int, layers: tuple[int, ...] | None) -> Capture:
         """Return three layers and the last hidden state, which the teacher's logits are made from."""

@@ -22,7 +22,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"ttt_length": 7, "fc_norm": True},
         {"ttt_length": 1, "vocab_size": None},
     ],
-    "p_eagle": [{}, {"num_layers": 1}, {"depths": 7}],
+    "p_eagle": [{}, {"num_layers": 1}, {"depths": 7}, {"sliding_window": 6}],
 }
 """Options that each method is tried with besides those of its case."""
 BOUND = 1e-6
