@@ -108,9 +108,11 @@ def end_of(candidate: Candidate) -> State[None]:
 
 
 async def _approved(plan: RunPlan, record: RunRecord, candidate: Candidate) -> Candidate:
-    """Return the candidate as a person decides; the run is suspended until then."""
+    """Return the candidate as a person decides; the run is suspended until then, and comes here again when it is."""
     publish_report(plan, record.completed())
-    emit(plan, "needs-approval", version=candidate.label, reason="; ".join(candidate.gate.reasons))
+    if not record.asked:
+        emit(plan, "needs-approval", version=candidate.label, reason="; ".join(candidate.gate.reasons))
+        record.ask()
     form = Approval.with_initial_data(description=_question(plan, candidate))
     answer = await asuspend_flow_run(wait_for_input=form, timeout=_APPROVAL_DAYS * 24 * 3600, key="approval")
     decision = "promoted" if answer.decision == "approve" else "rejected"

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from prefect import task
@@ -20,6 +20,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
+from pydantic import BaseModel, ConfigDict
 
 from disagg_core.errors import DraftlineError, NotGoodEnough, classify
 from disagg_core.files import write_atomically
@@ -41,6 +42,7 @@ from disagg_core.report.markdown import to_markdown
 from disagg_core.report.records import last_progress, write_report
 from disagg_core.report.time_spent import time_spent
 from disagg_core.run.attempts import AttemptLoop, AttemptOutcome
+from disagg_core.run.known import read_document
 from disagg_core.run.plan import RunPlan
 from tasks.completion import Completion, read_completion
 from tasks.role_process import artifact_key
@@ -97,9 +99,24 @@ def _show(plan: RunPlan, report: RunReport, picture: Path | None) -> None:
         )
 
 
+class _Kept(BaseModel):
+    """What a process of a run knows that no other file of the run says, for one that goes on when it is trained."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempts: list[AttemptFigures] = []
+    roles: dict[Role, RoleFigures] = {}
+    seconds: float = 0.0
+    asked: bool = False
+
+
 @dataclass
 class RunRecord:
-    """What the parent flow knows of its run so far; becomes the report, however the run ends."""
+    """What the parent flow knows of its run so far; becomes the report, however the run ends.
+
+    A process that goes on with a run whose training is complete, after an approval or another try, reports the attempts
+    and roles of the one that completed it. `seconds` of a report are those that both worked.
+    """
 
     plan: RunPlan
     flow_run_id: str
@@ -115,6 +132,9 @@ class RunRecord:
     def __post_init__(self) -> None:
         self.attempts = AttemptLoop(limit=self.plan.spec.run.attempts, first=self.plan.next_attempt())
         self.completion = read_completion(self.plan.dir)
+        trained = self.completion is not None and self.plan.dir.record.is_file()
+        self._kept = read_document(self.plan.dir.record, _Kept) if trained else _Kept()
+        self._before_s = self._kept.seconds
 
     def attempt_ended(self, outcome: AttemptOutcome, roles: dict[Role, RoleRun]) -> None:
         """Record how an attempt and its roles ended."""
@@ -125,8 +145,25 @@ class RunRecord:
     def trained(self, completion: Completion) -> Completion:
         """Record, also for a later process of this run, that its training is complete; return `completion`."""
         self.completion = completion
+        self._keep(attempts=self._attempts(), roles=self._roles())
         write_atomically(self.plan.dir.completion, completion.model_dump_json(indent=2))
         return completion
+
+    @property
+    def asked(self) -> bool:
+        """Whether this or an earlier process of the run has told that a person is asked about the draft."""
+        return self._kept.asked
+
+    def ask(self) -> None:
+        """Record, also for a later process of this run, that it was told that a person is asked."""
+        self._keep(asked=True)
+
+    def _keep(self, **known: Any) -> None:
+        self._kept = self._kept.model_copy(update={**known, "seconds": self._seconds()})
+        write_atomically(self.plan.dir.record, self._kept.model_dump_json(indent=2))
+
+    def _seconds(self) -> float:
+        return self._before_s + time.time() - self.began
 
     def accept_lengths(self) -> dict[str, float | None]:
         """Return what was measured after training, as an event says it: of several drafts each with its name."""
@@ -150,6 +187,7 @@ class RunRecord:
 
     def _report(self, state: EndState, failure: Failure | None) -> RunReport:
         done, archive = self.completion, self.archive
+        attempts, roles = (self._attempts(), self._roles()) if done is None else (self._kept.attempts, self._kept.roles)
         drafts = [self._draft_figures(found) for found in done.drafts] if done else []
         return RunReport(
             run_id=self.plan.run_id,
@@ -163,9 +201,9 @@ class RunRecord:
             drafts=drafts,
             time_spent=time_spent(self.plan),
             gate=self.gate,
-            roles={role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()},
+            roles=roles,
             archive=ArchiveFigures(url=archive.url, manifest=archive.manifest) if archive else None,
-            attempts=[_attempt_figures(outcome) for outcome in self.attempts.outcomes],
+            attempts=attempts,
             store_counters=done.store_counters if done else {},
             rejected_reasons=done.rejected_reasons if done else {},
             quarantined_reasons=done.quarantined_reasons if done else {},
@@ -173,8 +211,14 @@ class RunRecord:
             run_dir=str(self.plan.root),
             export=drafts[0].export if len(drafts) == 1 else None,
             flow_run_id=self.flow_run_id,
-            seconds=time.time() - self.began,
+            seconds=self._seconds(),
         )
+
+    def _attempts(self) -> list[AttemptFigures]:
+        return [_attempt_figures(outcome) for outcome in self.attempts.outcomes]
+
+    def _roles(self) -> dict[Role, RoleFigures]:
+        return {role: _role_figures(run, self.restarts[role]) for role, run in self.roles.items()}
 
     def _draft_figures(self, found: DraftFigures) -> DraftFigures:
         export = str(self.plan.draft(found.name).dir.export) if self.archive else None

@@ -19,6 +19,7 @@
       night.json  night.jsonl   recurring training: what is new, and its prompts
       gate.json                 what the gate decided
       completion.json           the checked end of the training, once it is complete
+      record.json               attempts, roles and seconds until then, for the report of a later process of the run
       export/                   what a serving engine loads
       report.json  report.md  report.html  report.png
 
@@ -203,6 +204,11 @@ class RunDir(DraftDir):
     def completion(self) -> Path:
         """The checked end of the training; there is none before it is complete."""
         return self.root / "completion.json"
+
+    @property
+    def record(self) -> Path:
+        """What the process that completed the training knew of it beside its end."""
+        return self.root / "record.json"
 
     @property
     def report(self) -> Path:

@@ -27,6 +27,7 @@ from disagg_core.registry.references import open_registry
 from disagg_core.registry.registry import Registry
 from disagg_core.report.archive import verify_archive
 from disagg_core.report.document import RunReport
+from disagg_core.run.attempts import AttemptOutcome
 from disagg_core.run.plan import RunPlan, run_id_of
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
@@ -34,10 +35,12 @@ from disagg_core.settings import get_settings
 from flows import online_disagg_training as parent
 from flows.cli.approval import approve, reject
 from flows.platform.deployments import NIGHTLY, register
-from tasks import evaluation, preflight, run_slot
+from tasks import evaluation, preflight, promotion, run_slot
+from tasks.reporting import Event
+from tasks.roles import Role, RoleRun
 from tests.browser import choose, chromium_page, form_of
 from tests.integration.flows.conftest import PrefectServer
-from tests.integration.flows.test_evaluation import EVALUATED, TINY, completed, store_at_hand, trained_at_once
+from tests.integration.flows.test_evaluation import EVALUATED, TINY, completed, store_at_hand
 
 pytestmark = pytest.mark.integration
 
@@ -55,6 +58,15 @@ def measured(own: int, incumbent: int) -> Measures:
         return FlowRun(flow_id=uuid4(), state=Completed())
 
     return run_child
+
+
+async def trained_by_both_roles(plan: RunPlan, *_: object) -> tuple[AttemptOutcome, dict[Role, RoleRun]]:
+    """An attempt that takes no time."""
+    roles: tuple[Role, ...] = ("producer", "consumer")
+    ended = {"work_pool": "p", "state": "Completed", "message": "", "started": None, "ended": None}
+    return AttemptOutcome(attempt=1), {
+        role: RoleRun.model_validate({"role": role, "flow_run_id": uuid4(), **ended}) for role in roles
+    }
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def spec(api: PrefectServer, tmp_path: Path, prompts: Path, monkeypatch: pytest.
     """A document of recurring training, for a parent flow in this process whose training takes no time."""
     monkeypatch.setenv("DRAFTLINE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(parent, "feature_store_services", store_at_hand)
-    monkeypatch.setattr(parent, "run_attempt", trained_at_once)
+    monkeypatch.setattr(parent, "run_attempt", trained_by_both_roles)
     monkeypatch.setattr(parent, "verify_completion", completed)
     for module in (preflight, run_slot):
         monkeypatch.setattr(module, "check_pools", lambda *_, **__: None)  # the server has none
@@ -171,6 +183,20 @@ def asked(spec: RunSpec, api: PrefectServer, monkeypatch: pytest.MonkeyPatch) ->
     return night
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What automations are told of the gate, in order."""
+    events: list[str] = []
+    emit = promotion.emit
+
+    def noted(plan: RunPlan, event: Event, **payload: str | None) -> None:
+        events.append(event)
+        emit(plan, event, **payload)
+
+    monkeypatch.setattr(promotion, "emit", noted)
+    return events
+
+
 def reports(home: Path) -> list[RunReport]:
     """The reports of all runs."""
     return [RunReport.model_validate_json(path.read_bytes()) for path in home.glob("home/runs/*/report.json")]
@@ -250,7 +276,9 @@ def test_what_the_gate_decides_is_not_said_twice(spec: RunSpec, tmp_path: Path) 
         load_spec(TINY, ["recurring.replay=0.1", "data.holdout=null"])
 
 
-def test_a_draft_that_is_approved_becomes_the_champion(asked: Asked, registry: Registry, tmp_path: Path) -> None:
+def test_a_draft_that_is_approved_becomes_the_champion(
+    told: list[str], asked: Asked, registry: Registry, tmp_path: Path
+) -> None:
     assert registry.champion() is None
     (waiting,) = reports(tmp_path)
     assert waiting.gate is not None
@@ -267,6 +295,20 @@ def test_a_draft_that_is_approved_becomes_the_champion(asked: Asked, registry: R
     assert "approved by a person: a beginning" in event.reason
     with pytest.raises(BadInput, match="expected a run that waits for approval, found one that is Promoted"):
         approve(asked.run_id)
+    assert told == ["needs-approval", "promoted"]
+
+
+def test_the_report_after_an_approval_has_what_the_process_before_it_knew(asked: Asked, tmp_path: Path) -> None:
+    (waiting,) = reports(tmp_path)
+    assert set(waiting.roles) == {"producer", "consumer"}
+    assert [attempt.attempt for attempt in waiting.attempts] == [1]
+    approve(asked.run_id)
+    asked.to_its_end()
+    (report,) = reports(tmp_path)
+    assert (report.attempts, report.roles) == (waiting.attempts, waiting.roles)
+    assert report.seconds >= waiting.seconds
+    assert report.archive is not None
+    assert RunReport.model_validate_json((Path(report.archive.url) / "report.json").read_bytes()) == report
 
 
 def test_a_draft_that_a_person_rejects_ends_its_run_as_rejected(

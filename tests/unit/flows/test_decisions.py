@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import logging
+import time
 from pathlib import Path
 from uuid import uuid4
 
@@ -319,3 +320,22 @@ def test_the_report_sums_the_restarts_of_all_attempts(plan: RunPlan) -> None:
         )
     report = record.failed(StoreUnavailable("gone"))
     assert {role: figures.restarts for role, figures in report.roles.items()} == {"producer": 3, "consumer": 0}
+
+
+def test_a_process_that_goes_on_with_a_trained_run_reports_the_attempts_and_roles_before_it(plan: RunPlan) -> None:
+    first = RunRecord(plan, flow_run_id="f", began=time.time() - 100)
+    roles = {role: role_run(role, "Completed") for role in ("producer", "consumer")}
+    first.attempt_ended(AttemptOutcome(1, "preempted", "killed by SIGKILL"), roles)
+    first.attempt_ended(AttemptOutcome(2), roles)
+    first.trained(complete(plan, 2, done(**PRODUCED), done(**TRAINED), keys_left=0))
+    before = first.completed()
+    assert [attempt.attempt for attempt in before.attempts] == [1, 2]
+    assert set(before.roles) == {"producer", "consumer"}
+    assert not first.asked
+    first.ask()
+
+    goes_on = RunRecord(plan, flow_run_id="f", began=time.time() - 10)
+    assert goes_on.asked
+    after = goes_on.completed()
+    assert (after.attempts, after.roles) == (before.attempts, before.roles)
+    assert after.seconds >= 110, "both processes worked"
