@@ -58,11 +58,11 @@ def judge_run(plan: RunPlan, figures: Mapping[str, EvaluationFigures]) -> None:
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
 def gate(plan: RunPlan, completion: Completion, incumbent: Incumbent | None, archive: str) -> Candidate:
     """Publish the run's draft as a version, and decide whether it is promoted; the decision is written down."""
-    from disagg_core.recurring.promotion import judge, publish
+    from disagg_core.recurring.promotion import judge, publish, to_be_replaced
 
-    checkpoint = completion.checkpoint_of(plan.drafts[0])
-    published = publish(plan, get_settings(), checkpoint=checkpoint, archive=archive)
-    candidate = judge(plan, published, incumbent)
+    checkpoint, settings = completion.checkpoint_of(plan.drafts[0]), get_settings()
+    published = publish(plan, settings, checkpoint=checkpoint, archive=archive)
+    candidate = judge(plan, published, incumbent, replaces=to_be_replaced(plan, settings, incumbent))
     write_atomically(plan.dir.gate, candidate.model_dump_json(indent=2))
     get_run_logger().info("%s: %s, %s", published.label, candidate.gate.decision, "; ".join(candidate.gate.reasons))
     return candidate

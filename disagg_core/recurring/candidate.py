@@ -24,12 +24,16 @@ class Incumbent:
 
 
 class Candidate(BaseModel):
-    """A draft that the gate has decided about; kept in the run's directory while a person is asked."""
+    """A draft that the gate has decided about; kept in the run's directory while a person is asked.
+
+    `replaces` is the champion in whose place it may be put and no other's: the one that it was judged against, or one
+    that was made for another target, against which none can be judged. None: there was none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
-    incumbent: int | None
+    replaces: int | None
     gate: GateFigures
 
     @property

@@ -13,7 +13,7 @@ from disagg_core.recurring.night import Night
 from disagg_core.registry.gate import Decoded, PairedPrompt, decide
 from disagg_core.registry.publishing import publish_draft
 from disagg_core.registry.references import References, open_registry
-from disagg_core.registry.registry import Registry, whoami
+from disagg_core.registry.registry import whoami
 from disagg_core.registry.versions import ChampionMoved, DataMark, Version
 from disagg_core.run.known import read_document
 from disagg_core.run.plan import RunPlan
@@ -52,8 +52,23 @@ def publish(plan: RunPlan, settings: Settings, *, checkpoint: Path, archive: str
     )
 
 
-def judge(plan: RunPlan, published: Version, incumbent: Incumbent | None) -> Candidate:
+def to_be_replaced(plan: RunPlan, settings: Settings, incumbent: Incumbent | None) -> int | None:
+    """Return the champion whose place the run's draft may take; see `Candidate.replaces`.
+
+    Raises:
+        StorageFailed, StorageUnusable: the registry does not answer.
+    """
+    if incumbent is not None:
+        return incumbent.number
+    champion = open_registry(plan.spec, settings).champion()
+    of_another = champion is not None and champion.provenance.target_version != plan.target.version
+    return champion.number if champion is not None and of_another else None
+
+
+def judge(plan: RunPlan, published: Version, incumbent: Incumbent | None, *, replaces: int | None) -> Candidate:
     """Return what the gate decides about a version, by the results in the run's directory.
+
+    `replaces` is the champion whose place it is to take (`to_be_replaced`).
 
     Raises:
         BadInput: what the gate needs was not measured.
@@ -69,7 +84,7 @@ def judge(plan: RunPlan, published: Version, incumbent: Incumbent | None) -> Can
         lossless=after["lossless"],
         seed=plan.spec.run.seed,
     )
-    return Candidate(number=published.number, incumbent=incumbent.number if incumbent is not None else None, gate=gate)
+    return Candidate(number=published.number, replaces=replaces, gate=gate)
 
 
 def _by_suite(result: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
@@ -87,7 +102,7 @@ def _pairs(suite: str, own: list[tuple[int, int]], theirs: list[tuple[int, int]]
 
 
 def promote(plan: RunPlan, settings: Settings, candidate: Candidate, by: str | None = None) -> Candidate:
-    """Make a candidate the champion; return it rejected if the champion is another one than it was compared with.
+    """Make a candidate the champion; return it rejected if the champion is another than the one it was judged against.
 
     Raises:
         StorageFailed, StorageUnusable: the registry does not answer.
@@ -97,22 +112,10 @@ def promote(plan: RunPlan, settings: Settings, candidate: Candidate, by: str | N
         return candidate  # an earlier process of the run came so far
     try:
         reason = "; ".join(candidate.gate.reasons)
-        registry.promote(
-            candidate.number, instead_of=_present(registry, candidate, plan), by=by or whoami(), reason=reason
-        )
+        registry.promote(candidate.number, instead_of=candidate.replaces, by=by or whoami(), reason=reason)
     except ChampionMoved as error:
         return decided(candidate, "rejected", str(error))
     return candidate
-
-
-def _present(registry: Registry, candidate: Candidate, plan: RunPlan) -> int | None:
-    """Return the champion whose place a candidate takes: the one it was compared with, or one of another target."""
-    if candidate.incumbent is not None:
-        return candidate.incumbent
-    champion = registry.champion()
-    if champion is not None and champion.provenance.target_version != plan.target.version:
-        return champion.number
-    return None
 
 
 def _mark_of(plan: RunPlan) -> DataMark | None:

@@ -41,6 +41,7 @@ from tasks.roles import Role, RoleRun
 from tests.browser import choose, chromium_page, form_of
 from tests.integration.flows.conftest import PrefectServer
 from tests.integration.flows.test_evaluation import EVALUATED, TINY, completed, store_at_hand
+from tests.integration.registry.kit import make_draft, provenance
 
 pytestmark = pytest.mark.integration
 
@@ -309,6 +310,30 @@ def test_the_report_after_an_approval_has_what_the_process_before_it_knew(asked:
     assert report.seconds >= waiting.seconds
     assert report.archive is not None
     assert RunReport.model_validate_json((Path(report.archive.url) / "report.json").read_bytes()) == report
+
+
+@pytest.mark.parametrize("for_the_target", [True, False], ids=["for this target", "for another target"])
+def test_an_approval_replaces_no_champion_that_the_draft_was_not_judged_against(
+    asked: Asked, registry: Registry, tmp_path: Path, for_the_target: bool
+) -> None:
+    """While nobody answers, somebody else takes another version into service."""
+    version = registry.version(1).provenance.target_version if for_the_target else "another"
+    by_hand = registry.publish(make_draft(tmp_path / "by-hand"), provenance("by-hand", target_version=version))
+    registry.promote(by_hand.number, instead_of=None, by="somebody")
+
+    approve(asked.run_id, comment="a beginning")
+    end = asked.to_its_end()
+    assert (end.name, end.type.value) == ("Rejected", "COMPLETED")
+    assert "approved by a person: a beginning" in str(end.message)
+    assert "v1 was to take the place of none, but somebody promoted v2" in str(end.message)
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.label == "v2"
+    assert len(registry.history()) == 1
+    assert [known.label for known in registry.versions()] == ["v1", "v2"]
+    (report,) = reports(tmp_path)
+    assert report.gate is not None
+    assert report.gate.decision == "rejected"
 
 
 def test_a_draft_that_a_person_rejects_ends_its_run_as_rejected(

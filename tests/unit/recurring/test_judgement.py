@@ -60,7 +60,7 @@ def test_the_gate_judges_by_the_suites_that_it_names(
     measured(plan, "after", held_out=22, math=25, chat=18)
     measured(plan, INCUMBENT, held_out=20, math=20, chat=20)
 
-    found = judge(plan, a_version(2), Incumbent(1, tmp_path)).gate
+    found = judge(plan, a_version(2), Incumbent(1, tmp_path), replaces=1).gate
 
     assert found.decision == decision, found.reasons
     assert [suite.suite for suite in found.suites] == looked_at
@@ -75,7 +75,7 @@ def test_the_first_draft_is_measured_by_suite_too(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     measured(plan, "after", held_out=22, math=25, chat=18)
 
-    found = judge(plan, a_version(1), None).gate
+    found = judge(plan, a_version(1), None, replaces=None).gate
 
     assert found.decision == "promoted"
     assert {suite.suite: suite.candidate for suite in found.suites}["math"] == 2.5
