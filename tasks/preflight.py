@@ -22,6 +22,7 @@ def preflight(spec: RunSpec) -> RunPlan:
     """Resolve the run document into a plan and write it into the run's directory.
 
     Of a run whose training is complete the plan is the one that is there: nothing is read, captured or trained again.
+    One that the gate has decided about needs no pool either.
 
     Raises:
         BadInput: something in the spec, the prompts, the target, the store or this process cannot work; nothing was
@@ -38,7 +39,8 @@ def preflight(spec: RunSpec) -> RunPlan:
         get_run_logger().info("run %s: the training is complete; what is left is archive and evaluation", run_id)
         beats()
         plan = read_plan(run_dir)
-        check_pools(plan.spec, trained=True, in_turn=False)
+        if not run_dir.gate.is_file():
+            check_pools(plan.spec, trained=True, in_turn=False)
     else:
         plan = prepare_run(spec, run_id, get_settings(), also=(beats, lambda: check_pools(spec, in_turn=False)))
     plan.dir.report.unlink(missing_ok=True)  # of an earlier process of this run, which was cut off

@@ -37,8 +37,11 @@ class Approval(RunInput):
 
 @task(name="incumbent", task_run_name="champion to compare with", cache_policy=NO_CACHE)
 def find_incumbent(plan: RunPlan) -> Incumbent | None:
-    """Return the champion that the run's draft is compared with; None where there is none or nothing is published."""
-    if not plan.spec.published:
+    """Return the champion that the run's draft is compared with.
+
+    None where there is none, where nothing is published, and where the gate has compared the two already.
+    """
+    if not plan.spec.published or plan.dir.gate.is_file():
         return None
     from disagg_core.recurring.promotion import incumbent_of
 

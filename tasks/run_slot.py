@@ -63,9 +63,14 @@ async def ensure_slots(client: PrefectClient, pools: PoolsSection) -> None:
 async def run_slot(plan: RunPlan) -> AsyncIterator[None]:
     """Hold a slot on both pools of the run, from before its roles until its evaluation has ended; waits without end.
 
+    A run whose draft the gate has decided about needs no pool, and no slot: an approval waits for nobody's training.
+
     Raises:
         PoolsNotReady: it is this run's turn, and somebody else still holds the places on a pool, or its worker is gone.
     """
+    if plan.dir.gate.is_file():
+        yield
+        return
     pools = plan.spec.orchestration.pools
     async with get_client() as client:
         await ensure_slots(client, pools)

@@ -21,10 +21,10 @@ from tests.integration.flows.conftest import PrefectServer
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
-def plan_on(rollout: str, train: str) -> Any:
+def plan_on(rollout: str, train: str, gate: Path = Path("none")) -> Any:
     pools = PoolsSection(rollout=rollout, train=train)
     spec = SimpleNamespace(orchestration=SimpleNamespace(pools=pools))
-    return SimpleNamespace(spec=spec, dir=SimpleNamespace(completion=Path("none")))
+    return SimpleNamespace(spec=spec, dir=SimpleNamespace(completion=Path("none"), gate=gate))
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,18 @@ def test_a_run_that_shares_a_pool_with_another_one_waits_for_all_of_it_and_holds
             ends["first"].set()
             await inside["sharing"].wait()
             ends["sharing"].set()
+
+    asyncio.run(story())
+
+
+def test_a_run_that_was_decided_about_does_not_wait_for_one_that_trains(api: PrefectServer, tmp_path: Path) -> None:
+    decided = tmp_path / "gate.json"
+    decided.write_text("{}")
+
+    async def story() -> None:
+        trains, goes_on = run_slot(plan_on("slot-i", "slot-j")), run_slot(plan_on("slot-i", "slot-j", decided))
+        async with asyncio.timeout(60), trains, goes_on:
+            pass
 
     asyncio.run(story())
 

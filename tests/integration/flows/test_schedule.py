@@ -9,7 +9,8 @@ from uuid import UUID
 
 import pytest
 from prefect import State, get_client
-from prefect.states import Completed, Pending, Running
+from prefect.flow_runs import resume_flow_run
+from prefect.states import Completed, Pending, Running, Suspended
 
 from disagg_core.run_spec.yaml_file import load_spec
 from flows.platform.deployments import Nightly, register
@@ -44,8 +45,7 @@ def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_serv
             register(Nightly(load_spec(NIGHTLY), "* * * * *"))
             eventually(lambda: len(nights(server)) >= 2, every_s=0.5)
             first, second = nights(server)[:2]
-            assert ask(first, Pending()).name == "Pending"
-            eventually(lambda: ask(first, Running()).name == "Running", every_s=1.0)  # it may be due in a minute
+            begin(first)
             keep_slot(first)
             assert ask(second, Pending()).name == "AwaitingConcurrencySlot"
             known = set(nights(server))
@@ -58,10 +58,38 @@ def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_serv
             assert ask(second, Pending()).name == "Pending"
 
 
+def test_a_night_that_is_answered_while_another_one_runs_goes_on_after_it(api: PrefectServer) -> None:
+    """One that waits for a person holds no slot of its deployment, and needs one again; this test is the worker."""
+    register()
+
+    async def create() -> list[UUID]:
+        async with get_client() as client:
+            deployment = await client.read_deployment_by_name("online-disagg-training/nightly")
+            return [(await client.create_flow_run_from_deployment(deployment.id)).id for _ in range(2)]
+
+    asks, runs = asyncio.run(create())
+    begin(asks)
+    assert ask(runs, Pending()).name == "AwaitingConcurrencySlot"
+    assert ask(asks, Suspended(timeout_seconds=3600, pause_key="approval")).name == "Suspended"
+    begin(runs)
+    keep_slot(runs)
+
+    resume_flow_run(asks)
+    assert ask(asks, Pending()).name == "AwaitingConcurrencySlot"
+    assert ask(runs, Completed(name="Promoted")).name == "Promoted"
+    begin(asks)
+
+
 def nights(server: PrefectServer) -> list[UUID]:
     """Return the runs that the clock has made so far, the earliest first."""
     runs = server.find("flow_runs", deployments={"name": {"any_": ["nightly"]}}, sort="EXPECTED_START_TIME_ASC")
     return [UUID(str(run["id"])) for run in runs if run["auto_scheduled"]]
+
+
+def begin(flow_run_id: UUID) -> None:
+    """Take the slot of a run's deployment and begin the run, as soon as it is due."""
+    assert ask(flow_run_id, Pending()).name == "Pending"
+    eventually(lambda: ask(flow_run_id, Running()).name == "Running", every_s=1.0)
 
 
 def keep_slot(flow_run_id: UUID) -> None:
