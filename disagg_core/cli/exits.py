@@ -27,9 +27,19 @@ def stop(error: DraftlineError, code: int | None = None) -> NoReturn:
     if _debug:
         traceback.print_exception(error)
     label = "error:" if bad_input else f"failed ({error.failure_class}):"
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]{label}[/] {escape(str(error))}")
+    _print(f"[bold red]{label}[/] {escape(str(error))}")
     sys.exit(code if code is not None else 2 if bad_input else 1)
+
+
+def warn(error: DraftlineError) -> None:
+    """Print an `error` after which what was asked for is done all the same."""
+    if _debug:
+        traceback.print_exception(error)
+    _print(f"[yellow]warning:[/] {escape(str(error))}")
+
+
+def _print(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message)
 
 
 _debug = False

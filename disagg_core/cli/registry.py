@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from disagg_core.cli.exits import warn
 from disagg_core.cli.tables import table_of, wide_console
-from disagg_core.errors import BadInput
+from disagg_core.errors import BadInput, DraftlineError
 from disagg_core.registry.registry import EXPORT, Registry, the_target_of, whoami
 from disagg_core.registry.versions import Event, Version
 from disagg_core.report.differences import compare
@@ -173,7 +174,7 @@ def promote(
     if present is not None and present.number == number and instead_of is None:
         raise BadInput(f"{opened.place.url}: v{number} is the champion already")
     event = opened.promote(number, instead_of=present.number if present else None, by=whoami(), reason=reason)
-    wide_console().print(_said(event))
+    _tell_of_move(opened, event)
 
 
 @app.command()
@@ -186,7 +187,24 @@ def rollback(
     """Make the champion before the present one the champion again."""
     opened = _open(registry, target)
     number = None if to is None else _references(opened).version(to).number
-    wide_console().print(_said(opened.rollback(by=whoami(), to=number, reason=reason)))
+    _tell_of_move(opened, opened.rollback(by=whoami(), to=number, reason=reason))
+
+
+@app.command()
+def mirror(registry: Url = None, target: Target = None) -> None:
+    """Make the champion that of MLflow's registry, where the document of its run names a registered model.
+
+    Every move of the champion does so by itself; this is for a server that was away then.
+    """
+    opened = _open(registry, target)
+    champion = opened.champion()
+    if champion is None:
+        raise BadInput(f"{opened.place.url}: expected a champion, found none")
+    model = _mirrored(opened, champion)
+    told = (
+        f"{champion.label} is the champion of {model}" if model else f"the run of {champion.label} asks for no mirror"
+    )
+    wide_console().print(told)
 
 
 @app.command()
@@ -258,6 +276,21 @@ def _brief(version: Version) -> dict[str, Any]:
         "bytes": version.bytes,
         "files": version.files,
     }
+
+
+def _tell_of_move(registry: Registry, event: Event) -> None:
+    """Say that the champion was moved, and tell MLflow: a server that is away is no reason to take the move back."""
+    wide_console().print(_said(event))
+    try:
+        _mirrored(registry, registry.version(event.version))
+    except DraftlineError as error:
+        warn(error)
+
+
+def _mirrored(registry: Registry, champion: Version) -> str | None:
+    from disagg_core.tracking.mlflow_models import mirror_champion
+
+    return mirror_champion(champion, registry.url_of(champion.number))
 
 
 def _said(event: Event) -> str:

@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 
 from disagg_core.tracking.feed import Feed
+from disagg_core.tracking.mlflow_models import IMPATIENT
 from disagg_core.tracking.trackers import TrackerRequest, make_observer
 
 _MARGIN_S = 2.0
-_MLFLOW = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""The feed asks again by itself, so that a client need not keep at it for minutes."""
 
 
 def main(request_file: Path) -> None:
@@ -29,7 +28,7 @@ def main(request_file: Path) -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)  # the run's process gets them too, and ends this one by its standard input
     request = TrackerRequest.model_validate_json(request_file.read_bytes())
-    os.environ.update({name: value for name, value in _MLFLOW.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in IMPATIENT.items() if name not in os.environ})
     with request.state.with_suffix(".lock").open("wb") as lock:
         ending = threading.Thread(target=_end_in_time, args=(request.last_s,), name="tracker-end", daemon=True)
         ending.start()

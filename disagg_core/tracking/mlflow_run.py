@@ -12,12 +12,9 @@ from typing import Any
 
 from disagg_core.report.document import EndState, EvaluationFigures, GateFigures, RunReport
 from disagg_core.run_spec.results import MlflowSection
+from disagg_core.tracking.mlflow_models import RUN_ID, find_run, make_champion
 from disagg_core.tracking.observer import Step, TrackedRun, evaluation_scalars, named, scalars_of
 
-CHAMPION = "champion"
-"""The alias of the champion's version in MLflow's registry."""
-_RUN = "draftline.run_id"
-_SOURCE = "draftline.source"
 _STATUS: dict[EndState, str] = {
     "completed": "FINISHED",
     "failed": "FAILED",
@@ -53,7 +50,7 @@ class MlflowObserver:
             self._run = known
             self._client.update_run(known, status="RUNNING")
             return
-        tags = {_RUN: run.run_id, **{f"draftline.{name}": value for name, value in run.identity.items()}}
+        tags = {RUN_ID: run.run_id, **{f"draftline.{name}": value for name, value in run.identity.items()}}
         made = self._client.create_run(self._experiment(), run_name=run.run_id, tags=tags)
         self._run = made.info.run_id
         parameters = [Param(name, value[:_LONGEST]) for name, value in _flat(run.document)]
@@ -84,7 +81,14 @@ class MlflowObserver:
         for name, value in tags.items():
             self._client.set_tag(self._run, f"draftline.{name}", value[:_LONGEST_TAG])
         if gate.decision == "promoted" and self._section.registered_model is not None:
-            self._mirror(self._section.registered_model, gate, source)
+            make_champion(
+                self._client,
+                self._section.registered_model,
+                source=source,
+                label=gate.candidate,
+                run_id=self._tag(RUN_ID),
+                run=self._run,
+            )
 
     def finished(self, report: RunReport) -> None:
         """End the run as what it was."""
@@ -101,25 +105,7 @@ class MlflowObserver:
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 
     def _known(self, run_id: str) -> str | None:
-        found = self._client.search_runs([self._experiment()], f"tags.`{_RUN}` = '{run_id}'", max_results=1)
-        return str(found[0].info.run_id) if found else None
-
-    def _mirror(self, name: str, gate: GateFigures, source: str) -> None:
-        """Make the version at `source` one of the registered model, if it is not, and the champion among them."""
-        if not self._client.search_registered_models(f"name = '{name}'", max_results=1):
-            self._client.create_registered_model(name, description="Drafts that draftline has promoted")
-        known = self._client.search_model_versions(f"name = '{name}' and tag.`{_SOURCE}` = '{source}'", max_results=1)
-        if known:
-            version = known[0].version
-        else:
-            # A server refuses a directory as the source of a version, so it gets a scheme of ours.
-            address = source if "://" in source else f"draftline:{source}"
-            tags = {_SOURCE: source, "draftline.version": gate.candidate, _RUN: self._tag(_RUN)}
-            made = self._client.create_model_version(
-                name, source=address, run_id=self._run, tags=tags, await_creation_for=0
-            )
-            version = made.version
-        self._client.set_registered_model_alias(name, CHAMPION, version)
+        return find_run(self._client, self._experiment(), run_id)
 
     def _tag(self, name: str) -> str:
         return str(self._client.get_run(self._run).data.tags[name])

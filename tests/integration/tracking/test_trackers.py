@@ -11,7 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from disagg_core.processes.retry import wait_until
+from disagg_core.registry.registry import Registry
 from disagg_core.report.document import EvaluationFigures, GateFigures, RunReport
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec
@@ -27,6 +28,8 @@ from disagg_core.target.facts import read_target_facts
 from disagg_core.tracking.feed import FeedState
 from disagg_core.tracking.observer import Decided, Evaluated, Finished
 from disagg_core.tracking.run_tracking import RunTracking
+from flows.cli import app as cli
+from tests.integration.registry.kit import make_draft, provenance, registry_at
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -253,6 +256,71 @@ def test_mlflow_has_the_run_its_curves_and_the_promoted_version(tmp_path: Path, 
     (run,) = client.search_runs([experiment.experiment_id])
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 5
     assert len(client.search_model_versions("name = 'tiny'")) == 1
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Registry:
+    """Two versions that nobody has promoted, of runs whose documents name a model of MLflow's registry."""
+    registry = registry_at(str(tmp_path / "registry"))
+    document = {"tracking": {"mlflow": {"registered_model": tmp_path.name}}}
+    for night in (1, 2):
+        registry.publish(make_draft(tmp_path / f"{night}", night), provenance(f"night-{night}", document=document))
+    return registry
+
+
+@pytest.fixture
+def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run ``draftline drafts`` on the registry of the test; return the exit code."""
+
+    def run(command: str, *arguments: str) -> int:
+        place = ["--registry", str(tmp_path / "registry")]
+        monkeypatch.setattr(sys, "argv", ["draftline", "drafts", command, *arguments, *place])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0)
+
+    return run
+
+
+def test_mlflow_has_the_champion_that_a_person_has_made_one(
+    nights: Registry, drafts: Callable[..., int], mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    client = MlflowClient(mlflow_server)
+    for number, command in ((1, ("promote", "v1")), (2, ("promote", "v2")), (1, ("rollback",))):
+        assert drafts(*command) == 0
+        champion = client.get_model_version_by_alias(tmp_path.name, "champion")
+        known = (champion.tags["draftline.version"], champion.tags["draftline.run_id"], champion.source)
+        assert known == (f"v{number}", f"night-{number}", f"draftline:{nights.url_of(number)}")
+    assert len(client.search_model_versions(f"name = '{tmp_path.name}'")) == 2
+
+
+def test_a_champion_is_moved_although_mlflow_is_away_and_told_later(
+    nights: Registry,
+    drafts: Callable[..., int],
+    mlflow_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    assert drafts("promote", "v2") == 0
+    said = capsys.readouterr()
+    assert "promoted v2" in said.out
+    assert f"warning: MLflow's model {tmp_path.name} was not told that v2 is the champion" in said.err
+    assert "draftline drafts mirror tells it again" in said.err
+    assert nights.history()[-1].version == 2
+    assert drafts("mirror") == 1
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    assert drafts("mirror") == 0
+    assert f"v2 is the champion of {tmp_path.name}" in capsys.readouterr().out
+    champion = MlflowClient(mlflow_server).get_model_version_by_alias(tmp_path.name, "champion")
+    assert champion.tags["draftline.version"] == "v2"
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
