@@ -228,17 +228,25 @@ def test_at_max_steps_the_rest_is_left_and_counted(attempt, ranks):
     assert attempt.store.sweep() == 8
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, run_id):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "muon"}, {"optimizer": "muon", "optimizer_offload": True}],
+    ids=["adamw", "muon", "muon-offloaded"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, run_id, options):
+    def how(**further):
+        return section(device="auto", **options, **further)
+
     with Attempt(endpoints, tmp_path, run_id, 1) as whole_run:
         whole_run.publish(range(22))
-        trainer, loader = consumer(whole_run.reader, whole_run.store, ranks, checkpoints=tmp_path / "a")
+        trainer, loader = consumer(whole_run.reader, whole_run.store, ranks, checkpoints=tmp_path / "a", training=how())
         trainer.fit(loader)
         expected = trainer.trainees[0].weights()
 
     with Attempt(endpoints, tmp_path, run_id, 2) as first:
         first.publish(range(22))
         trainer, loader = consumer(
-            first.reader, first.store, ranks, checkpoints=tmp_path / "b", training=section(save_every_steps=2)
+            first.reader, first.store, ranks, checkpoints=tmp_path / "b", training=how(save_every_steps=2)
         )
         run = trainer.trainees[0].step.run
         trainer.trainees[0].step.run = lambda window, step, **counts: (
@@ -253,7 +261,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(endpoints, ranks, tmp_path, 
     with Attempt(endpoints, tmp_path, run_id, 3) as second:
         second.publish(i for i in range(22) if i > state.cursor.trained[0][1])
         torch.manual_seed(99)
-        trainer, loader = consumer(second.reader, second.store, ranks, checkpoints=tmp_path / "b")
+        trainer, loader = consumer(second.reader, second.store, ranks, checkpoints=tmp_path / "b", training=how())
         outcome = trainer.fit(loader)
 
     assert (outcome.steps, outcome.steps_here, outcome.samples, outcome.samples_here) == (6, 4, 22, 14)
