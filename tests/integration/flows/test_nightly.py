@@ -38,7 +38,6 @@ from flows.platform.deployments import NIGHTLY, register
 from tasks import evaluation, preflight, promotion, run_slot
 from tasks.reporting import Event
 from tasks.roles import Role, RoleRun
-from tests.browser import choose, chromium_page, form_of
 from tests.integration.flows.conftest import PrefectServer
 from tests.integration.flows.test_evaluation import EVALUATED, TINY, completed, store_at_hand
 from tests.integration.registry.kit import make_draft, provenance
@@ -127,9 +126,8 @@ def night(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[[Measures]
 class Asked:
     """A night whose draft a person decides about, of the deployment `nightly`."""
 
-    def __init__(self, spec: RunSpec, api: PrefectServer) -> None:
+    def __init__(self, spec: RunSpec) -> None:
         self.spec = spec.model_copy(update={"gate": spec.gate.model_copy(update={"approval": "always"})})
-        self.page = api.api_url.removesuffix("api") + "runs/flow-run/"
         self.id = UUID(int=0)
 
     def until_it_waits(self) -> None:
@@ -179,7 +177,7 @@ def asked(spec: RunSpec, api: PrefectServer, monkeypatch: pytest.MonkeyPatch) ->
         register()
     monkeypatch.setenv("PREFECT_API_URL", api.api_url)
     monkeypatch.setattr(evaluation, "run_child", measured(15, 0))
-    night = Asked(spec, api)
+    night = Asked(spec)
     night.until_it_waits()
     return night
 
@@ -347,37 +345,3 @@ def test_a_draft_that_a_person_rejects_ends_its_run_as_rejected(
     (report,) = reports(tmp_path)
     assert report.gate is not None
     assert report.gate.reasons[-1] == "rejected by a person: too little"
-
-
-@pytest.mark.ui
-def test_a_draft_is_approved_in_the_form_of_its_run(asked: Asked, registry: Registry, tmp_path: Path) -> None:
-    comment = "Read ten of its answers; none is worse."
-    with chromium_page() as page:
-        form = form_of(page, f"{asked.page}{asked.id}", "needs your approval")
-        shown = form.inner_text()
-        said = (
-            "v1 of run",
-            "accept length 1.500",
-            "on 16 prompts",
-            "there is no champion yet",
-            "reject: the champion stays",
-        )
-        assert all(fact in shown for fact in said), shown
-        choose(page, form, "approve")
-        form.get_by_role("textbox").fill(comment)
-        page.screenshot(path=tmp_path / "form.png")
-        form.get_by_role("button", name="Submit").click()
-        page.get_by_text("Resuming").first.wait_for()
-
-    assert asked.to_its_end().name == "Promoted"
-    champion = registry.champion()
-    assert champion is not None
-    assert champion.label == "v1"
-    assert comment in registry.history()[0].reason
-    with chromium_page() as page:
-        page.goto(f"{asked.page}{asked.id}")
-        page.get_by_text("Promoted").first.wait_for()
-        page.screenshot(path=tmp_path / "promoted.png")
-        page.get_by_text("Artifacts", exact=True).click()
-        page.get_by_text(f"Report of run {asked.run_id}").first.wait_for()
-        page.screenshot(path=tmp_path / "artifacts.png")
