@@ -6,13 +6,17 @@ and is killed by the kernel when we die.
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from typing import Protocol
 
+from disagg_core.processes.scratch import Scratch
 from disagg_core.processes.shared_memory import SharedMemory
 from disagg_core.processes.shutdown import SERVER_S
 from disagg_core.processes.tree import describe_exit, free_port, host_port, spawn, stop_tree, tail
@@ -61,6 +65,7 @@ class ManagedServer:
         self.log = log_dir / f"{self.name}.log"
         self.port = 0
         self._memory = SharedMemory(log_dir / f"{self.name}.shared-memory")
+        self._scratch = Scratch(log_dir / f"{self.name}.scratch", self.name)
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -83,7 +88,8 @@ class ManagedServer:
         with self._lock:
             if self._closed:
                 return
-            self._memory.free()  # of a server that died, or was killed together with an earlier process of ours
+            self._free()  # of a server that died, or was killed together with an earlier process of ours
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": _compiled_code(), **self._scratch.make()}
             self.port = free_port(self._launch.host)
             command = self._launch.command(port=self.port, base_gpu=self._index * self._launch.gpus)
             logger.info("starting %s: %s", self.name, " ".join(command))
@@ -112,10 +118,20 @@ class ManagedServer:
                 first = signal.SIGKILL if at_once else signal.SIGTERM
                 self._memory.note(self._process)
                 stop_tree(self._process, grace_s=SERVER_S, first=first)
-                self._memory.free()
+                self._free()
                 self._process = None
+
+    def _free(self) -> None:
+        """Remove what a server has left behind whose processes have all ended."""
+        self._memory.free()
+        self._scratch.remove()
 
     def close(self) -> None:
         """End the server for good: `start` does nothing from now on."""
         self._closed = True
         self.stop()
+
+
+def _compiled_code() -> str:
+    """Return where torch keeps what it compiles: as it would choose, were a server's temporary files not its own."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"

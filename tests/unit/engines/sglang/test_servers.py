@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +224,8 @@ def held_by(port: int) -> list[Path]:
 
 
 HOLD = """
-import mmap, os, sys
+import mmap, os, sys, tempfile
+tempfile.NamedTemporaryFile(delete=False)  # as SGLang does for each of its sockets
 os.fork()
 held = []
 for name in sys.argv[1:]:
@@ -236,15 +238,19 @@ signal.pause()
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed", "killed with its producer"])
-def test_a_server_leaves_no_shared_memory_behind(
-    end: str, section: TargetSection, facts: TargetFacts, tmp_path: Path
+def test_a_server_leaves_neither_shared_memory_nor_temporary_files_behind(
+    end: str, section: TargetSection, facts: TargetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     launch = Holding(Path(sys.executable), section, facts, CAPTURE, longest=32, cpu=True, host="127.0.0.1")
     server = ManagedServer(launch, index=0, log_dir=tmp_path)
     server.start()
     held = held_by(server.port)
     eventually(lambda: all(path.is_file() for path in held), "the server holds shared memory")
     eventually(lambda: len(list(tmp_path.glob("*.shared-memory"))) or server.became_healthy(), "which was noted")
+    assert list(temporary.rglob("tmp*"))
     if end != "stopped":
         assert server.pid is not None
         os.killpg(server.pid, signal.SIGKILL)
@@ -256,4 +262,5 @@ def test_a_server_leaves_no_shared_memory_behind(
     server.close()
 
     assert not list(Path("/dev/shm").glob(f"*test_*_{os.getpid()}"))
-    assert not list(tmp_path.glob("*.shared-memory"))
+    assert not list(temporary.iterdir())
+    assert not [*tmp_path.glob("*.shared-memory"), *tmp_path.glob("*.scratch")]
