@@ -42,6 +42,17 @@ class BlockAttention:
         self._plan, self._kernel = plan, kernel
         self._patterns: dict[LayerMask, BlockMask] = {}
 
+    def whole(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all context rows, of those of this rank ``[n, kv_heads, d]``: its own, or gathered.
+
+        A collective where ranks share the batch; differentiable.
+        """
+        plan = self._plan
+        if plan.context is None or not plan.context_rows:
+            return keys, values
+        keys, values = plan.context.gather(torch.cat((keys, values), dim=1), plan.context_rows).chunk(2, dim=1)
+        return keys, values
+
     def __call__(
         self, mask: LayerMask, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]
     ) -> Tensor:
@@ -277,7 +288,7 @@ def _flex(pattern: BlockMask, query: Tensor, own: tuple[Tensor, Tensor], context
 
 def flex_mask(plan: BlockPlan, mask: LayerMask) -> BlockMask:
     """Return the pattern of all M * K slots by the context rows, with the slots after them."""
-    size, rows = plan.block_size, len(plan.context_flat)
+    size, rows = plan.block_size, plan.context_rows
     start, end = plan.context_start, plan.context_start + plan.anchors
     last = plan.blocks - 1  # a number: of a list that is reached through the plan, each length would be compiled anew
 

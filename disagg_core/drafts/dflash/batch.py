@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.context import Context, distinct, picked
 from disagg_core.drafts.dflash.anchors import draw_anchors, stacked
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.options import BlockDraftSection, BlockShapeSection, default_gamma
@@ -31,7 +32,7 @@ _INPUTS = {"input_ids": 2, "loss_mask": 2, "hidden_states": 3, "anchors": 2, "bl
 class DFlashBatch:
     """A batch of captured samples with their blocks: right-padded, or with ids and states packed in one row.
 
-    Only the states leave host memory.
+    Only the states leave host memory. Where ranks share the batch, `block_keep` is of this rank's blocks.
     """
 
     input_ids: Tensor  # [batch, tokens] integer, packed [1, tokens of all]; so are the states
@@ -41,6 +42,10 @@ class DFlashBatch:
     block_keep: Tensor  # [batch, blocks] bool, False where no block is
     last_hidden_state: Tensor | None = None  # [batch, tokens, H], after the target's final norm; for its labels
     packing: Layout | None = None  # where a packed batch has its samples
+    context: Context | None = None  # the ranks that share the batch
+    kept_by_all: Tensor | None = None  # [batch, blocks] bool, the blocks of all of them together
+    taught: Tensor | None = None
+    """``[n]`` int64, ascending: tokens whose last states are there; then the others are those of the rank's context."""
 
     @property
     def layout(self) -> Layout:
@@ -103,7 +108,8 @@ class DFlashBatch:
 class BlockPlan:
     """The M blocks of a batch and the context rows that they see, both packed sample by sample without padding.
 
-    Blocks of a sample ascend by anchor. Tensors are int64 on the draft's device unless said otherwise.
+    Blocks of a sample ascend by anchor. Tensors are int64 on the draft's device unless said otherwise. Where ranks
+    share the batch, blocks are this rank's, and context rows too are those of an equal part of all.
     """
 
     block_size: int
@@ -111,19 +117,22 @@ class BlockPlan:
     bounds: Sequence[int]  # [M] anchor of each block, in host memory
     block_flat: Tensor  # [M] index into batch * blocks
     anchors: Tensor  # [M]
-    context_start: Tensor  # [M] context row of position 0 of the block's sample
+    context_rows: int  # of all ranks that share the batch
+    context_start: Tensor  # [M] which of these is position 0 of the block's sample
     context_flat: Tensor  # [context rows] index into the batch's tokens, flattened over its rows
     context_positions: Tensor  # [context rows]
     tokens: Tensor  # [M, K] ids that are embedded: the anchor's, then the mask token
     positions: Tensor  # [M, K]
     source_flat: Tensor  # [M, K] index, as of context rows, of the slot's own token; the last one beyond the end
+    last_flat: Tensor  # [M, K] the same among the batch's last states; where ranks share it, of trained slots only
     labels: Tensor  # [M, K] the token to predict: the slot's own, or one ahead of it
     mask: Tensor  # [M, K] fp32, 1 where a slot is trained
     trained: Sequence[int]  # [M] trained slots of each block, in host memory
     trained_flat: Tensor  # [R] index into M * K of the trained slots
-    taught_flat: Tensor  # [P] index, as of context rows, of the tokens before trained slots, each once
+    taught_flat: Tensor  # [P] index into the batch's last states of the tokens before trained slots, each once
     taught_by: Tensor  # [R] which of these a trained slot has
     longest: int  # tokens of the longest sample, padding included
+    context: Context | None
 
     @property
     def blocks(self) -> int:
@@ -146,11 +155,9 @@ def plan_blocks(
     `ahead` tokens after the slot.
     """
     layout = batch.layout
-    row, column = batch.block_keep.nonzero(as_tuple=True)
-    order = torch.argsort(row * (layout.width + 1) + batch.anchors[row, column], stable=True)
-    row, column = row[order], column[order]
+    row, column = _ordered(batch, batch.block_keep)
     anchors = batch.anchors[row, column]
-    samples, context = _contexts(layout, row, anchors)
+    samples, context_rows, context = _seen_by(batch, row, anchors)
     positions = anchors[:, None] + torch.arange(block_size)
     source = layout.inside(row[:, None], positions)
     mask = (slot_mask(batch, block_size) if trained is None else trained)[row, column]
@@ -166,20 +173,59 @@ def plan_blocks(
         "tokens": ids,
         "positions": positions,
         "source_flat": source,
+        "last_flat": _place(batch, source),
         "labels": flat_ids[layout.inside(row[:, None], positions + ahead)],
         "mask": mask.float(),
         "trained_flat": trained_flat,
-        "taught_flat": taught_flat,
+        "taught_flat": _place(batch, taught_flat),
         "taught_by": taught_by,
     }
     return BlockPlan(
         block_size=block_size,
         samples=samples,
         bounds=anchors.tolist(),
+        context_rows=context_rows,
         trained=mask.sum(1).tolist(),
         longest=layout.width,
+        context=batch.context,
         **{name: uploaded(tensor, device) for name, tensor in tensors.items()},
     )
+
+
+def _ordered(batch: DFlashBatch, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sample and column of the blocks that are `kept`, by sample and anchor."""
+    row, column = kept.nonzero(as_tuple=True)
+    order = torch.argsort(row * (batch.layout.width + 1) + batch.anchors[row, column], stable=True)
+    return row[order], column[order]
+
+
+def _place(batch: DFlashBatch, tokens: Tensor) -> Tensor:
+    """Return where the last states of `tokens` are in the batch."""
+    return tokens if batch.taught is None else torch.searchsorted(batch.taught, tokens)
+
+
+def _seen_by(
+    batch: DFlashBatch, row: Tensor, anchors: Tensor
+) -> tuple[tuple[tuple[int, int, int, int], ...], int, dict[str, Tensor]]:
+    """Return what the blocks see, which `row` and `anchors` are of: `_contexts`, with the number of context rows."""
+    if batch.context is None or batch.kept_by_all is None:
+        samples, context = _contexts(batch.layout, row, anchors)
+        return samples, len(context["context_flat"]), context
+    row, column = _ordered(batch, batch.kept_by_all)
+    samples, context = _contexts(batch.layout, row, batch.anchors[row, column])
+    own = batch.block_keep[row, column]
+    before = [0, *own.cumsum(0).tolist()]
+    ours = tuple(
+        (before[first], before[last], start, end) for first, last, start, end in samples if before[first] < before[last]
+    )
+    flat, positions = context["context_flat"], context["context_positions"]
+    part = batch.context.part(len(flat))
+    context = {
+        "context_start": context["context_start"][own],
+        "context_flat": flat[part] if batch.taught is None else torch.arange(len(part)),
+        "context_positions": positions[part],
+    }
+    return ours, len(flat), context
 
 
 def _contexts(
@@ -253,6 +299,20 @@ class BlockBatcher(Batcher):
             packing=layout if packed else None,
         )
 
+    def shared(self, batch: Batch, context: Context, *, pin: bool = False) -> DFlashBatch:
+        """Return the part of `batch` of this rank: some blocks, and an equal part of what the blocks of all see."""
+        own = _with_own_blocks(_own(batch), context)
+        size, mask_id = self._config.block_size, self._config.mask_token_id
+        plan = plan_blocks(own, size, mask_id, own.loss_mask.device, trained=self.slot_mask(own))
+        tokens, last = plan.source_flat.flatten()[plan.trained_flat], own.last_hidden_state
+        taught = distinct(torch.cat(((tokens - 1).clamp(min=0), tokens)))
+        return replace(
+            own,
+            hidden_states=picked(own.hidden_states, plan.context_flat, pin=pin),
+            last_hidden_state=None if last is None else picked(last, taught, pin=pin),
+            taught=taught,
+        )
+
     def dummy(self) -> DFlashBatch:
         """Return one sample of three tokens with one block, which has a context."""
         config, length = self._config, 3
@@ -318,3 +378,15 @@ def divisor(mask: Tensor, by: str, weights: Tensor) -> Tensor:
 def _own(batch: Batch) -> DFlashBatch:
     assert isinstance(batch, DFlashBatch)
     return batch
+
+
+def _with_own_blocks(batch: DFlashBatch, context: Context) -> DFlashBatch:
+    """Return `batch`, uncut, with this rank's blocks; a rank without any computes one and is not trained on it."""
+    row, column = _ordered(batch, batch.block_keep)
+    mine = context.mirrored(len(row)) == context.rank
+    keep, mask = torch.zeros_like(batch.block_keep), batch.loss_mask
+    keep[row[mine], column[mine]] = True
+    if not mine.any():
+        keep[row[0], column[0]] = True
+        mask = torch.zeros_like(mask)
+    return replace(batch, block_keep=keep, loss_mask=mask, context=context, kept_by_all=batch.block_keep)

@@ -32,7 +32,8 @@ def run_blocks(
 
     Args:
         draft: with the target's parts.
-        hidden_states: the captured states, ``[batch, tokens, C * H]``, packed ``[1, tokens of all, C * H]``.
+        hidden_states: the captured states, ``[batch, tokens, C * H]``, packed ``[1, tokens of all, C * H]``; where
+            ranks share the batch, those of this rank's context rows.
         plan: the batch's blocks.
         masks: what the slots of each layer see.
         kernel: of the attention.
@@ -72,7 +73,7 @@ def _attended(
     near: Angles,
     far: Angles,
 ) -> Tensor:
-    seen = layer.self_attn.keys(context, far)
+    seen = attention.whole(*layer.self_attn.keys(context, far))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(mask, query, (key, value), seen)

@@ -316,6 +316,8 @@ class DFlashLoss(nn.Module):
         """Return what this batch adds to the window's divisor."""
         mask = slot_mask(step.batch, step.plan.block_size)
         share = divisor(mask, self.section.divides_by, step.slots)
+        if step.batch.context is not None and self.section.divides_by == "sequences":
+            share = share / step.batch.context.size  # each of the ranks has all of them
         return torch.full((), float(share), device=step.divisor.device)
 
 

@@ -45,6 +45,7 @@ class DFlash(DraftMethod):
     name = "dflash"
     title = DFlashSection.title
     formats = serving_format.FORMATS
+    context_parallel = True
     draft_type: ClassVar[type[DFlashDraft]] = DFlashDraft
     """What a draft of the method is; its config's type goes with it."""
     slots_without_proposal: ClassVar[int] = 1

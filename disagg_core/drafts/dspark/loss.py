@@ -94,7 +94,7 @@ class DSparkStep:
         plan, trained = self.plan, self.plan.trained_flat
         return Teaching(
             labels=plan.labels.flatten()[trained],
-            states=self.teacher_states(plan.source_flat.flatten()[trained]),
+            states=self.teacher_states(plan.last_flat.flatten()[trained]),
             lm_head=self.lm_head,
             weights=self.slot_weights() / self.divisor,
             cross_entropy=self.section.ce,
@@ -104,7 +104,7 @@ class DSparkStep:
         )
 
     def teacher_states(self, places: Tensor) -> Tensor:
-        """Return the target's last states ``[..., H]`` at `places`, indices into batch * tokens."""
+        """Return the target's last states ``[..., H]`` at `places`, indices into those of the batch, flattened."""
         last = self.batch.last_hidden_state
         assert last is not None
         return last.flatten(0, 1)[places]
@@ -154,10 +154,11 @@ def _check_states(batch: DFlashBatch, wide: int, narrow: int) -> None:
     if batch.last_hidden_state is None:
         raise BadInput("batch: expected last_hidden_state, which the target's distribution is made of; it is missing")
     found = {"hidden_states": batch.hidden_states, "last_hidden_state": batch.last_hidden_state}
+    shape = batch.input_ids.shape
     faults = [
-        f"{name}: expected {[*batch.input_ids.shape, width]}, found {list(found[name].shape)}"
+        f"{name}: expected {[*shape, width]}, found {list(found[name].shape)}"
         for name, width in {"hidden_states": wide, "last_hidden_state": narrow}.items()
-        if found[name].shape != (*batch.input_ids.shape, width)
+        if found[name].shape[-1] != width or (batch.context is None and found[name].shape[:-1] != shape)
     ]
     if faults:
         raise BadInput(f"batch and draft do not fit: {'; '.join(faults)}")

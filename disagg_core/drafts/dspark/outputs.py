@@ -126,7 +126,7 @@ def _wide(draft: DSparkDraft, terms: DSparkTerms) -> dict[str, Any]:
     step, hidden = terms.step, terms.hidden
     head = step.lm_head.to(hidden.dtype)
     base = linear(hidden, head) / step.head_scale
-    states = step.teacher_states(step.plan.source_flat)
+    states = step.teacher_states(step.plan.last_flat)
     walked = walk(draft, base, hidden, step.previous[:, 0], Sampler(0.0))
     return {
         "hidden": step.by_block(hidden),

@@ -22,6 +22,14 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"ttt_length": 7, "fc_norm": True},
         {"ttt_length": 1, "vocab_size": None},
     ],
+    "dflash": [
+        {},
+        {"loss": {"type": "dpace", "label": "teacher"}},
+        {"loss": {"normalisation": "sequences"}, "noise": 0.1},
+        {"layer_types": "sliding", "sliding_window": 8, "anchors": 40},
+    ],
+    "dflash2": [{}, {"loss": {"type": "dpace_continuation"}, "anchors": 40}],
+    "dspark": [{}, {"markov_head_type": "rnn"}, {"anchors": 40}],
     "p_eagle": [{}, {"num_layers": 1}, {"depths": 7}, {"sliding_window": 6}],
 }
 """Options that each method is tried with besides those of its case."""
@@ -37,7 +45,7 @@ def rows_of(case: Case) -> dict[str, list[Sample]]:
         "borders of samples lie anywhere": [case.sample(n, t) for n, t in ((3, 17), (4, 40), (5, 5), (6, 9))],
         "all that is trained lies at one end": [case.sample(7, 33, first), case.sample(8, 37, last)],
         "the mask has holes": [case.sample(9, 24, holes), case.sample(10, 3, [0, 1, 0]), case.sample(11, 12, [1] * 12)],
-        "there is less to do than there are ranks": [case.sample(12, 6, [0] * 5 + [1])],
+        "there is less to do than there are ranks": [case.sample(12, 6, [0] * 4 + [1] * 2)],
     }
 
 
@@ -48,7 +56,7 @@ def main(name: str) -> None:
         context = ranks.sharing_context(ranks.size).context
         assert context is not None
         assert_keeps_its_part(Case.of(name), context)
-        for changes in CHANGES[name]:
+        for changes in CHANGES.get(name, [{}]):
             case = Case.of(name, **changes)
             for what, samples in rows_of(case).items():
                 for multiple_of, checkpointing in ((1, False), (64, True)):

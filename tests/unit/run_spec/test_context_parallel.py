@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from disagg_core.cli.plan_view import render
+from disagg_core.drafts.registry import method_of
 from disagg_core.errors import BadInput, SpecError
 from disagg_core.run.plan import RunPlan, make_plan
 from disagg_core.run_spec.document import RunSpec, TrainingSection
@@ -54,7 +55,8 @@ def test_what_cannot_take_effect_is_refused(training: dict[str, Any], complaint:
         TrainingSection(**training)
 
 
-def test_a_method_that_cannot_share_samples_is_refused_before_anything_starts() -> None:
+def test_a_method_that_cannot_share_samples_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method_of("dflash"), "context_parallel", False)
     with pytest.raises(SpecError, match=r"expected 1 with draft\.method dflash.*found 2; methods that can: eagle3"):
         plan_of(DFLASH, processes=2, context_parallel=2)
     with pytest.raises(BadInput, match=r"dflash: training\.context_parallel: expected 1"):
