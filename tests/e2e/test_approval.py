@@ -15,6 +15,9 @@ def test_a_draft_is_approved_and_the_next_one_rejected_at_the_command_line(night
     first, _ = nights.night("Suspended")
     assert nights.holds_nothing(first)
     assert nights.drafts()["champion"] is None
+    waiting = nights.report_of(first)
+    assert set(waiting.roles) == {"producer", "consumer"}
+    assert [attempt.failure_class for attempt in waiting.attempts] == [None]
 
     said = nights.draftline("drafts", "approve", nights.run_id(first), "--comment", "a beginning")
     assert "approve; it goes on" in said
@@ -22,6 +25,11 @@ def test_a_draft_is_approved_and_the_next_one_rejected_at_the_command_line(night
     assert nights.drafts()["champion"] == 1
     (event,) = nights.history()
     assert "approved by a person: a beginning" in event["reason"]
+    report = nights.report_of(first)
+    assert (report.attempts, report.roles) == (waiting.attempts, waiting.roles)
+    assert report.seconds > waiting.seconds
+    told = [event["resource"]["prefect.resource.id"] for event in nights.events("draftline.run.needs-approval")]
+    assert told.count(f"draftline.run.{nights.run_id(first)}") == 1
     said = nights.refused("drafts", "approve", nights.run_id(first))
     assert "expected a run that waits for approval, found one that is Promoted" in " ".join(said.split())
 
@@ -31,6 +39,7 @@ def test_a_draft_is_approved_and_the_next_one_rejected_at_the_command_line(night
     assert "rejected by a person: too little" in nights.await_state(second, "Rejected")["message"]
     assert (nights.drafts()["champion"], len(nights.drafts()["versions"]), len(nights.history())) == (1, 2, 1)
     report = nights.report_of(second)
+    assert set(report.roles) == {"producer", "consumer"}
     assert report.gate is not None
     assert (report.state, report.gate.decision) == ("completed", "rejected")
     assert report.gate.reasons[-1] == "rejected by a person: too little"
