@@ -273,10 +273,14 @@ def test_a_store_process_that_dies_ends_the_attempt_by_its_name(
     [
         ("training.max_step=3", "training.max_step: unknown key; did you mean max_steps"),
         ("data.prompts=./nothing.jsonl", "nothing.jsonl"),
-        ("target.model=./nothing", "no such directory"),
-        ("store.capacity=1MiB", "store.capacity: expected at least"),
-        ("target.aux_layers=[0, 1, 9]", "target.aux_layers"),
-        ("rollout.high_watermark_refs=7", "high_watermark_refs: expected at least one optimizer window"),
+        pytest.param("target.model=./nothing", "no such directory", marks=pytest.mark.slow),
+        pytest.param("store.capacity=1MiB", "store.capacity: expected at least", marks=pytest.mark.slow),
+        pytest.param("target.aux_layers=[0, 1, 9]", "target.aux_layers", marks=pytest.mark.slow),
+        pytest.param(
+            "rollout.high_watermark_refs=7",
+            "high_watermark_refs: expected at least one optimizer window",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input_is_one_message_before_anything_starts(

@@ -58,6 +58,7 @@ def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_serv
             assert ask(second, Pending()).name == "Pending"
 
 
+@pytest.mark.slow
 def test_a_night_that_is_answered_while_another_one_runs_goes_on_after_it(api: PrefectServer) -> None:
     """One that waits for a person holds no slot of its deployment, and needs one again; this test is the worker."""
     register()

@@ -76,7 +76,10 @@ def losses_of(name: str, ranks: Ranks, *, compile: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("eagle3", "dflash") else pytest.param(name, marks=pytest.mark.slow) for name in method_names()],
+)
 def test_forty_windows_of_ragged_lengths_take_a_handful_of_graphs(
     name: str, alone: Ranks, compiled: CompileCounter
 ) -> None:
@@ -89,7 +92,7 @@ def test_forty_windows_of_ragged_lengths_take_a_handful_of_graphs(
     assert found == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["eagle3", "dflash"])
+@pytest.mark.parametrize("name", [pytest.param("eagle3", marks=pytest.mark.slow), "dflash"])
 def test_flex_attention_is_compiled_for_no_batch_anew(
     name: str, compiled: CompileCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
