@@ -37,6 +37,7 @@ from disagg_core.drafts.formats import ExportRequest as ExportRequest
 from disagg_core.drafts.formats import ServingFormat as ServingFormat
 from disagg_core.drafts.sampling import DraftedTokens, Sampler
 from disagg_core.drafts.vocab import VocabMap
+from disagg_core.errors import IncompatibleDraft
 from disagg_core.run_spec.draft import DraftSection
 from disagg_core.target.facts import TargetFacts
 
@@ -100,9 +101,12 @@ class Batcher(ABC):
         """Return the part of `batch`, packed and in host memory, that this rank of `context` computes.
 
         Losses, figures and gradients of the parts of all its ranks add up to those of `batch`, whose counts still are
-        what `trainable_positions` and `normalisers` say of it. Asked for of methods with `context_parallel` only.
+        what `trainable_positions` and `normalisers` say of it.
+
+        Raises:
+            IncompatibleDraft: the method has no such part (`DraftMethod.context_parallel`); plans with it are refused.
         """
-        raise NotImplementedError
+        raise IncompatibleDraft(f"{type(self).__name__}: expected batches that ranks can share, found none")
 
     @abstractmethod
     def dummy(self) -> Batch:

@@ -64,8 +64,8 @@ def build_disagg_online_consumer(
 ) -> tuple[Trainer, FeatureDataLoader]:
     """Return ``(trainer, loader)``; ``trainer.fit(loader)`` trains the `drafts` on the stream until it ends.
 
-    Call it on every rank, with the same arguments but `channel`, which rank 0 reads and the others leave None.
-    Without torchrun and without a process group the process becomes the only rank of its own.
+    Call it on every rank, with the same arguments but `channel`, which rank 0 reads and the others leave None. Without
+    torchrun and a process group the process is the only rank.
 
     Args:
         channel: the attempt's reference channel.
@@ -79,9 +79,8 @@ def build_disagg_online_consumer(
         keep: checkpoints that stay besides step 0.
         seed: noted in checkpoints, and what the randomness of a step follows from.
         identity: what must be equal for a checkpoint to be continued.
-        heldout: what the drafts are measured on while they are trained. None: they are not.
-        observer: is told of every step on rank 0.
-        on_progress: is told of all that counts as getting on, on every rank.
+        heldout: what the drafts are measured on while they are trained, if they are.
+        observer: is told of every step on rank 0; `on_progress`, on every rank, of all that counts as getting on.
 
     Raises:
         CheckpointError: the newest checkpoint belongs to another run or other drafts.
@@ -94,8 +93,8 @@ def build_disagg_online_consumer(
     every, named = section.save_every_steps, dict(identity or {})
     saving = CheckpointPolicy(checkpoints, every, keep, seed, named, steps) if checkpoints is not None else None
     pairs = list(zip(drafts, batchers, strict=True))
-    trainees = [_trainee(draft, batcher, parts, ranks, section, steps, seed, clock) for draft, batcher in pairs]
-    inputs = [input_of(draft, batcher, section, ranks.context) for draft, batcher in pairs]
+    trainees = [_trainee(*pair, parts, ranks, section, steps, seed, clock) for pair in pairs]
+    inputs = [input_of(*pair, section, ranks.context) for pair in pairs]
     trainer = Trainer(
         trainees,
         ranks=ranks,

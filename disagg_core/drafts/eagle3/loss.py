@@ -115,20 +115,8 @@ def training_time_test(
     _check_widths(draft, batch, lm_head)
     mask = step_mask(batch.loss_mask, batch.attention_mask, mask_mode or section.mask_mode)
     kernel = _attention_kernel(draft, batch) if attention == "auto" else attention
-    device = draft.fc.weight.device
-    plan = (
-        batch.shared.on(device)
-        if batch.shared is not None
-        else plan_step(
-            mask,
-            batch.attention_mask,
-            ttt_length,
-            device,
-            every_row=return_logits or mask.device.type != "cpu",
-            dense=kernel == "flash",
-            layout=batch.layout,
-        )
-    )
+    every_row = return_logits or mask.device.type != "cpu"
+    plan = _plan(batch, mask, ttt_length, draft.fc.weight.device, every_row=every_row, dense=kernel == "flash")
     states = run_steps(draft, batch, plan, kernel, checkpointing=activation_checkpointing)
     normed = [draft.norm(state) for state in states]
     objective = _objective(section, normalisation or section.normalisation, mask, plan, normaliser)
@@ -136,6 +124,17 @@ def training_time_test(
     total, step_losses, sums = lm_loss(plan, teacher, objective, draft.lm_head.weight, normed, compiled=compiled)
     output = _output(total, step_losses, sums, plan)
     return _with_rows(output, draft, states, normed, mask.shape) if return_logits else output
+
+
+def _plan(
+    batch: Eagle3Batch, mask: Tensor, ttt_length: int, device: torch.device, *, every_row: bool, dense: bool
+) -> StepPlan:
+    """Return what each step computes: this rank's share, where ranks share the batch."""
+    if batch.shared is not None:
+        return batch.shared.on(device)
+    return plan_step(
+        mask, batch.attention_mask, ttt_length, device, every_row=every_row, dense=dense, layout=batch.layout
+    )
 
 
 def _output(total: Tensor, step_losses: Tensor, sums: StepSums, plan: StepPlan) -> TttOutput:
