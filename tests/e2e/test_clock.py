@@ -25,7 +25,7 @@ def nights(tmp_path: Path) -> Iterator[Nights]:
 
 def test_a_night_waits_for_the_one_before_and_both_outlast_the_death_of_the_server(nights: Nights) -> None:
     nights.arrive(0, 64)
-    nights.register("evaluation.prompts=6", cron=EVERY_MINUTE)
+    nights.register("evaluation.prompts=6", "data.epochs=30", cron=EVERY_MINUTE)  # minutes: others fall due
     running = nights.await_run("Running")
     waiting = nights.await_run("AwaitingConcurrencySlot")
     assert running["auto_scheduled"]
