@@ -64,8 +64,7 @@ def build_disagg_online_consumer(
 ) -> tuple[Trainer, FeatureDataLoader]:
     """Return ``(trainer, loader)``; ``trainer.fit(loader)`` trains the `drafts` on the stream until it ends.
 
-    Call it on every rank, with the same arguments but `channel`, which rank 0 reads and the others leave None. Without
-    torchrun and a process group the process is the only rank.
+    Call it on every rank, with the same arguments but `channel`, which rank 0 reads and the others leave None.
 
     Args:
         channel: the attempt's reference channel.
@@ -74,11 +73,10 @@ def build_disagg_online_consumer(
         parts: the target's frozen embedding and LM head [V, H_t].
         section: batch sizes, steps, rates and precision.
         total_steps: length of the schedule; `section.max_steps` if that is less; None: constant after warm-up.
-        ranks: this process among the trainer's; by default joined as the environment says.
+        ranks: this process among the trainer's; by default as the environment says, without torchrun the only one.
         checkpoints: directory of checkpoints. If it holds one, training continues there. None: nothing is saved.
         keep: checkpoints that stay besides step 0.
-        seed: noted in checkpoints, and what the randomness of a step follows from.
-        identity: what must be equal for a checkpoint to be continued.
+        seed: what the randomness of a step follows from. Checkpoints note it; one of another `identity` is refused.
         heldout: what the drafts are measured on while they are trained, if they are.
         observer: is told of every step on rank 0; `on_progress`, on every rank, of all that counts as getting on.
 
@@ -88,11 +86,10 @@ def build_disagg_online_consumer(
     """
     ranks = (ranks or Ranks.join(section.device)).sharing_context(section.context_parallel)
     clock = PhaseClock(ranks.device)
-    batchers = [method_of(d.model.method).batcher(d.options, d.model.config, seed=seed) for d in drafts]
+    pairs = [(d, method_of(d.model.method).batcher(d.options, d.model.config, seed=seed)) for d in drafts]
     steps = min((s for s in (total_steps, section.max_steps) if s is not None), default=None)
     every, named = section.save_every_steps, dict(identity or {})
     saving = CheckpointPolicy(checkpoints, every, keep, seed, named, steps) if checkpoints is not None else None
-    pairs = list(zip(drafts, batchers, strict=True))
     trainees = [_trainee(*pair, parts, ranks, section, steps, seed, clock) for pair in pairs]
     inputs = [input_of(*pair, section, ranks.context) for pair in pairs]
     trainer = Trainer(
