@@ -24,22 +24,32 @@ _GATHERED, _REDUCED = 2, 4
 
 @dataclass(frozen=True)
 class Split:
-    """How GPUs are divided: `servers` of `gpus_per_server` capture, `ranks` train; `owners` hold the samples."""
+    """How GPUs are divided: `servers` of `gpus_per_server` capture, `ranks` train; `owners` hold the samples.
+
+    `shared_by` ranks share the positions of each sample, and each of them fetches all of it.
+    """
 
     servers: int
     gpus_per_server: int
     ranks: int
     owners: int = 1
+    shared_by: int = 1
 
     @property
     def gpus(self) -> int:
         """GPUs of both sides."""
         return self.servers * self.gpus_per_server + self.ranks
 
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that have samples of their own."""
+        return self.ranks // self.shared_by
+
     def describe(self) -> str:
         """Return it in words."""
         each = f" of {self.gpus_per_server} GPUs" if self.gpus_per_server > 1 else ""
-        return f"{self.servers} capture{each} + {self.ranks} train"
+        shared = f" in groups of {self.shared_by}" if self.shared_by > 1 else ""
+        return f"{self.servers} capture{each} + {self.ranks} train{shared}"
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,8 @@ class Forecast:
 
     @property
     def bytes_per_s(self) -> float:
-        """What goes through the store, in one direction."""
-        return self.samples_per_s * self.sample_bytes
+        """What goes out of the store."""
+        return self.samples_per_s * self.sample_bytes * self.split.shared_by
 
     @property
     def idle(self) -> dict[str, float]:
@@ -91,16 +101,17 @@ def forecast(work: SampleWork, hardware: Hardware, split: Split) -> Forecast:
     capture_s = _capture_s(work, hardware, split.gpus_per_server)
     compute_s = work.training_flops / (hardware.tflops * 1e12 * hardware.training_mfu)
     reduce_s = _reduce_s(work, hardware, split.ranks)
-    step_s = work.batch * compute_s + reduce_s
-    window = round(split.ranks * work.batch)
+    step_s = work.batch * compute_s / split.shared_by + reduce_s
+    window = split.groups * work.batch
     network = hardware.network_gbs * 1e9 / work.sample_bytes  # samples a second through one node
+    owner = min(hardware.owner_gbs, hardware.network_gbs) * 1e9 / work.sample_bytes
     return Forecast(
         split=split,
         stages={
             "capture": split.servers / capture_s,
             "put": _nodes(split.servers * split.gpus_per_server, hardware) * network,
-            "store": split.owners * min(hardware.owner_gbs, hardware.network_gbs) * 1e9 / work.sample_bytes,
-            "get": _nodes(split.ranks, hardware) * network,
+            "store": split.owners * owner / split.shared_by,
+            "get": _nodes(split.ranks, hardware) * network / split.shared_by,
             "channel": REFS_PER_S,
             "training": window / step_s,
         },
@@ -114,31 +125,39 @@ def forecast(work: SampleWork, hardware: Hardware, split: Split) -> Forecast:
 
 
 def best_split(
-    work: SampleWork, hardware: Hardware, gpus: int, *, gpus_per_server: int = 1, owners: int = 1
+    work: SampleWork, hardware: Hardware, gpus: int, *, gpus_per_server: int = 1, owners: int = 1, shared_by: int = 1
 ) -> Forecast:
     """Return the forecast of the split of `gpus` that trains the most samples; of equals the one that trains wider.
 
+    Of those the one with the fewest servers: what makes up no group of `shared_by` ranks and captures more than is
+    trained stays unused.
+
     Raises:
-        BadInput: there are too few GPUs for a server and a trainer.
+        BadInput: there are too few GPUs for a server and a group of ranks.
     """
-    found = list(_splits(work, hardware, gpus, gpus_per_server, owners))
+    found = list(_splits(work, hardware, gpus, gpus_per_server, owners, shared_by))
     if not found:
+        trainers = "one trainer" if shared_by == 1 else f"{shared_by} trainers (training.context_parallel)"
         raise BadInput(
-            f"--gpus: expected at least {gpus_per_server + 1}, one server of {gpus_per_server} "
-            f"(target.tensor_parallel) and one trainer, found {gpus}"
+            f"--gpus: expected at least {gpus_per_server + shared_by}, one server of {gpus_per_server} "
+            f"(target.tensor_parallel) and {trainers}, found {gpus}"
         )
     return max(found, key=lambda forecast: (forecast.samples_per_s, forecast.split.ranks))
 
 
-def _splits(work: SampleWork, hardware: Hardware, gpus: int, each: int, owners: int) -> Iterator[Forecast]:
-    for servers in range(1, (gpus - 1) // each + 1):
-        yield forecast(work, hardware, Split(servers, each, gpus - servers * each, owners))
+def _splits(
+    work: SampleWork, hardware: Hardware, gpus: int, each: int, owners: int, shared_by: int
+) -> Iterator[Forecast]:
+    for servers in range(1, (gpus - shared_by) // each + 1):
+        ranks = (gpus - servers * each) // shared_by * shared_by
+        yield forecast(work, hardware, Split(servers, each, ranks, owners, shared_by))
 
 
 def owners_needed(forecast: Forecast, hardware: Hardware) -> int:
     """Return how many store owners the pipeline needs so that the store is not what holds it up."""
     others = min(rate for stage, rate in forecast.stages.items() if stage != "store")
-    return max(1, math.ceil(others * forecast.sample_bytes / (min(hardware.owner_gbs, hardware.network_gbs) * 1e9)))
+    each = min(hardware.owner_gbs, hardware.network_gbs) * 1e9 / (forecast.sample_bytes * forecast.split.shared_by)
+    return max(1, math.ceil(others / each))
 
 
 def refs_needed(forecast: Forecast, at_once: int) -> int:

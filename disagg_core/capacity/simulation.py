@@ -61,7 +61,7 @@ class Scene:
             sample_step_s=(forecast.step_s - forecast.reduce_s) / window,
             sample_bytes=math.ceil(forecast.sample_bytes),
             marks=marks,
-            prefetch_samples=prefetch_samples * forecast.split.ranks,
+            prefetch_samples=prefetch_samples * forecast.split.groups,
             ordered=ordered,
         )
 

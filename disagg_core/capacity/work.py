@@ -18,7 +18,7 @@ class SampleWork:
     """What a sample of `tokens` tokens takes, `new_tokens` of them generated. Operations are floating-point ones.
 
     `weight_bytes` are those of the target, `trained` the parameters of all drafts. `batch` samples make up a step of
-    one rank, parts of those that ranks share added up; `decoded_together` are continuations that a server decodes at a
+    one rank, or of a group of ranks that share them; `decoded_together` are continuations that a server decodes at a
     time.
     """
 
@@ -29,7 +29,7 @@ class SampleWork:
     training_flops: float
     weight_bytes: float
     trained: int
-    batch: float
+    batch: int
     decoded_together: int
 
 
@@ -55,7 +55,7 @@ def work_of(plan: RunPlan, tokens: float | None = None) -> SampleWork:
         training_flops=sum(_training_flops(draft, mean) for draft in plan.drafts),
         weight_bytes=weights * DTYPE_BYTES[facts.dtype],
         trained=sum(_parameters(draft) for draft in plan.drafts),
-        batch=spec.training.batch_size * spec.training.accumulation_steps / spec.training.context_parallel,
+        batch=spec.training.batch_size * spec.training.accumulation_steps,
         decoded_together=spec.target.server_concurrency,
     )
 

@@ -48,17 +48,19 @@ def simulation_of(plan: RunPlan, question: Question) -> Group:
     """
     work = work_of(plan, question.tokens)
     own = forecast(work, question.hardware, _own_split(plan, question.owners))
+    gpus = question.gpus or own.split.gpus
     best, unbound = (
         best_split(
             work,
             question.hardware,
-            question.gpus or own.split.gpus,
+            gpus,
             gpus_per_server=plan.spec.target.tensor_parallel,
             owners=owners,
+            shared_by=plan.spec.training.context_parallel,
         )
         for owners in (question.owners, _ANY_OWNERS)
     )
-    columns = {"as the document says": own, f"best of {best.split.gpus} GPUs": best}
+    columns = {"as the document says": own, f"best of {gpus} GPUs": best}
     table = Table("", *columns, title="What the pipeline would do", title_justify="left")
     cells = [_cells(plan, found, question.hardware) for found in columns.values()]
     for label in cells[0]:
@@ -71,7 +73,7 @@ def simulation_of(plan: RunPlan, question: Question) -> Group:
 def _own_split(plan: RunPlan, owners: int) -> Split:
     target = plan.spec.target
     servers = len(target.server_urls) or target.servers
-    return Split(servers, target.tensor_parallel, plan.spec.world_size, owners)
+    return Split(servers, target.tensor_parallel, plan.spec.world_size, owners, plan.spec.training.context_parallel)
 
 
 def _assumed(work: SampleWork, hardware: Hardware) -> Text:

@@ -66,6 +66,35 @@ def test_the_best_split_gives_each_side_gpus_in_proportion_to_its_work() -> None
         best_split(WORK, FAST_STORE, 2, gpus_per_server=2)
 
 
+def test_ranks_that_share_samples_come_in_whole_groups_and_each_fetches_all_of_them() -> None:
+    alone, shared = (
+        forecast(WORK, FAST_STORE, Split(servers=1, gpus_per_server=1, ranks=8, shared_by=n)) for n in (1, 4)
+    )
+    assert (alone.global_batch, shared.global_batch) == (32, 8)
+    for stage in ("get", "store"):
+        assert shared.stages[stage] == alone.stages[stage] / 4
+    assert shared.step_s - shared.reduce_s == pytest.approx((alone.step_s - alone.reduce_s) / 4)
+    assert shared.stages["training"] < alone.stages["training"], "a smaller step reduces as many gradients"
+    assert owners_needed(shared, FAST_STORE) >= owners_needed(alone, FAST_STORE)
+
+    assert best_split(WORK, FAST_STORE, 9, shared_by=4).split == Split(2, 1, 4, shared_by=4)
+    assert best_split(WORK, FAST_STORE, 8, gpus_per_server=2, shared_by=3).split == Split(1, 2, 6, shared_by=3)
+    left = best_split(WORK, FAST_STORE, 5, gpus_per_server=2, shared_by=2).split
+    assert (left.ranks, left.gpus) == (2, 4), "the fifth is neither a server nor a group"
+    with pytest.raises(BadInput, match=r"at least 5, one server of 1 .* and 4 trainers \(training.context_parallel\)"):
+        best_split(WORK, FAST_STORE, 4, shared_by=4)
+
+
+def test_the_plan_of_shared_samples_proposes_splits_that_its_document_could_have(plan: RunPlan) -> None:
+    shared = load_spec(SPEC, ["training.processes=4", "training.context_parallel=4"])
+    sharing = make_plan(shared, plan.target, run_id="r", root=Path("r"), total_prompts=1000)
+    console = Console(width=140, record=True, file=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(simulation_of(sharing, Question(FAST_STORE, gpus=11, tokens=1000)))
+    assert "best of 11 GPUs" in captured.get()
+    assert captured.get().count("in groups of 4") >= 2
+
+
 def test_with_more_gpus_the_single_store_owner_breaks_first_and_more_owners_mend_it() -> None:
     small, large = (best_split(WORK, H100, gpus) for gpus in (3, 128))
     assert small.bottleneck != "store"
