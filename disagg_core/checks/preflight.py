@@ -124,7 +124,7 @@ def _checked(
         findings.of(lambda: check_capacity(spec.store.capacity))
     plan, prompts = _resolved(findings, spec, settings, run_id, facts, tokenizer, known)
     archive = findings.of(lambda: _archive(spec, settings))
-    findings.of(lambda: check_registry(spec, settings))
+    registry = findings.of(lambda: check_registry(spec, settings))
     findings.of(lambda: check_trackers(spec.tracking))
     findings.of(lambda: check_channel(spec, settings))
     findings.of(lambda: check_external_store(spec))
@@ -135,7 +135,7 @@ def _checked(
                 logger.warning("%s", unserved)
         configs = findings.of(lambda: draft_configs(plan)) if _starts_known(plan) else None
         if configs is not None:
-            findings.of(lambda: check_disk(plan, configs, archive))
+            findings.of(lambda: check_disk(plan, configs, archive=archive, registry=registry))
             tokens = prompts.tokens if prompts is not None else frozenset()
             for draft, config in configs:
                 findings.of(partial(check_draft, draft.method, config, spec, tokens))

@@ -50,18 +50,22 @@ def check_external_store(spec: RunSpec) -> None:
         raise BadInput(f"store.master_address: {error}") from error
 
 
-def check_registry(spec: RunSpec, settings: Settings, timeout_s: float = _ANSWER_S) -> None:
+def check_registry(spec: RunSpec, settings: Settings, timeout_s: float = _ANSWER_S) -> str | None:
     """Check that a version can be written where the run publishes its draft, and a promotion be made by one only.
 
+    Returns where that is; None for a run that publishes nothing, which is not asked.
+
     Raises:
-        BadInput: it cannot; a run that publishes nothing is not asked.
+        BadInput: it cannot.
     """
     if not spec.published:
-        return
+        return None
+    url = registry_url(spec.registry, settings)
     try:
-        probe_place(registry_url(spec.registry, settings), timeout_s, exclusive=True)
+        probe_place(url, timeout_s, exclusive=True)
     except StorageUnusable as error:
         raise BadInput(f"registry.url: {error}") from error
+    return url
 
 
 def check_servers(plan: RunPlan) -> None:

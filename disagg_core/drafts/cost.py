@@ -21,15 +21,25 @@ _NUMBER_BYTES = 4
 class TrainedBytes:
     """What training keeps of a draft's parameters, over all ranks together."""
 
-    weights: int
-    """Masters and their gradients."""
+    masters: int
+    """The weights in fp32: all that a checkpoint holds before the first step."""
     optimizer: int
     """AdamW's two moments of a parameter; Muon's one of a matrix."""
 
     @property
+    def weights(self) -> int:
+        """Masters and their gradients."""
+        return 2 * self.masters
+
+    @property
     def total(self) -> int:
-        """Both."""
+        """All of it."""
         return self.weights + self.optimizer
+
+    @property
+    def checkpoint(self) -> int:
+        """What a checkpoint holds of it."""
+        return self.masters + self.optimizer
 
 
 def trained_bytes(method: DraftMethod, config: DraftConfig, optimizer: str) -> TrainedBytes:
@@ -38,7 +48,7 @@ def trained_bytes(method: DraftMethod, config: DraftConfig, optimizer: str) -> T
     if optimizer == "muon":
         with torch.device("meta"):
             moments -= sum(matrix.numel() for matrix in hidden_matrices(method.model(config)))
-    return TrainedBytes(2 * parameters * _NUMBER_BYTES, moments * _NUMBER_BYTES)
+    return TrainedBytes(parameters * _NUMBER_BYTES, moments * _NUMBER_BYTES)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from disagg_core.checks.preflight import _as_planned, _pinned, check_run, draft_
 from disagg_core.checks.resources import DiskTooSmall
 from disagg_core.checks.services import check_channel, check_registry
 from disagg_core.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from disagg_core.drafts.matrices import hidden_matrices
 from disagg_core.drafts.registry import method_of
 from disagg_core.drafts.vocab import VocabMap
 from disagg_core.errors import BadInput, IncompatibleDraft, TargetError
@@ -253,27 +255,80 @@ def test_a_storage_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mo
         away.set()
 
 
-def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = check_run(a_spec(), settings)
-    ((_, config),) = draft_configs(plan)
-    parameters = method_of("eagle3").parameters(config)
-    needed = (plan.spec.archive.keep + 2) * 12 * parameters + 2 * parameters  # of checkpoints and export
-    needed += plan.spec.archive.keep * 12 * parameters + 2 * parameters  # of an archive on the same disk
+@pytest.fixture
+def disk_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have every disk have so many bytes free."""
 
-    def disk_with(free: int) -> None:
+    def have(free: int) -> None:
         usage = SimpleNamespace(free=free)
         monkeypatch.setattr("disagg_core.checks.resources.shutil", SimpleNamespace(disk_usage=lambda _: usage))
 
+    return have
+
+
+LOGS = 64 << 20
+
+
+def test_a_disk_that_the_run_would_fill_is_named(settings: Settings, disk_with: Callable[[int], None]) -> None:
+    plan = check_run(a_spec(), settings)
+    ((_, config),) = draft_configs(plan)
+    parameters, keep = method_of("eagle3").parameters(config), plan.spec.archive.keep
+    needed = ((keep + 1) * 12 + 4 + 2) * parameters  # of checkpoints, one without optimizer, and the export
+    needed += keep * 12 * parameters + 2 * parameters  # of an archive on the same disk
+
     disk_with(needed)  # and nothing for logs
-    with pytest.raises(DiskTooSmall, match=r"free for 3 checkpoints of .*an export of .*an archive of .*found"):
+    with pytest.raises(
+        DiskTooSmall, match=r"free for 2 checkpoints of .*untrained.*an export of .*an archive of .*found"
+    ):
         check_run(a_spec(), settings)
-    disk_with(needed + (64 << 20))
+    disk_with(needed + LOGS)
     check_run(a_spec(), settings)
-    disk_with(needed + (64 << 20) - 1000)
+    disk_with(needed + LOGS - 1000)
     written = plan.dir.checkpoints / "step-0" / "draft.safetensors"
     written.parent.mkdir(parents=True)
     written.write_bytes(bytes(1000))
     check_run(a_spec(), settings, plan.run_id)
+
+
+def test_archives_of_other_runs_are_no_room_for_this_one(settings: Settings, disk_with: Callable[[int], None]) -> None:
+    older = settings.home / "archive" / "older" / "draft.safetensors"
+    older.parent.mkdir(parents=True)
+    with older.open("wb") as file:
+        file.truncate(1 << 30)
+    disk_with(1 << 20)
+    with pytest.raises(DiskTooSmall):
+        check_run(a_spec(), settings)
+
+
+def test_a_disk_has_to_hold_what_optimizer_best_checkpoint_and_registry_add(
+    settings: Settings, disk_with: Callable[[int], None]
+) -> None:
+    def fits_exactly(needed: int, spec: RunSpec) -> bool:
+        disk_with(needed)
+        check_run(spec, settings)
+        disk_with(needed - 1)
+        with pytest.raises(DiskTooSmall):
+            check_run(spec, settings)
+        return True
+
+    plan = check_run(a_spec("archive.keep=2"), settings)
+    ((draft, config),) = draft_configs(plan)
+    weights = 4 * draft.method.parameters(config)
+    matrices = 4 * sum(matrix.numel() for matrix in hidden_matrices(draft.method.model(config)))
+
+    def needed(checkpoint: int, best: int = 0) -> int:
+        return (3 + best + 2 + best) * checkpoint + weights + weights + LOGS  # step 0, and two exports of half as much
+
+    assert fits_exactly(needed(3 * weights), a_spec("archive.keep=2"))
+    assert fits_exactly(needed(3 * weights - matrices), a_spec("archive.keep=2", "training.optimizer=muon"))
+
+    measured = a_spec("archive.keep=2", "training.heldout.every_steps=5", "training.heldout.prompts=4")
+    assert fits_exactly(needed(3 * weights, best=1) + 4 * plan.max_sample_bytes, measured)
+
+    published = publishing(str(settings.home / "registry"))
+    published = published.model_copy(update={"archive": ArchiveSection(keep=2)})
+    exports = len(draft.method.formats) * weights // 2
+    assert fits_exactly(needed(3 * weights) + exports + exports + weights, published)
 
 
 def test_a_draft_to_continue_that_does_not_fit_is_named(settings: Settings, tmp_path: Path) -> None:
