@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disagg_core.drafts.cost import TrainedBytes, trained_bytes
+from disagg_core.drafts.cost import TrainedBytes, part_of_shared, trained_bytes
 from disagg_core.drafts.warm_start import first_config
 from disagg_core.engines.transformers import decode_budget, group_for
 from disagg_core.rollout.worker import QUEUED_BYTES
@@ -90,12 +90,19 @@ def _trainer(plan: RunPlan) -> ProcessMemory:
         (
             ("libraries", _LIBRARIES),
             *_trained(plan),
+            ("checkpoint on its way to the disk", _staged(plan)),
             ("target's embedding and head", frozen),
             ("samples fetched ahead", spec.training.prefetch_samples * plan.max_sample_bytes),
             ("batches of a step and of the next one", 2 * _window(plan)),
             ("transfer buffers", 2 * plan.staging_bytes),
         ),
     )
+
+
+def _staged(plan: RunPlan) -> int:
+    """Return the bytes of a rank's part of a checkpoint, which is copied to host memory before it is written."""
+    found = [_trained_bytes(draft, plan.spec.training.optimizer) for draft in plan.drafts]
+    return -(-sum(own.checkpoint for own in found) // plan.spec.world_size)
 
 
 def _trained(plan: RunPlan) -> list[tuple[str, int]]:
@@ -116,8 +123,11 @@ def _trained_bytes(draft: PlannedDraft, optimizer: str) -> TrainedBytes:
 
 
 def _window(plan: RunPlan) -> int:
-    """Return the bytes of one rank's batches of an optimizer step, of samples of the longest length, for all drafts."""
+    """Return the bytes of one rank's batches of an optimizer step, of samples of the longest length, for all drafts.
+
+    Of samples that ranks share each has its part.
+    """
     spec, facts = plan.spec, plan.target
     samples = spec.training.batch_size * spec.training.accumulation_steps
     by_token = sum(draft.capture.bytes_per_token(facts.hidden_size, facts.dtype) for draft in plan.drafts)
-    return samples * spec.data.max_tokens * by_token
+    return part_of_shared(samples * spec.data.max_tokens * by_token, spec.training.context_parallel)

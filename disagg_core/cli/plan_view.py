@@ -90,6 +90,7 @@ def _cost_lines(cost: DraftCost, spec: RunSpec) -> list[tuple[str, str]]:
         ("rows of logits per step", f"up to {step:,}, {cost.logit_rows:,} of each sample, {cost.logit_width:,} wide"),
         ("logits of a sample, made in slices", f"up to {_size(cost.logits_bytes)} if they were held at once"),
         *_trained_lines(cost, spec.world_size),
+        ("a checkpoint on the disk", f"{_size(cost.trained.checkpoint)}, {_size(cost.trained.masters)} untrained"),
         ("embedding and LM head of the target", f"{_size(cost.frozen_bytes)} on each rank"),
         (
             "memory of a rank, without activations",

@@ -51,6 +51,14 @@ def trained_bytes(method: DraftMethod, config: DraftConfig, optimizer: str) -> T
     return TrainedBytes(parameters * _NUMBER_BYTES, moments * _NUMBER_BYTES)
 
 
+def part_of_shared(size: int, shared_by: int) -> int:
+    """Return the most bytes of a batch of `size` that each of the ranks has which share it.
+
+    Its states are those of two parts: of the positions that the rank computes, and of those whose keys it makes.
+    """
+    return min(size, -(-2 * size // shared_by))
+
+
 @dataclass(frozen=True)
 class DraftCost:
     """What training one draft takes.
@@ -80,7 +88,7 @@ class DraftCost:
 
         `shared_by` ranks share each micro-batch. What of the optimizer is in host memory is not in it.
         """
-        states = -(-batch_size * self.max_tokens * self.bytes_per_token // shared_by)
+        states = part_of_shared(batch_size * self.max_tokens * self.bytes_per_token, shared_by)
         trained = self.trained.weights if self.offloaded else self.trained.total
         return -(-trained // world_size) + self.frozen_bytes + states
 

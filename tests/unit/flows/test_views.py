@@ -343,6 +343,22 @@ def test_the_plan_knows_what_the_optimizer_keeps_and_where() -> None:
     assert offloaded["drafts, gradients"] < adamw
     shown = text_of(render(plan_with("training.optimizer_offload=true")))
     assert "optimizer, in host memory" in shown
+    assert "a checkpoint on the disk" in shown
+
+
+def test_the_plan_knows_what_of_a_shared_sample_and_of_a_checkpoint_a_rank_has() -> None:
+    def parts_of(*overrides: str) -> dict[str, int]:
+        spec = load_spec(RUNS / "qwen3-8b-dflash2.yaml", ["training.processes=6", *overrides])
+        plan = make_plan(spec, read_target_facts(spec.target), run_id="x", root=Path("x"), total_prompts=2800)
+        return dict(memory_of(plan)[1].parts)
+
+    alone, in_pairs, all_of_them = (parts_of(f"training.context_parallel={count}") for count in (1, 2, 6))
+    batches, staged = "batches of a step and of the next one", "checkpoint on its way to the disk"
+    assert in_pairs[batches] == alone[batches], "what a rank computes and what it makes keys of may be all of a sample"
+    assert all_of_them[batches] == alone[batches] // 3
+    assert alone["drafts, gradients, optimizer"] == pytest.approx(4 / 3 * alone[staged], abs=1)
+    muon = parts_of("training.optimizer=muon")
+    assert 2 / 3 * alone[staged] < muon[staged] < alone[staged]
 
 
 def test_rates_are_shown_while_there_are_any() -> None:
