@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from disagg_core.drafts.matrices import hidden_matrices
 from disagg_core.drafts.method import DraftModel
 from disagg_core.run_spec.document import TrainingSection
+from disagg_core.training.distributed import compute_dtype
 from disagg_core.training.muon import Muon
 from disagg_core.training.offload import Offloaded
 from disagg_core.training.optimizer import OwnOptimizer, blank_state, build_optimizer, update_unless
@@ -56,7 +57,8 @@ def optimizer_for(draft: DraftModel, section: TrainingSection, device: torch.dev
     chosen = hidden_matrices(draft) if section.optimizer == "muon" else set()
     parts: list[torch.optim.Optimizer] = [build_optimizer((p for p in trained if p not in chosen), section)]
     if matrices := [parameter for parameter in trained if parameter in chosen]:
-        parts.append(Muon(matrices, lr=section.learning_rate, weight_decay=section.weight_decay))
+        dtype = compute_dtype(section.precision, device)
+        parts.append(Muon(matrices, lr=section.learning_rate, weight_decay=section.weight_decay, dtype=dtype))
     if section.optimizer_offload:
         return Optimizers([Offloaded(part, device) for part in parts])
     return Optimizers(parts) if len(parts) > 1 else parts[0]

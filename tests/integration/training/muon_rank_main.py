@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     with Ranks.join("cpu") as ranks:
         module = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False))  # rows that no number divides
         shard(module, ranks, torch.float32)
-        muon = Muon(module.parameters(), lr=1e-2, weight_decay=0.1)
+        muon = Muon(module.parameters(), lr=1e-2, weight_decay=0.1, dtype=torch.float32)
         for number in range(STEPS):
             for parameter in module.parameters():
                 assert isinstance(parameter, DTensor)

@@ -67,7 +67,9 @@ def optimizer_of(module: nn.Module, how: str, device: torch.device) -> torch.opt
     if how == "offloaded":
         return Optimizers([Offloaded(build_optimizer(trained, section), device)])
     matrices, vectors = ([p for p in trained if p.dim() == size] for size in (2, 1))
-    return Optimizers([build_optimizer(vectors, section), Muon(matrices, lr=1e-3, weight_decay=0.0)])
+    return Optimizers(
+        [build_optimizer(vectors, section), Muon(matrices, lr=1e-3, weight_decay=0.0, dtype=torch.float32)]
+    )
 
 
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:

@@ -38,6 +38,7 @@ class Training:
     run_id: str
     save_every_steps: int = 2
     steps: int = STEPS
+    optimizer: str = "adamw"
     number: int = 0
     processes: list[ForkServerProcess] = field(default_factory=list)
 
@@ -101,12 +102,20 @@ class Training:
         state = read_state(newest_complete(self.checkpoints))
         return state.samples, state.cursor.trained
 
+    def files(self) -> dict[str, bytes]:
+        """Return the last checkpoint's files of tensors."""
+        last = newest_complete(self.checkpoints)
+        assert last is not None
+        assert last.name == f"step-{self.steps}"
+        return {path.name: path.read_bytes() for path in last.glob("*.safetensors") if path.name != "rng.safetensors"}
+
     def _start(self, attempt: Attempt, size: int) -> None:
         told = self.root / f"told-{self.number}.json"
         training = {
             "batch_size": 1,
             "accumulation_steps": GLOBAL_BATCH // size,
             "save_every_steps": self.save_every_steps,
+            "optimizer": self.optimizer,
         }
         told.write_text(
             json.dumps(
@@ -152,7 +161,7 @@ def new_training(endpoints: StoreEndpoints, tmp_path: Path, run_id: str):
     """Begin trainings; what is left of them at the end is killed."""
     begun: list[Training] = []
 
-    def begin(name: str, **options: int) -> Training:
+    def begin(name: str, **options: int | str) -> Training:
         (tmp_path / name).mkdir()
         begun.append(Training(endpoints, tmp_path / name, f"{run_id}-{name}", **options))
         return begun[-1]
@@ -229,3 +238,19 @@ def test_a_run_killed_while_it_saves_goes_on_on_another_number_of_ranks(new_trai
     assert storm.trained() == calm.trained() == (steps * GLOBAL_BATCH, [(0, steps * GLOBAL_BATCH - 1)])
     assert storm.losses() == pytest.approx(calm.losses(), rel=1e-5, abs=1e-5)
     assert not list(storm.checkpoints.glob(".step-*"))
+
+
+@pytest.mark.slow
+def test_muon_has_the_same_curve_on_one_and_two_ranks_and_the_same_bits_through_kills(new_training):
+    one, two, killed = (new_training(name, optimizer="muon") for name in ("one", "two", "killed"))
+    one.attempt(1)
+    two.attempt(2)
+    killed.attempt(2, kill=after_a_step(0, 3, 0.0))
+    killed.attempt(2, kill=after_a_step(1, 7, 0.05))
+    killed.attempt(2)
+
+    assert max(one.losses()) - min(one.losses()) > 0.1
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-6, abs=1e-6)
+    assert killed.losses() == two.losses()
+    assert killed.files() == two.files()
+    assert killed.trained() == two.trained() == one.trained() == (SAMPLES, [(0, SAMPLES - 1)])

@@ -37,7 +37,7 @@ def trained(ranks: Ranks, wrap: Wrap, *, faulty: int = 1) -> tuple[dict[str, Ten
     module = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(4, 2)).to(ranks.device)
     shard(module, ranks, torch.float32)
     matrices, vectors = ([p for p in module.parameters() if p.dim() == size] for size in (2, 1))
-    muon = Muon(matrices[:1], lr=1e-2, weight_decay=0.1)
+    muon = Muon(matrices[:1], lr=1e-2, weight_decay=0.1, dtype=torch.float32)
     together = Optimizers([wrap(build_optimizer([*matrices[1:], *vectors], SECTION)), wrap(muon)])
     for number in range(5):
         inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(number)).to(ranks.device)
