@@ -147,10 +147,10 @@ class ChaosPlatform:
 
 @contextmanager
 def platform_in(home: Path, environment: Mapping[str, str] | None = None) -> Iterator[ChaosPlatform]:
-    """Keep a platform up for the block."""
+    """Keep a platform up for the block; also what comes up of one that fails is taken down."""
     platform = ChaosPlatform(home, environment)
-    platform.up()
     try:
+        platform.up()
         yield platform
     finally:
         platform.down()
