@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from disagg_core.host_memory import host_memory
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,15 +59,23 @@ class Layout:
         """Return the samples' `rows` ``[t, ...]`` as ``[batch, width, ...]``, or in one row as ``[1, tokens, ...]``.
 
         A row may be shorter than its sample; zeros follow it. A packed row is padded to a multiple of `multiple_of`.
+        A single row that fills the batch as it is is not copied: both share its memory.
         """
         tokens = _rounded(int(self.limits.sum()), multiple_of) if self.packed else len(rows) * self.width
         shape = (1 if self.packed else len(rows), -1, *rows[0].shape[1:])
-        flat = torch.empty(tokens, *shape[2:], dtype=dtype or rows[0].dtype, pin_memory=self.pin)
+        if len(rows[0]) == tokens and dtype in (None, rows[0].dtype) and not self.pin:
+            return rows[0].reshape(shape)
+        flat = self._empty((tokens, *shape[2:]), dtype or rows[0].dtype)
         ends = [*self.starts[1:].tolist(), tokens]
         for start, end, row in zip(self.starts.tolist(), ends, rows, strict=True):
             flat[start : start + len(row)] = row
             flat[start + len(row) : end] = 0
         return flat.view(shape)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.pin:
+            return torch.empty(*shape, dtype=dtype, pin_memory=True)  # torch uses such memory again by itself
+        return host_memory.empty(shape, dtype)
 
     def inside(self, samples: Tensor, positions: Tensor) -> Tensor:
         """Return the flat indices of `positions`, of the `samples` named; those beyond the end become the last one."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.contracts import FeatureSpec
+from disagg_core.host_memory import host_memory
 from disagg_core.store.packing import Layout, pack_into, unpack
 from disagg_core.store.staging import StagingPool
 
@@ -45,7 +46,7 @@ class DeviceCopies:
     ) -> dict[str, Tensor]:
         """Return the tensors in `buffer`, a part of `pool`, as copies on `device`; the buffer is free on return."""
         if device.type != "cuda":
-            return unpack(buffer.to(device, copy=True), specs)
+            return unpack(host_memory.empty(buffer.shape, buffer.dtype).copy_(buffer), specs)
         pool.pin(device)
         stream = self._stream(device, "in")
         with torch.cuda.stream(stream):

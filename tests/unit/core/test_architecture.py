@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # From the ground up. A room may import rooms of lower floors only, and itself.
 FLOORS = [
-    {"errors", "failures", "contracts", "ordinals", "files"},
+    {"errors", "failures", "contracts", "ordinals", "files", "host_memory"},
     {"run_spec", "processes", "settings"},
     {"target", "store", "storage"},
     {"drafts", "prompts", "run"},
