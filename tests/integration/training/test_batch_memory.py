@@ -1,4 +1,4 @@
-"""Where the batches of a window lie: in the store's transfer memory while there is room, and nobody writes over them."""
+"""Where the batches of a window lie: in the store's memory while there is room, and nobody writes over them."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def published(attempt: Attempt, count: int) -> None:
     for ordinal in range(count):
         name = sample_id_of(ordinal)
         refs.append(
-            attempt.store.put(
-                name, states(ordinal), identity=attempt.identity, source_task_id=name, num_tokens=TOKENS
-            )
+            attempt.store.put(name, states(ordinal), identity=attempt.identity, source_task_id=name, num_tokens=TOKENS)
         )
     attempt.writer.publish_many(refs)
     end(attempt.writer, refs)
