@@ -37,12 +37,19 @@ def bench(
     idle: Annotated[
         bool, typer.Option("--idle", help="pipeline: capture takes time only, as on a GPU; not a core of its own.")
     ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FILE", help="pipeline: with target, prompts and drafts of this run document."),
+    ] = None,
     document: Annotated[Path | None, typer.Option("--json", help="Write figures and machine facts here, too.")] = None,
 ) -> None:
     """Measure the parts of a run on this machine; every figure stands beside a baseline of the same run.
 
-    Needs no model, no GPU and no checkout. Exit code 0 whatever is found: bounds are shown as kept or missed.
+    Needs no model (but with --run), no GPU and no checkout. Exit code 0 whatever is found: bounds are shown as kept or
+    missed.
     """
+    if run is not None and (idle or part not in (Part.PIPELINE, Part.ALL)):
+        raise typer.BadParameter(f"is for pipeline without --idle, found {part}{' --idle' * idle}", param_hint="--run")
     import torch
 
     from disagg_core.bench.result import as_document, as_table, machine
@@ -52,7 +59,7 @@ def bench(
     results: list[Result] = []
     facts = machine()
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    measures = _measures(method, quick=quick, idle=idle)
+    measures = _measures(method, quick=quick, idle=idle, run=run)
     for name in measures if part is Part.ALL else [part]:
         results.append(measures[name]())
         console.print(as_table(results[-1]))
@@ -60,7 +67,7 @@ def bench(
         write_atomically(document, json.dumps(as_document(results, facts), indent=2))
 
 
-def _measures(method: str, *, quick: bool, idle: bool) -> dict[Part, Callable[[], Result]]:
+def _measures(method: str, *, quick: bool, idle: bool, run: Path | None) -> dict[Part, Callable[[], Result]]:
     """Return what measures each part."""
 
     def channel() -> Result:
@@ -86,8 +93,11 @@ def _measures(method: str, *, quick: bool, idle: bool) -> dict[Part, Callable[[]
 
     def pipeline() -> Result:
         from disagg_core.bench.pipeline import Cost, PipelineSetting, bench_pipeline
+        from disagg_core.bench.run_pair import bench_run
         from disagg_core.bench.scene import TINY
 
+        if run is not None:
+            return bench_run(run, samples=48) if quick else bench_run(run)
         cost: Cost = "time" if idle else "processor"
         if quick:
             return bench_pipeline(PipelineSetting(method, TINY, tokens=32, samples=48, batch=4, cost=cost))

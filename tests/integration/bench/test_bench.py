@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from disagg_core.bench.result import as_document, as_table, machine
+from disagg_core.bench.run_pair import bench_run
+from disagg_core.errors import DraftlineError
+from flows.cli.app import app
 
 pytestmark = pytest.mark.integration
 
@@ -37,6 +42,35 @@ def test_the_command_measures_every_part_and_writes_table_and_document(tmp_path:
     pair = found["results"][-1]["figures"][2]
     assert pair["baseline"] == "the slower side alone"
     assert 0 < pair["ratio"] < 1.5
+
+
+@pytest.mark.slow
+def test_the_sides_of_a_run_document_are_measured_alone_and_at_once(tmp_path: Path) -> None:
+    document = tmp_path / "bench.json"
+    demo = str(ROOT / "infra" / "runs" / "demo.yaml")
+    run("-m", "flows.cli.app", "bench", "pipeline", "--quick", "--run", demo, "--json", str(document))
+
+    (result,) = json.loads(document.read_text())["results"]
+    assert result["setting"].startswith("eagle3 for target of demo.yaml, 48 prompts in windows of 8")
+    assert [figure["what"] for figure in result["figures"][:3]] == ["training alone", "capture alone", "both at once"]
+    assert all(figure["value"] > 0 for figure in result["figures"][:3])
+
+
+def test_a_side_that_fails_ends_the_measurement_with_its_reason(tmp_path: Path) -> None:
+    demo = ROOT / "infra" / "demo"
+    shutil.copytree(demo / "target", tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    document = tmp_path / "run.yaml"
+    text = (ROOT / "infra" / "runs" / "demo.yaml").read_text()
+    document.write_text(text.replace("../demo/target", str(tmp_path / "target")).replace("../demo", str(demo)))
+
+    with pytest.raises(DraftlineError, match="safetensors"):
+        bench_run(document, samples=8)
+
+
+def test_a_run_document_is_for_the_pipeline_only() -> None:
+    refused = CliRunner().invoke(app, ["bench", "store", "--run", "infra/runs/demo.yaml"])
+    assert refused.exit_code == 2
+    assert "is for pipeline" in " ".join(refused.output.split())
 
 
 @pytest.mark.slow
