@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from disagg_core.bench.result import Figure, Result
@@ -27,6 +28,8 @@ from disagg_core.training.phase_clock import PhaseClock
 from disagg_core.training.step import OptimizerStep
 
 _WARM_UP = 2
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
+_WINDOW_BYTES = 8 * 1024**3
 _PRODUCT = {"cpu": 1024, "cuda": 8192}
 
 
@@ -102,7 +105,7 @@ def step_figures(
         clock = PhaseClock(ranks.device)
         batcher = bench.method.batcher(bench.section, bench.to_train.model.config, seed=0)
         step = optimizer_step_of(bench.to_train, bench.parts, ranks, training, batcher, None, clock)
-        window = _window(bench, batcher, tokens, batch)
+        window = _window(bench, batcher, tokens, batch, ranks.device)
         run = _Runner(step, window, batch, batch * tokens)
         for _ in range(_WARM_UP):
             run()
@@ -113,11 +116,9 @@ def step_figures(
         _settle(ranks.device)
         laps = list(clock.finished())
         peak = _peak_memory(ranks.device)
-        with FlopCounterMode(display=False, custom_mapping=_onednn_products()) as counter:
-            run()
         return StepFigures(
             seconds=seconds / steps,
-            flops=float(counter.get_total_flops()),
+            flops=_flops(run, ranks.device),
             peak_flops=_peak_flops(ranks.device, compute_dtype(training.precision, ranks.device)),
             peak_bytes=peak,
             tokens=batch * tokens,
@@ -137,11 +138,26 @@ class _Runner:
         self._number += 1
 
 
-def _window(bench: Bench, batcher: Any, tokens: int, batch: int) -> DraftBatches:
-    reads = DraftInput(batcher)
+def _window(bench: Bench, batcher: Any, tokens: int, batch: int, device: torch.device) -> DraftBatches:
+    """Return a window of one micro-batch, which is on the device already."""
+    reads, on_gpu = DraftInput(batcher), device.type == "cuda"
     window = reads.begin()
-    reads.add(window, [bench.sample(tokens, number) for number in range(batch)])
+    reads.add(window, [bench.sample(tokens, number) for number in range(batch)], pin=on_gpu)
+    if on_gpu:
+        window.copy_to(device, most=_WINDOW_BYTES)
     return window
+
+
+def _flops(run: _Runner, device: torch.device) -> float:
+    """Return the operations of the products that one step executes."""
+    if device.type == "cpu":
+        with FlopCounterMode(display=False, custom_mapping=_onednn_products()) as counter:
+            run()
+        return float(counter.get_total_flops())
+    # Under a dispatch mode, as the counter is, compiled attention would run eagerly, with all scores in memory.
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as trace:
+        run()
+    return float(sum(event.flops for event in trace.key_averages() if event.key in _PRODUCTS))
 
 
 def _onednn_products() -> dict[Any, Any]:

@@ -145,7 +145,8 @@ def bench_of(
     )
     capture = found.capture(section, shape.layers, None)
     size = found.vocabulary(section, facts).size
-    model = found.model(found.config_for(section, facts, capture, size))
+    with torch.device(device):
+        model = found.model(found.config_for(section, facts, capture, size))
     dtype = getattr(torch, shape.dtype)
     embedding, head = (torch.randn(shape.vocab, shape.hidden, dtype=dtype, device=device) * 0.02 for _ in range(2))
     parts = FrozenParts(embedding, head)

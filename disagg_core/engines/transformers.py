@@ -309,12 +309,26 @@ class TransformersTarget:
             sample = self._allocate(shapes_of(self._capture, tokens, width, dtype), states.layers[0].device)
             sample["input_ids"].copy_(torch.tensor(task.input_ids, dtype=torch.int32))
             sample["loss_mask"].copy_(torch.tensor(task.loss_mask, dtype=torch.uint8))
-            for place, state in enumerate(states.layers):
-                sample["aux_hidden_states"][:, place * width : (place + 1) * width].copy_(state[row, :tokens])
+            _side_by_side(sample["aux_hidden_states"], [state[row, :tokens] for state in states.layers])
             if states.last is not None:
-                sample["last_hidden_state"].copy_(states.last[row, :tokens])
+                sample["last_hidden_state"].copy_(states.last[row, :tokens], non_blocking=True)
             samples.append(sample)
+        if self._device.type == "cuda":
+            for device in {state.device for state in states.layers}:
+                torch.cuda.synchronize(device)
         return samples
+
+
+def _side_by_side(into: Tensor, states: Sequence[Tensor]) -> None:
+    """Write `states`, each ``[tokens, H]``, into the columns of `into` on the CPU; from a GPU without waiting.
+
+    They are laid side by side where they are: a copy from a GPU into columns takes a detour and a host's pass.
+    """
+    device = states[0].device
+    if device.type == "cpu":
+        torch.cat(list(states), dim=-1, out=into)
+    else:
+        into.copy_(torch.cat([state.to(device) for state in states], dim=-1), non_blocking=True)
 
 
 def _with_continuation(outcome: Generated) -> PromptTask:

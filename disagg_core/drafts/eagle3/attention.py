@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from disagg_core.drafts.eagle3.batch import StepPlan
+from disagg_core.drafts.eagle3.own_columns import column_gradients, merged_columns
 from disagg_core.drafts.linear import outer, product
 
 AttentionKernel = Literal["chunked", "flash", "flex"]
@@ -198,51 +199,20 @@ class _Chunked(torch.autograd.Function):
                 by_key[head, seen] += outer(slope, plain[head, at])
         grad_query = _by_row(by_query, rows)
         half = len(own) // 2
-        own_grads = _own_backward(query, grad_output, inner, logsumexp, own[:half], own[half:], grad_query, scale)
+        grad_query, own_grads = column_gradients(
+            query, grad_output, inner, logsumexp, own[:half], own[half:], grad_query
+        )
         return None, grad_query, by_key.transpose(0, 1), by_value.transpose(0, 1), *own_grads
-
-
-def _own_backward(
-    query: Tensor,
-    grad_output: Tensor,
-    inner: Tensor,
-    logsumexp: Tensor,
-    own_keys: Sequence[Tensor],
-    own_values: Sequence[Tensor],
-    grad_query: Tensor,
-    scale: float,
-) -> list[Tensor]:
-    """Return the gradients of own keys, then own values; add the own terms' part to `grad_query` in place."""
-    heads = query.shape[1]
-    grad_keys, grad_values = [], []
-    for own_key, own_value in zip(own_keys, own_values, strict=True):
-        weight = (_own_scores(query, own_key, scale).to(logsumexp.dtype) - logsumexp).exp()
-        slope = weight * (_own_scores(grad_output, own_value, 1.0).to(weight.dtype) - inner) * scale
-        weight, slope = weight.to(query.dtype).unsqueeze(-1), slope.to(query.dtype).unsqueeze(-1)
-        grad_query += slope * _spread(own_key, heads)
-        grad_keys.append(_gathered(slope * query, own_key.shape[1]))
-        grad_values.append(_gathered(weight * grad_output, own_value.shape[1]))
-    return grad_keys + grad_values
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: StepPlan, query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
-        scale = 1.0 / math.sqrt(query.shape[2])
-        heads = query.shape[1]
+        scale, half = 1.0 / math.sqrt(query.shape[2]), len(own) // 2
         dense_query = _to_dense(plan, query)
-        block, block_logsumexp, extra = _flash_forward(dense_query, *_dense_keys(plan, key, value, heads), scale)
-        output = block.transpose(1, 2).flatten(0, 1)[plan.row_key]
-        logsumexp = block_logsumexp.transpose(1, 2).flatten(0, 1)[plan.row_key]
-        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
-        if own:
-            scores = [_own_scores(query, k, scale).to(logsumexp.dtype) for k in own_keys]
-            merged = torch.stack([logsumexp, *scores]).logsumexp(0)
-            output = output * (logsumexp - merged).exp().unsqueeze(-1)
-            for score, own_value in zip(scores, own_values, strict=True):
-                output = output + (score - merged).exp().unsqueeze(-1) * _spread(own_value, heads)
-            logsumexp = merged
-        output = output.to(query.dtype).contiguous()
+        block, logsumexp, extra = _flash_forward(dense_query, *_dense_keys(plan, key, value, query.shape[1]), scale)
+        found = (_to_rows(plan, block), _to_rows(plan, logsumexp))
+        output, logsumexp = merged_columns(*found, query, own[:half], own[half:])
         ctx.plan, ctx.scale, ctx.extra = plan, scale, extra
         ctx.save_for_backward(query, key, value, output, logsumexp, *own)
         return output
@@ -252,24 +222,31 @@ class _Flash(torch.autograd.Function):
         plan, scale = ctx.plan, ctx.scale
         query, key, value, output, logsumexp, *own = ctx.saved_tensors
         grad_output = grads[0].contiguous()
-        heads, kv_heads = query.shape[1], key.shape[1]
+        heads, kv_heads, half = query.shape[1], key.shape[1], len(own) // 2
         dense = [_to_dense(plan, x) for x in (grad_output, query, output)]
         # The grid's other rows get a logsumexp of 0, which is not theirs; their gradient is 0, and so is what they add.
         dense_logsumexp = _to_dense(plan, logsumexp.unsqueeze(-1)).squeeze(-1)
         keys = _dense_keys(plan, key, value, heads)
         found = _flash_backward(dense[0], dense[1], *keys, dense[2], dense_logsumexp.contiguous(), ctx.extra, scale)
-        grad_query = found[0].transpose(1, 2).flatten(0, 1)[plan.row_key].contiguous()
         grad_key, grad_value = (_gathered(x.transpose(1, 2).flatten(0, 1), kv_heads) for x in found[1:])
         inner = (grad_output * output).sum(-1).to(logsumexp.dtype)
-        half = len(own) // 2
-        own_grads = _own_backward(query, grad_output, inner, logsumexp, own[:half], own[half:], grad_query, scale)
-        return None, grad_query, grad_key, grad_value, *own_grads
+        by_block = _to_rows(plan, found[0])
+        grad_query, by_own = column_gradients(query, grad_output, inner, logsumexp, own[:half], own[half:], by_block)
+        return None, grad_query.contiguous(), grad_key, grad_value, *by_own
 
 
 def _to_dense(plan: StepPlan, x: Tensor) -> Tensor:
     """Put query rows ``[rows, heads, d]`` on the dense grid, zero elsewhere: ``[batch, heads, keys, d]``."""
-    grid = x.new_zeros(plan.keys, *x.shape[1:]).index_copy(0, plan.row_key, x)
+    grid = x
+    if plan.rows != plan.keys:
+        grid = x.new_zeros(plan.keys, *x.shape[1:]).index_copy(0, plan.row_key, x)
     return grid.view(len(plan.key_counts), -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _to_rows(plan: StepPlan, x: Tensor) -> Tensor:
+    """Return the query rows ``[rows, heads, ...]`` of the dense grid ``[batch, heads, keys, ...]``."""
+    grid = x.transpose(1, 2).flatten(0, 1)
+    return grid if plan.rows == plan.keys else grid[plan.row_key]
 
 
 def _dense_keys(plan: StepPlan, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,13 @@ the logsumexp of the block, through which gradients go too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from disagg_core.drafts.eagle3.batch import StepPlan
+from disagg_core.drafts.eagle3.own_columns import with_own_columns
 from disagg_core.drafts.flex import block_mask, flex_on
 
 
@@ -34,17 +33,7 @@ class DocumentAttention:
         block, extra = attend(*packed, block_mask=self._pattern, enable_gqa=True, return_aux=AuxRequest(lse=True))
         output: Tensor = block[0].transpose(0, 1)  # [rows, heads, d]
         logsumexp: Tensor = extra.lse[0].transpose(0, 1)  # [rows, heads]
-        if not own_keys:
-            return output.contiguous()
-        grouped = torch.unflatten(query, 1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
-        scale = 1.0 / math.sqrt(query.shape[2])
-        scores = [((grouped * own.unsqueeze(2)).sum(-1).flatten(1) * scale).to(logsumexp.dtype) for own in own_keys]
-        merged = torch.stack([logsumexp, *scores]).logsumexp(0)
-        output = output * (logsumexp - merged).exp().unsqueeze(-1).to(output.dtype)
-        for score, own in zip(scores, own_values, strict=True):
-            weight = (score - merged).exp().unsqueeze(-1).to(output.dtype)
-            output = output + weight * own.repeat_interleave(grouped.shape[2], dim=1)
-        return output.contiguous()
+        return with_own_columns(output, logsumexp, query, own_keys, own_values)
 
 
 def document_mask(plan: StepPlan) -> BlockMask:

@@ -8,9 +8,8 @@ states ``[L, rows, H]`` and of its LM head ``[K, H]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 from disagg_core.drafts.context import Context
 from disagg_core.drafts.eagle3.batch import StepPlan
 from disagg_core.drafts.eagle3.options import LossSection
+from disagg_core.drafts.eagle3.vocabulary import Slopes, TeacherSlice, passes_on
 from disagg_core.drafts.linear import bounded_, product, wide_product
 
-_SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 512 * 1024**2}
+_SLICE_BYTES = {"cpu": 8 * 1024**2, "cuda": 1024**3}
 """Bytes of one slice's draft logits in fp32."""
 _TEACHER_BYTES = {"cpu": 64 * 1024**2, "cuda": 1024**3}
 """Bytes of one slice's teacher logits in fp32."""
@@ -51,20 +51,6 @@ class StepSums:
         """Return the sums over all ranks that share the batch. A collective."""
         parts = (self.cross_entropy, self.accepted, self.log_accepted, self.correct, self.live)
         return StepSums(*context.sum(torch.stack(parts)))
-
-
-@dataclass(frozen=True)
-class Slopes:
-    """Derivatives of the total by the sums of each step, ``[L]``; None where they are zero."""
-
-    cross_entropy: Tensor | None
-    accepted: Tensor | None
-    log_accepted: Tensor | None
-
-    def of_step(self, k: int) -> Slopes:
-        """Return those of step k, scalars."""
-        slopes = (self.cross_entropy, self.accepted, self.log_accepted)
-        return Slopes(*(None if slope is None else slope[k] for slope in slopes))
 
 
 @dataclass(frozen=True)
@@ -187,16 +173,6 @@ class _Gradients:
         return cls(lm_head.new_zeros(lm_head.shape[::-1], dtype=work), [torch.zeros_like(x) for x in normed])
 
 
-@dataclass(frozen=True)
-class _TeacherSlice:
-    """Teacher of ``n`` rows."""
-
-    probabilities: Tensor  # [n, K] over the draft vocabulary
-    full: Tensor  # [n, K] p_full, over the whole vocabulary; the same tensor when that is the draft's
-    target: Tensor  # [n] draft id of the argmax
-    live: Tensor  # [n] position mask
-
-
 class _Walk:
     """Goes over the teacher rows in slices."""
 
@@ -210,9 +186,7 @@ class _Walk:
         compiled: bool,
     ) -> None:
         self._plan, self._teacher, self._lm_head, self._normed, self._work = plan, teacher, lm_head, normed, work
-        passes = _compiled_passes() if compiled else (_figures, _to_slope)
-        self._figures: Callable[..., Tensor] = passes[0]
-        self._to_slope: Callable[..., None] = passes[1]
+        self._passes = passes_on(lm_head.device, compiled=compiled)
         vocabulary = teacher.lm_head.shape[0]
         self._draft_index: Tensor | None = None
         if teacher.draft_ids is not None:
@@ -236,88 +210,30 @@ class _Walk:
             rows = self._plan.teacher_row[:, at]
             inputs = torch.cat([normed[row] for normed, row in zip(self._normed, rows, strict=True)])
             logits = wide_product(inputs, self._lm_head.t(), self._work).view(steps, -1, self._lm_head.shape[0])
-            for k in range(steps):
-                sums[k] += self._figures(logits[k], teacher, weight[k])
-                if slopes is not None:
-                    self._to_slope(logits[k], teacher, weight[k], slopes.of_step(k))
-            if gradients is not None:
-                self._add(gradients, logits, inputs, rows)
+            found, slope = self._passes.of_draft(logits, teacher, weight, slopes, inputs.dtype)
+            sums += found
+            if gradients is not None and slope is not None:
+                self._add(gradients, slope.flatten(0, 1), inputs, rows)
         return StepSums(*sums.unbind(1))
 
     def _add(self, gradients: _Gradients, slope: Tensor, inputs: Tensor, rows: Tensor) -> None:
-        """Add the slice's gradients, given the slope of the total by its logits ``[L, n, K]``."""
-        flat = slope.view(-1, slope.shape[-1]).to(inputs.dtype)
-        gradients.lm_head += wide_product(inputs.t(), flat, self._work)
+        """Add the slice's gradients, given the slope of the total by its logits ``[L * n, K]``."""
+        gradients.lm_head += wide_product(inputs.t(), slope, self._work)
         for normed, row, grad in zip(
-            gradients.normed, rows, product(flat, self._lm_head).chunk(len(rows)), strict=True
+            gradients.normed, rows, product(slope, self._lm_head).chunk(len(rows)), strict=True
         ):
             # Added, not assigned: where u - k is before the start, `row` is the sample's first one, with a slope of 0.
             normed.index_add_(0, row, grad)
 
-    def _teach(self, at: slice) -> _TeacherSlice:
+    def _teach(self, at: slice) -> TeacherSlice:
         plan, teacher = self._plan, self._teacher
         inside = plan.teacher_inside[at]
         hidden = teacher.hidden[plan.teacher_flat[at]].to(teacher.lm_head.dtype) * inside.unsqueeze(-1)
         logits = bounded_(wide_product(hidden, teacher.lm_head.t(), self._work), teacher.logit_cap)  # [n, V]
-        top, token = logits.max(dim=-1)
+        probabilities, full, token = self._passes.of_teacher(logits, teacher.draft_ids)
         token = torch.where(inside, token, 0)  # among equal logits `max` may name any; the shift's zeros mean token 0
-        if teacher.draft_ids is None or self._draft_index is None:
-            probabilities = logits.sub_(top.unsqueeze(-1)).exp_()
-            probabilities /= probabilities.sum(-1, keepdim=True)
-            return _TeacherSlice(probabilities, probabilities, token, plan.teacher_live[at])
-        chosen = (logits[:, teacher.draft_ids] - top.unsqueeze(-1)).exp_()
-        everything = logits.sub_(top.unsqueeze(-1)).exp_().sum(-1, keepdim=True)
+        if self._draft_index is None:
+            return TeacherSlice(probabilities, full, token, plan.teacher_live[at])
         target = self._draft_index[token]
-        live = plan.teacher_live[at] & (target >= 0)
         # Where the draft vocabulary underflows to nothing its argmax is not in it either: the row is dead.
-        within = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(self._work).tiny)
-        return _TeacherSlice(chosen / within, chosen / everything, target, live)
-
-
-def _figures(logits: Tensor, teacher: _TeacherSlice, weight: Tensor) -> Tensor:
-    """Return the weighted sums of one step, ``[5]``, and leave ``q = softmax(logits)`` in the memory of `logits`.
-
-    ``logits`` is ``[n, K]``; ``weight`` ``[n]`` is 1 for live positions and 0 for dead ones.
-    """
-    top, token = logits.max(dim=-1)
-    logits.sub_(top.unsqueeze(-1))
-    # p sums to one, so the cross entropy is the log of the total less this: no second pass for the log-softmax.
-    agreement = torch.bmm(logits.unsqueeze(1), teacher.probabilities.unsqueeze(2)).flatten()
-    q = logits.exp_()
-    total = q.sum(-1)
-    q.div_(total.unsqueeze(-1))
-    accepted = _accepted(q, teacher)
-    correct = (token == teacher.target).to(weight.dtype)
-    return torch.stack((total.log() - agreement, accepted, accepted.log(), correct, torch.ones_like(correct))) @ weight
-
-
-def _accepted(q: Tensor, teacher: _TeacherSlice) -> Tensor:
-    """Return ``a = sum_v min(p_full, q)`` of each position, ``[n]``, kept above zero for its logarithm."""
-    return torch.minimum(teacher.full, q).sum(-1).clamp(min=torch.finfo(q.dtype).tiny)
-
-
-def _to_slope(q: Tensor, teacher: _TeacherSlice, weight: Tensor, slopes: Slopes) -> None:
-    """Turn `q` ``[n, K]`` into the slope of the total by the logits of one step, in place.
-
-    Cross entropy by logits: ``q - p``. Accepted mass ``a = sum_v min(p_full, q)`` by logits, with
-    ``below = [q < p_full]``: ``q (below - sum_v below q)``, and that over ``a`` for its logarithm.
-    """
-    by_mass = slopes.accepted
-    if slopes.log_accepted is not None:
-        by_mass = slopes.log_accepted / _accepted(q, teacher)
-    by_accepted: Tensor | None = None
-    if by_mass is not None:
-        below = q.lt(teacher.full)
-        kept = torch.where(below, q, 0)
-        by_accepted = kept.sub_(q * kept.sum(-1, keepdim=True)).mul_((by_mass * weight).unsqueeze(-1))
-    if slopes.cross_entropy is None:
-        q.zero_()
-    else:
-        q.sub_(teacher.probabilities).mul_((slopes.cross_entropy * weight).unsqueeze(-1))
-    if by_accepted is not None:
-        q.add_(by_accepted)
-
-
-@cache
-def _compiled_passes() -> tuple[Callable[..., Tensor], Callable[..., None]]:
-    return torch.compile(_figures, dynamic=True), torch.compile(_to_slope, dynamic=True)
+        return TeacherSlice(probabilities, full, target, plan.teacher_live[at] & (target >= 0))

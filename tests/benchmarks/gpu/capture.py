@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from disagg_core.bench.result import Figure, Result
 from disagg_core.bench.scene import bench_of
 from disagg_core.contracts import PromptTask
 from disagg_core.engines.transformers import TransformersTarget
 from disagg_core.run_spec.document import TargetSection
+from disagg_core.store.outgoing import Shapes
 from disagg_core.target.layers import find_decoder
 from tests.benchmarks.gpu.common import Scale, arguments, drafts_of, scale_of, show
 
@@ -28,7 +30,7 @@ def measure(method: str, scale: Scale) -> Result:
     facts, model = scale.shape.facts(), scale.shape.model(scale.device).eval()
     section = TargetSection(model=facts.model, device=scale.device)
     total = scale.batch * scale.tokens
-    target = TransformersTarget(section, facts, bench.capture, batch_tokens=total, model=model)
+    target = TransformersTarget(section, facts, bench.capture, batch_tokens=total, model=model, allocate=pinned)
     target.prepare(bench.identity())
     tasks = [
         PromptTask(ordinal=n, source="", input_ids=[2 + n] * scale.tokens, loss_mask=[1] * scale.tokens)
@@ -52,6 +54,12 @@ def measure(method: str, scale: Scale) -> Result:
     ]
     setting = f"{method}, {scale.shape.name}, batch {scale.batch} x {scale.tokens}, {scale.device}"
     return Result("capture", setting, figures)
+
+
+def pinned(shapes: Shapes, filled_from: torch.device) -> dict[str, Tensor]:
+    """Return page-locked tensors for what comes from a GPU, as a store's own memory is."""
+    locked = filled_from.type == "cuda"
+    return {name: torch.empty(shape, dtype=dtype, pin_memory=locked) for name, (shape, dtype) in shapes.items()}
 
 
 def in_turns(one: Callable[[], object], two: Callable[[], object], scale: Scale) -> tuple[float, float]:

@@ -31,11 +31,12 @@ class Scale:
     batch: int
     steps: int
     peak_tflops: float
+    compile: bool = False
 
     @property
     def section(self) -> TrainingSection:
         precision = "bfloat16" if self.shape.dtype == "bfloat16" else "float32"
-        return TrainingSection(batch_size=self.batch, device=self.device, precision=precision)
+        return TrainingSection(batch_size=self.batch, device=self.device, precision=precision, compile=self.compile)
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peak-tflops", type=float, help="the card's dense bf16 peak; known of A100, H100, H200, B200")
+    parser.add_argument("--compile", action="store_true", help="training.compile: norms and MLPs too")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: to see that the script works")
     parser.add_argument("--json", type=Path)
     return parser
@@ -53,14 +55,14 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 def scale_of(options: argparse.Namespace) -> Scale:
     if options.tiny:
         torch.set_num_threads(1)
-        return Scale(TINY, "cpu", 48, 2, 3, 0.05)
+        return Scale(TINY, "cpu", 48, 2, 3, 0.05, options.compile)
     if not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, found none; --tiny runs tiny shapes on the CPU")
     name = torch.cuda.get_device_name()
     peak = options.peak_tflops or next((peak for card, peak in PEAKS.items() if card in name), None)
     if peak is None:
         raise SystemExit(f"the peak of {name} is not known; give --peak-tflops")
-    return Scale(QWEN3_8B, "cuda", options.tokens, options.batch, options.steps, peak)
+    return Scale(QWEN3_8B, "cuda", options.tokens, options.batch, options.steps, peak, options.compile)
 
 
 def drafts_of(options: argparse.Namespace) -> list[str]:

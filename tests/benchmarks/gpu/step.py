@@ -1,6 +1,6 @@
 """Training a draft on one GPU, shapes of Qwen3-8B, bf16: step time, tokens/s, MFU, memory, phases, hidden copies.
 
-    python -m tests.benchmarks.gpu.step [--draft eagle3|dflash2|all] [--batch 4] [--tokens 2048] [--json FILE] [--tiny]
+    python -m tests.benchmarks.gpu.step [--draft eagle3|dflash2|all] [--batch 4] [--tokens 2048] [--compile]
 
 First the optimizer step alone, on one batch. Then the whole consumer on a stream that is in the store already: its rate
 beside the bare step's, the share of each phase, and the part of the copies to the GPU that the step hides (1 is all).
@@ -35,6 +35,7 @@ def measure(method: str, scale: Scale) -> Result:
         section=scale.section,
     )  # fmt: skip
     setting = f"{method}, {scale.shape.name}, batch {scale.batch} x {scale.tokens}, {scale.device}"
+    setting += ", compiled" if scale.compile else ""
     return Result("step", setting, [*bare_figures(method, scale, bare), *consumer_figures(method, scale, bare)])
 
 
@@ -102,7 +103,7 @@ def trained(bench: Bench, scale: Scale, windows: int, folder: Path) -> tuple[dic
 def copy_alone(bench: Bench, scale: Scale) -> float:
     """Seconds of one window's copy to the device with nothing beside it; the best of some."""
     batcher = bench.method.batcher(bench.section, bench.to_train.model.config, seed=0)
-    batch = batcher.collate([bench.sample(scale.tokens, number) for number in range(scale.batch)])
+    batch = batcher.collate([bench.sample(scale.tokens, number) for number in range(scale.batch)], pin=True)
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
