@@ -19,8 +19,8 @@ class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
     `lost` samples of this fit have to be captured again; `quarantined` ones are given up for good, their ordinals in
     closed ranges; `given_up` lists both of this fit, (sample id, reason) each. `skipped` windows had a loss or gradient
     that was not finite, for every draft. `unused` counts references that were published but not trained when the last
-    step was reached. Rates are per second from the first window on, over all ranks. By a draft's folder in a
-    checkpoint, `drafts` has what is its own, and `parameters` how many it trains.
+    step was reached. Rates are per second from the first window on, over all ranks, and so are waits.
+    By a draft's folder in a checkpoint, `drafts` has what is its own, and `parameters` how many it trains.
     """
 
     reason: str

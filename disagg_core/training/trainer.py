@@ -198,7 +198,9 @@ class Trainer:
         if (end := self._end_of_steps()) is not None:
             return end
         for window in loader:
-            if not tally.started:
+            if tally.started:
+                tally.wait_s += window.wait_s
+            else:
                 tally.started = time.monotonic()
                 self._clock.restart()
                 self._phase("training")
@@ -305,7 +307,6 @@ class Trainer:
         loader.note(f"trained step {self.progress.step}")
         self._clock.enter("other")
         self._on_progress("trained a window")
-        tally.wait_s += window.wait_s
         self._tell(loader, window, results, time.monotonic() - opened.started)
         return bool(stepped)
 

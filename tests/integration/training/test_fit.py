@@ -60,6 +60,17 @@ def test_every_sample_is_trained_acknowledged_and_freed(attempt, ranks, tmp_path
     assert len(records[0]["step_losses"]) == len(records[0]["accuracies"]) == len(records[0]["acceptance_rates"]) == 3
 
 
+def test_the_wait_for_the_first_window_is_none_of_training(attempt, ranks):
+    late = threading.Timer(1.5, attempt.publish, [range(4)])
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+    late.start()
+
+    outcome = trainer.fit(loader)
+
+    assert outcome.steps == 1
+    assert outcome.data_wait_s <= outcome.seconds
+
+
 def test_where_the_time_of_every_window_went_is_a_line_of_the_metrics_and_adds_up(attempt, ranks, tmp_path):
     attempt.publish(range(10))
     observer = Observers(MetricsObserver(tmp_path / "train.jsonl"), LapObserver(tmp_path / "phases.jsonl"))
