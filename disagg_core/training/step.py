@@ -179,14 +179,15 @@ class OptimizerStep:
     def measure(self, window: DraftBatches) -> Figures:
         """Return the figures of `window`, of which this rank has a part, over all ranks; nothing is changed.
 
-        Compiled code is left aside: its shapes would be compiled for this alone.
+        On a CPU compiled code is left aside: its shapes would be compiled for this alone. A GPU keeps it: FlexAttention
+        that is not compiled holds all scores at once.
         """
         names = sorted(window.normalisers)
         summed = self._ranks.sum_of_data([window.normalisers[name] for name in names])
         device = self._ranks.device
         normalisers = {name: torch.tensor(value, device=device) for name, value in zip(names, summed, strict=True)}
         tally = _Tally()
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager" if device.type == "cpu" else "default"):
             for batch in window.batches:
                 given = self._dummy() if batch is None else batch.to(device)
                 output = self._module(given, normalisers)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disagg_core.drafts.flex import compiles
 from disagg_core.drafts.linear import bounded_, product, wide_product
 from disagg_core.drafts.p_eagle.batch import RowPlan
 
@@ -133,6 +134,7 @@ class _Walk:
 
     def __init__(self, plan: RowPlan, teacher: Teacher, lm_head: Tensor, work: torch.dtype, compiled: bool) -> None:
         self._plan, self._teacher, self._lm_head, self._work = plan, teacher, lm_head, work
+        compiled = compiled or compiles(lm_head.device)
         self._pass: Callable[..., tuple[Tensor, Tensor]] = _compiled_pass() if compiled else _to_slope
         self._draft_index: Tensor | None = None
         self._vocabulary = teacher.states.shape[1] if teacher.lm_head is None else teacher.lm_head.shape[0]

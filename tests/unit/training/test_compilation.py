@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from disagg_core.drafts import flex
 from disagg_core.drafts.dflash import dflash_loss
-from disagg_core.drafts.eagle3 import training_time_test
+from disagg_core.drafts.eagle3 import own_columns, training_time_test, vocabulary
 from disagg_core.drafts.registry import method_names
 from disagg_core.run_spec.document import TrainingSection
 from disagg_core.training.consumer import DraftToTrain, input_of, optimizer_step_of
@@ -102,6 +102,19 @@ def test_flex_attention_is_compiled_for_no_batch_anew(
     with torch.no_grad():
         for _ in range(10):
             pay_attention(name, next(lengths))
+
+    assert 0 < compiled.frame_count <= MOST_GRAPHS
+
+
+def test_what_a_gpu_fuses_of_an_eagle3_step_is_compiled_for_no_batch_anew(
+    compiled: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (own_columns, vocabulary):
+        monkeypatch.setattr(module, "compiles", lambda device: True)
+    draft, lengths = small_eagle3(head_dim=16), ragged(150, seed=2)
+    for _ in range(10):
+        batch = eagle3_batch(draft, [next(lengths)[0]] * 2)
+        training_time_test(draft, batch, lm_head=target_head(draft), ttt_length=4, attention="flash").total.backward()
 
     assert 0 < compiled.frame_count <= MOST_GRAPHS
 
