@@ -1,4 +1,4 @@
-"""FlexAttention and the making of its masks: compiled once for all that use them, and as they are on a CPU.
+"""What a GPU always runs compiled, and a CPU as it is: FlexAttention, the making of its masks, and what has to fuse.
 
 One graph serves rows of every length, as long as a mask's function reads nothing of a batch but tensors and plain
 numbers. What else it reaches for is compiled in as it was, and after some batches torch gives up and runs eagerly, with
@@ -8,8 +8,8 @@ all scores in memory at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether, of a batch and a head, a row sees a key."""
+_T = TypeVar("_T")
+
+_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
+"""PyTorch's other kernel, for fewer than 128 queries, has no choice that fits a mask of tiles of 128."""
 
 
 def compiles(device: torch.device) -> bool:
@@ -26,7 +30,18 @@ def compiles(device: torch.device) -> bool:
 
 def flex_on(device: torch.device) -> Any:
     """Return FlexAttention for tensors on `device`."""
-    return _compiled_flex() if compiles(device) else flex_attention
+    return partial(_compiled_flex(), kernel_options=_KERNEL) if compiles(device) else flex_attention
+
+
+def fused(function: Callable[..., _T], device: torch.device) -> Callable[..., _T]:
+    """Return `function` compiled where `compiles` says so, else as it is; sizes that change become dynamic."""
+    return compiled(function) if compiles(device) else function
+
+
+@cache
+def compiled(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Return `function` compiled, the same whenever it is asked for."""
+    return torch.compile(function)
 
 
 def block_mask(sees: Sees, rows: int, keys: int, device: torch.device) -> BlockMask:
