@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
 from disagg_core.drafts.dflash2.config import DFlash2Config
+from disagg_core.drafts.flex import fused
 from disagg_core.drafts.linear import Linear
 
 
@@ -29,7 +30,7 @@ class GroupedDynamicCausalConv(nn.Module):
         super().__init__()
         self.base_kernel = nn.Parameter(torch.zeros(2, taps, hidden))
         self.kernel_projection = Linear(hidden, 2 * taps * (hidden // group))
-        self._taps, self._group = taps, group
+        self._taps = taps
 
     def reset_parameters(self) -> None:
         """Let each slot through as it is."""
@@ -41,16 +42,26 @@ class GroupedDynamicCausalConv(nn.Module):
     def forward(self, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``[..., K, H]``: `sublayer` between the two convolutions, of slots ``[..., K, H]``."""
         corrections = self.kernel_projection(normed).unflatten(-1, (2, self._taps, -1))
-        return self._convolved(sublayer(self._convolved(normed, corrections, 0)), corrections, 1)
+        convolve = fused(convolved, normed.device)
+        (base_before, base_after), (before, after) = self.base_kernel.unbind(), corrections.unbind(-3)
+        return convolve(sublayer(convolve(normed, base_before, before)), base_after, after)
 
-    def _convolved(self, x: Tensor, corrections: Tensor, side: int) -> Tensor:
-        slots, result = x.shape[-2], torch.zeros_like(x)
-        for tap in range(min(self._taps, slots)):
-            correction = corrections[..., side, tap, :].repeat_interleave(self._group, dim=-1)
-            result = result + (self.base_kernel[side, tap] + correction) * F.pad(
-                x[..., : slots - tap, :], (0, 0, tap, 0)
-            )
-        return result
+
+def convolved(x: Tensor, base: Tensor, corrections: Tensor) -> Tensor:
+    """Return the convolution over the slots ``[..., K, H]`` of `x`, of the same shape.
+
+    Args:
+        x: the slots.
+        base: each channel's own weights ``[taps, H]``.
+        corrections: what is added to those of a group of channels, ``[..., K, taps, groups]``.
+    """
+    slots, (taps, groups) = x.shape[-2], corrections.shape[-2:]
+    grouped, weights = (torch.unflatten(part, -1, (groups, -1)) for part in (x, base))
+    result: Tensor = (weights[0] + corrections[..., 0, :, None]) * grouped
+    for tap in range(1, min(taps, slots)):
+        earlier = F.pad(grouped[..., : slots - tap, :, :], (0, 0, 0, 0, tap, 0))
+        result = result + (weights[tap] + corrections[..., tap, :, None]) * earlier
+    return result.flatten(-2)
 
 
 class CandidateSelector(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from disagg_core.drafts import flex
 from disagg_core.drafts.dflash import dflash_loss
 from disagg_core.drafts.dflash.drafter import ContextCache, draft_block
 from disagg_core.drafts.dflash2.drafter import walk
@@ -96,6 +97,25 @@ def test_the_convolutions_are_those_of_the_formula(taps: int) -> None:
         return result
 
     torch.testing.assert_close(conv(x, torch.tanh), plain(torch.tanh(plain(x, 0)), 1))
+
+
+@pytest.mark.slow
+def test_the_convolutions_compute_the_same_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, for numbers of blocks that change."""
+    torch.manual_seed(1)
+    conv = GroupedDynamicCausalConv(16, 3, 4)
+    for parameter in conv.parameters():
+        torch.nn.init.normal_(parameter)
+    for blocks in (3, 7, 5):
+        x = torch.randn(blocks, 6, 16, requires_grad=True)
+        wanted = (x, *conv.parameters())
+        plain = conv(x, torch.tanh)
+        with monkeypatch.context() as on_gpu:
+            on_gpu.setattr(flex, "compiles", lambda device: True)
+            found = conv(x, torch.tanh)
+        torch.testing.assert_close(found, plain)
+        expected = torch.autograd.grad(plain.square().sum(), wanted)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), wanted), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_scores_are_those_of_the_formula() -> None:
