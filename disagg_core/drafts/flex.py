@@ -34,7 +34,7 @@ def flex_on(device: torch.device) -> Any:
 
 
 def fused(function: Callable[..., _T], device: torch.device) -> Callable[..., _T]:
-    """Return `function` compiled where `compiles` says so, else as it is; sizes that change become dynamic."""
+    """Return `function` compiled where `compiles` says so, else as it is."""
     return compiled(function) if compiles(device) else function
 
 
@@ -42,6 +42,12 @@ def fused(function: Callable[..., _T], device: torch.device) -> Callable[..., _T
 def compiled(function: Callable[..., _T]) -> Callable[..., _T]:
     """Return `function` compiled, the same whenever it is asked for."""
     return torch.compile(function)
+
+
+def rows_vary(*tensors: Tensor) -> None:
+    """Have one graph serve any number of rows, the first dimension of `tensors`; other sizes are compiled in."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def block_mask(sees: Sees, rows: int, keys: int, device: torch.device) -> BlockMask:

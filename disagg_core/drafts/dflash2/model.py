@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
 from disagg_core.drafts.dflash2.config import DFlash2Config
-from disagg_core.drafts.flex import fused
+from disagg_core.drafts.flex import fused, rows_vary
 from disagg_core.drafts.linear import Linear
 
 
@@ -42,9 +42,13 @@ class GroupedDynamicCausalConv(nn.Module):
     def forward(self, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``[..., K, H]``: `sublayer` between the two convolutions, of slots ``[..., K, H]``."""
         corrections = self.kernel_projection(normed).unflatten(-1, (2, self._taps, -1))
-        convolve = fused(convolved, normed.device)
         (base_before, base_after), (before, after) = self.base_kernel.unbind(), corrections.unbind(-3)
-        return convolve(sublayer(convolve(normed, base_before, before)), base_after, after)
+        return _convolved(sublayer(_convolved(normed, base_before, before)), base_after, after)
+
+
+def _convolved(x: Tensor, base: Tensor, corrections: Tensor) -> Tensor:
+    rows_vary(x, corrections)
+    return fused(convolved, x.device)(x, base, corrections)
 
 
 def convolved(x: Tensor, base: Tensor, corrections: Tensor) -> Tensor:
