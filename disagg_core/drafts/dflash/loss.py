@@ -26,7 +26,8 @@ from disagg_core.drafts.dflash.batch import BlockPlan, DFlashBatch, decay, divis
 from disagg_core.drafts.dflash.blocks import run_blocks
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
 from disagg_core.drafts.dflash.options import BlockLossSection, default_gamma
-from disagg_core.drafts.dflash.slot_loss import Head, SlotLoss, SlotWeights, slot_loss
+from disagg_core.drafts.dflash.slot_loss import SlotLoss, SlotWeights, slot_loss
+from disagg_core.drafts.dflash.vocabulary import Head
 from disagg_core.drafts.figures import LossOutput, Ratio
 from disagg_core.drafts.linear import linear
 from disagg_core.drafts.method import FrozenParts

@@ -7,17 +7,20 @@ head is frozen and takes no gradient. A slice holds whole blocks, because D-PACE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disagg_core.drafts import flex
+from disagg_core.drafts.dflash import vocabulary
 from disagg_core.drafts.dflash.batch import BlockPlan
 from disagg_core.drafts.dflash.options import LossType
+from disagg_core.drafts.dflash.vocabulary import Head
+from disagg_core.drafts.flex import compiled
 from disagg_core.drafts.linear import product, wide_product
 
 _SLICE_BYTES = {"cpu": 4 * 1024**2, "cuda": 512 * 1024**2}
@@ -44,29 +47,6 @@ class SlotWeights:
         if self.type == "dpace_continuation":
             suffix = suffix / prefix.clamp(min=torch.finfo(prefix.dtype).tiny)
         return mask * suffix
-
-
-@dataclass(frozen=True)
-class Head:
-    """The target's LM head ``[V, H]``, with the draft's factor and soft cap on the logits."""
-
-    weight: Tensor
-    multiplier: float = 1.0
-    cap: float | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether logits are the product alone."""
-        return self.multiplier == 1.0 and self.cap is None
-
-    def shaped_(self, logits: Tensor) -> Tensor:
-        """Return `logits` with factor and cap, in the same memory."""
-        logits.mul_(self.multiplier)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
-    def slope(self, shaped: Tensor) -> Tensor | float:
-        """Return the derivative of shaped logits by the product."""
-        return self.multiplier if self.cap is None else self.multiplier * (1 - (shaped / self.cap) ** 2)
 
 
 @dataclass(frozen=True)
@@ -108,7 +88,7 @@ def slot_loss(
         divisor: of the sum, scalar.
         candidates: C.
         with_labels: put a slot's label in the place of its last candidate if it is not among them.
-        compiled: fuse the passes over the vocabulary with `torch.compile`.
+        compiled: fuse the passes over the vocabulary with `torch.compile`, as a GPU always does.
     """
     job = _Job(plan, labels, head, weights, divisor, candidates, with_labels, compiled)
     results = _SlotLoss.apply(job, hidden)  # type: ignore[no-untyped-call]
@@ -143,7 +123,7 @@ class _SlotLoss(torch.autograd.Function):
         states = hidden.flatten(0, 1)
         for blocks, at in _slices(plan.trained, job.head.weight.shape[0], hidden.device.type):
             chosen = plan.trained_flat[at]
-            piece = _Slice.of(job, states[chosen], job.labels.flatten()[chosen], work)
+            piece = _slice(job, states[chosen], job.labels.flatten()[chosen], work)
             cross_entropy[at], predicted[at] = piece.cross_entropy, piece.predicted
             ids[at], logits[at], recalled[at] = piece.candidate_ids, piece.candidate_logits, piece.recalled
             weights[at] = _weights_of(job, piece.cross_entropy, blocks, chosen)
@@ -189,45 +169,78 @@ def _weights_of(job: _Job, cross_entropy: Tensor, blocks: slice, chosen: Tensor)
     return job.weights.of(by_slot, mask).flatten()[places]
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """The vocabulary pass over n slots; `probabilities` is its only tensor that is V wide, or of two with a cap."""
+class _Slice(Protocol):
+    """The vocabulary pass over n slots."""
 
-    job: _Job
-    labels: Tensor  # [n]
-    probabilities: Tensor  # [n, V]
-    slope: Tensor | float
     cross_entropy: Tensor  # [n]
     predicted: Tensor  # [n]
     candidate_ids: Tensor  # [n, C]
     candidate_logits: Tensor  # [n, C]
     recalled: Tensor  # [n] bool
 
-    @classmethod
-    def of(cls, job: _Job, states: Tensor, labels: Tensor, work: torch.dtype) -> _Slice:
-        weight = job.head.weight.to(states.dtype)
-        logits = wide_product(states, weight.t(), work)
-        slope: Tensor | float = 1.0
-        if not job.head.plain:
-            slope = job.head.slope(job.head.shaped_(logits))
-        values, ids = logits.topk(job.candidates) if job.candidates else (logits[:, :0], labels[:, None][:, :0])
-        recalled = (ids == labels[:, None]).any(1)
-        if job.with_labels:
-            ids[:, -1] = torch.where(recalled, ids[:, -1], labels)
-            values = logits.gather(1, ids)
-        passes = _compiled_passes() if job.compiled else (_to_probabilities, _to_gradient)
-        cross_entropy, predicted = passes[0](logits, labels)
-        return cls(job, labels, logits, slope, cross_entropy, predicted, ids, values, recalled)
-
     def gradient(self, weights: Tensor) -> Tensor:
         """Return the gradient by the states ``[n, H]`` of the cross entropies, each times its weight ``[n]``."""
-        passes = _compiled_passes() if self.job.compiled else (_to_probabilities, _to_gradient)
-        passes[1](self.probabilities, self.labels, weights)
-        if not self.job.head.plain:
-            self.probabilities.mul_(self.slope)
-        weight = self.job.head.weight
-        dtype = torch.float64 if self.probabilities.dtype == torch.float64 else weight.dtype
-        return product(self.probabilities.to(dtype), weight.to(dtype))
+
+
+def _slice(job: _Job, states: Tensor, labels: Tensor, work: torch.dtype) -> _Slice:
+    logits = wide_product(states, job.head.weight.to(states.dtype).t(), work)
+    fuses = job.compiled or flex.compiles(states.device)
+    return _FusedSlice(job, logits, labels) if fuses else _SliceInPlace(job, logits, labels)
+
+
+class _SliceInPlace:
+    """A `_Slice` whose only tensor that is V wide are the logits, which are not shaped yet, or of two with a cap."""
+
+    def __init__(self, job: _Job, logits: Tensor, labels: Tensor) -> None:
+        self._head, self._labels = job.head, labels
+        self._slope: Tensor | float = 1.0
+        if not job.head.plain:
+            self._slope = job.head.slope(job.head.shaped_(logits))
+        values, ids = logits.topk(job.candidates) if job.candidates else (logits[:, :0], labels[:, None][:, :0])
+        self.recalled = (ids == labels[:, None]).any(1)
+        if job.with_labels:
+            ids[:, -1] = torch.where(self.recalled, ids[:, -1], labels)
+            values = logits.gather(1, ids)
+        self.candidate_ids, self.candidate_logits = ids, values
+        self.cross_entropy, self.predicted = _to_probabilities(logits, labels)
+        self._probabilities = logits
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """Return the gradient by the states ``[n, H]``; see `_Slice`."""
+        slope = self._probabilities.mul_(weights[:, None])
+        slope.scatter_add_(1, self._labels[:, None], -weights[:, None].to(slope.dtype))
+        if not self._head.plain:
+            slope.mul_(self._slope)
+        weight = self._head.weight
+        dtype = torch.float64 if slope.dtype == torch.float64 else weight.dtype
+        return product(slope.to(dtype), weight.to(dtype))
+
+
+class _FusedSlice:
+    """A `_Slice` that reads its logits, which are not shaped yet, once for the figures and once for the gradient."""
+
+    def __init__(self, job: _Job, logits: Tensor, labels: Tensor) -> None:
+        self._head, self._labels, self._logits = job.head, labels, logits
+        flex.rows_vary(logits, labels)
+        found = compiled(vocabulary.read)(logits, labels, job.candidates, job.head.multiplier, job.head.cap)
+        self._logsumexp, self.predicted = found.logsumexp, found.predicted
+        self.cross_entropy = found.logsumexp - found.label_logit
+        values, ids = found.candidate_logits, found.candidate_ids
+        self.recalled = (ids == labels[:, None]).any(1)
+        if job.with_labels:
+            ids[:, -1] = torch.where(self.recalled, ids[:, -1], labels)
+            values[:, -1] = torch.where(self.recalled, values[:, -1], found.label_logit)
+        self.candidate_ids, self.candidate_logits = ids, values
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """Return the gradient by the states ``[n, H]``; see `_Slice`."""
+        head = self._head
+        dtype = torch.float64 if self._logits.dtype == torch.float64 else head.weight.dtype
+        flex.rows_vary(self._logsumexp, weights)
+        slope = compiled(vocabulary.slope)(
+            self._logits, self._labels, self._logsumexp, weights, head.multiplier, head.cap, dtype
+        )
+        return product(slope, head.weight.to(dtype))
 
 
 def _to_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +251,3 @@ def _to_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     total = logits.sum(-1)
     logits.div_(total[:, None])
     return total.log() + top - wanted, predicted
-
-
-def _to_gradient(probabilities: Tensor, labels: Tensor, weights: Tensor) -> None:
-    """Turn probabilities into the gradient of the weighted cross entropies by the logits, in place."""
-    probabilities.mul_(weights[:, None])
-    probabilities.scatter_add_(1, labels[:, None], -weights[:, None].to(probabilities.dtype))
-
-
-@cache
-def _compiled_passes() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
-    return torch.compile(_to_probabilities, dynamic=True), torch.compile(_to_gradient, dynamic=True)
