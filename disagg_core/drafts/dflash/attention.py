@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from disagg_core.drafts.dflash.batch import BlockPlan
 from disagg_core.drafts.dflash.config import LayerMask
-from disagg_core.drafts.flex import block_mask, flex_on
+from disagg_core.drafts.flex import Range, flex_on, ranges_mask
 from disagg_core.drafts.linear import outer, product
 
 AttentionKernel = Literal["gathered", "flex"]
@@ -288,19 +288,12 @@ def _flex(pattern: BlockMask, query: Tensor, own: tuple[Tensor, Tensor], context
 
 def flex_mask(plan: BlockPlan, mask: LayerMask) -> BlockMask:
     """Return the pattern of all M * K slots by the context rows, with the slots after them."""
-    size, rows = plan.block_size, plan.context_rows
-    start, end = plan.context_start, plan.context_start + plan.anchors
-    last = plan.blocks - 1  # a number: of a list that is reached through the plan, each length would be compiled anew
-
-    def sees(batch: Tensor, head: Tensor, slot: Tensor, key: Tensor) -> Tensor:
-        block, place = (slot // size).clamp(max=last), slot % size  # a kernel's last tile goes beyond
-        begin = start[block]
-        if mask.window is not None:
-            begin = torch.maximum(begin, end[block] + mask.first_seen(place))
-        other, other_place = (key - rows) // size, (key - rows) % size
-        near = (key >= rows) & (other == block)
-        if mask.causal:
-            near = near & (other_place <= place)
-        return ((key >= begin) & (key < end[block]) & (key < rows)) | near
-
-    return block_mask(sees, plan.blocks * size, rows + plan.blocks * size, plan.anchors.device)
+    slots = torch.arange(plan.block_size, device=plan.anchors.device)
+    begin, end = plan.context_start[:, None], (plan.context_start + plan.anchors)[:, None]
+    if mask.window is not None:
+        begin = torch.maximum(begin, end + mask.first_seen(slots))
+    own = plan.context_rows + torch.arange(plan.blocks, device=slots.device)[:, None] * plan.block_size
+    far = (begin, end)
+    near = (own, own + (slots + 1 if mask.causal else plan.block_size))
+    by_slot = (Range(*(bound.expand(-1, plan.block_size).flatten() for bound in seen)) for seen in (far, near))
+    return ranges_mask(plan.context_rows + plan.blocks * plan.block_size, *by_slot)

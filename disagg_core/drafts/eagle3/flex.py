@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from disagg_core.drafts.eagle3.batch import StepPlan
 from disagg_core.drafts.eagle3.own_columns import with_own_columns
-from disagg_core.drafts.flex import block_mask, flex_on
+from disagg_core.drafts.flex import Range, flex_on, ranges_mask
 
 
 class DocumentAttention:
@@ -38,12 +38,5 @@ class DocumentAttention:
 
 def document_mask(plan: StepPlan) -> BlockMask:
     """Return the pattern of query rows by key rows: those of the row's own sample, up to its position."""
-    last = plan.row_key
     first = plan.row_key - plan.row_positions  # a sample's key rows are its positions from 0 on
-    rows, keys = plan.rows, plan.keys
-
-    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        known = row.clamp(max=rows - 1)  # a kernel's last tile goes beyond
-        return (key <= last[known]) & (key >= first[known])
-
-    return block_mask(sees, rows, keys, last.device)
+    return ranges_mask(plan.keys, Range(first, plan.row_key + 1))
