@@ -136,3 +136,29 @@ def test_a_sample_that_one_rank_has_lost_is_left_out_by_those_that_share_it(
 
     assert shared == outcome == {"steps": 5, "samples": SAMPLES - 1, "lost": 1}
     assert_trained_alike(pair, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize(
+    ("options", "alone", "within"),
+    [({"compile": True}, {}, 1e-5), ({"precision": "bfloat16"}, {"precision": "bfloat16"}, 1e-3)],
+    ids=["compiled", "bfloat16"],
+)
+def test_two_ranks_that_share_samples_have_the_curve_of_one_also_compiled_and_in_bf16(
+    name: str, options: dict[str, Any], alone: dict[str, Any], within: float, tmp_path: Path
+) -> None:
+    """Compiled ones that of an uncompiled one. In bf16 a rank rounds sums of its part, not those of the whole row."""
+    losses = {}
+    for ranks, chosen in ((1, alone), (2, options)):
+        program = "tests.integration.training.context_options_main"
+        losses_to, weights_to = (str(tmp_path / f"{ranks}.{what}") for what in ("json", "safetensors"))
+        arguments = [name, losses_to, weights_to, json.dumps(chosen)]
+        run_ranks(ranks, program, arguments, tmp_path / f"{ranks}.log", limit_s=300.0)
+        losses[ranks] = json.loads(Path(losses_to).read_text())
+
+    assert losses[2] == pytest.approx(losses[1], rel=within)
+    if "compile" in options:
+        one, two = (load_file(tmp_path / f"{ranks}.safetensors") for ranks in (1, 2))
+        for tensor_name, weight in one.items():
+            torch.testing.assert_close(two[tensor_name], weight, rtol=1e-5, atol=1e-5, msg=tensor_name)
