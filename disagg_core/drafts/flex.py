@@ -60,8 +60,8 @@ def rows_vary(*tensors: Tensor) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def ranges_mask(keys: int, *ranges: Range) -> BlockMask:
-    """Return the mask of rows that each see one range, or two, of `keys` keys: of a batch of one, for all heads.
+def ranges_mask(keys: int, *ranges: Range, entries: int = 1) -> BlockMask:
+    """Return the mask of rows that each see one range, or two, of `keys` keys: the same for all `entries` of a batch.
 
     What a tile of rows sees of a tile of keys follows from where the ranges end, not from looking at every key.
     """
@@ -70,8 +70,8 @@ def ranges_mask(keys: int, *ranges: Range) -> BlockMask:
     tiled = [Range(*(F.pad(bound.int(), (0, -rows % TILE)) for bound in one)) for one in ranges]
     seen, whole = _tiles(keys, tiled)
     return BlockMask.from_kv_blocks(
-        *_ordered(seen & ~whole),
-        *_ordered(whole),
+        *_ordered(seen & ~whole, entries),
+        *_ordered(whole, entries),
         BLOCK_SIZE=TILE,
         mask_mod=_sees_one(*tiled) if len(tiled) == 1 else _sees_either(*tiled),
         seq_lengths=(rows, keys),
@@ -97,13 +97,14 @@ def _tiles(keys: int, ranges: Sequence[Range]) -> tuple[Tensor, Tensor]:
     return torch.stack(touched).any(0).any(1), torch.stack(within).any(0).all(1)
 
 
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(tiles: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Return of each row of `tiles`, bool ``[n, m]``, how many are set, and the numbers of all, the set ones first.
 
-    Both as `BlockMask` has them: int32, ``[1, 1, n]`` and ``[1, 1, n, m]``.
+    Both as `BlockMask` has them: int32, ``[entries, 1, n]`` and ``[entries, 1, n, m]``, contiguous.
     """
     order = tiles.int().argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+    counts = tiles.sum(-1, dtype=torch.int32)
+    return counts.repeat(entries, 1, 1), order.int().repeat(entries, 1, 1, 1)
 
 
 def _sees_one(one: Range) -> Sees:

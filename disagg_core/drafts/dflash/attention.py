@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from disagg_core.drafts.dflash.batch import BlockPlan
 from disagg_core.drafts.dflash.config import LayerMask
-from disagg_core.drafts.flex import Range, flex_on, ranges_mask
+from disagg_core.drafts.flex import TILE, Range, flex_on, ranges_mask
 from disagg_core.drafts.linear import outer, product
 
 AttentionKernel = Literal["gathered", "flex"]
@@ -66,7 +66,7 @@ class BlockAttention:
         """
         if self._kernel == "flex":
             if mask not in self._patterns:
-                self._patterns[mask] = flex_mask(self._plan, mask)
+                self._patterns[mask] = flex_mask(self._plan, mask, query.shape[2] // context[0].shape[1])
             return _flex(self._patterns[mask], query, own, context)
         result: Tensor = _Gathered.apply(self._plan, mask, query, *own, *context)  # type: ignore[no-untyped-call]
         return result
@@ -276,24 +276,39 @@ def _by_slot(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _flex(pattern: BlockMask, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the attention's result, see `BlockAttention`; the query heads of a key head are entries of a batch.
+
+    The backward pass goes through all queries that see a tile of keys one after the other, those of all query heads of
+    a batch's entry. Every block sees the early context: in a batch of one its tiles would outlast all others.
+    """
+    rows, kv_heads = query.flatten(0, 1), context[0].shape[1]
+    grouped = torch.unflatten(rows, 1, (kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, M * K, d]
+    between = _to_whole_tiles(len(context[0]))
     keys, values = (
-        torch.cat((far, near.flatten(0, 1))).transpose(0, 1)[None] for far, near in zip(context, own, strict=True)
+        torch.cat((far, far.new_zeros(between, *far.shape[1:]), near.flatten(0, 1))).transpose(0, 1)[None]
+        for far, near in zip(context, own, strict=True)
     )
-    attend = flex_on(query.device)
-    output: Tensor = attend(
-        query.flatten(0, 1).transpose(0, 1)[None], keys, values, block_mask=pattern, enable_gqa=True
-    )
-    return output[0].transpose(0, 1).reshape(query.shape)
+    output: Tensor = flex_on(query.device)(grouped, keys, values, block_mask=pattern)
+    return output.permute(2, 1, 0, 3).reshape(query.shape)
 
 
-def flex_mask(plan: BlockPlan, mask: LayerMask) -> BlockMask:
-    """Return the pattern of all M * K slots by the context rows, with the slots after them."""
+def _to_whole_tiles(rows: int) -> int:
+    """Return how many rows are missing to whole tiles: a tile of slots begins where a tile of keys does."""
+    return -rows % TILE
+
+
+def flex_mask(plan: BlockPlan, mask: LayerMask, entries: int) -> BlockMask:
+    """Return the pattern of all M * K slots by the context rows, in whole tiles, with the slots after them.
+
+    It is the same for so many `entries` of a batch.
+    """
     slots = torch.arange(plan.block_size, device=plan.anchors.device)
     begin, end = plan.context_start[:, None], (plan.context_start + plan.anchors)[:, None]
     if mask.window is not None:
         begin = torch.maximum(begin, end + mask.first_seen(slots))
-    own = plan.context_rows + torch.arange(plan.blocks, device=slots.device)[:, None] * plan.block_size
+    first_own = plan.context_rows + _to_whole_tiles(plan.context_rows)
+    own = first_own + torch.arange(plan.blocks, device=slots.device)[:, None] * plan.block_size
     far = (begin, end)
     near = (own, own + (slots + 1 if mask.causal else plan.block_size))
     by_slot = (Range(*(bound.expand(-1, plan.block_size).flatten() for bound in seen)) for seen in (far, near))
-    return ranges_mask(plan.context_rows + plan.blocks * plan.block_size, *by_slot)
+    return ranges_mask(first_own + plan.blocks * plan.block_size, *by_slot, entries=entries)

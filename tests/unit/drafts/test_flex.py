@@ -34,10 +34,12 @@ def dense(counts: Tensor | None, indices: Tensor | None) -> Tensor:
 def assert_as_if_every_key_had_been_looked_at(mask: BlockMask) -> Tensor:
     """Return what rows see, bool ``[rows, keys]``, after a comparison with PyTorch's mask of it."""
     rows, keys = mask.seq_lengths
+    assert mask.kv_indices.is_contiguous()
+    assert all(torch.equal(entry, mask.kv_indices[0]) for entry in mask.kv_indices)
     expected = create_block_mask(mask.mask_mod, 1, None, rows, keys, device="cpu")
     partial, full = dense(mask.kv_num_blocks, mask.kv_indices), dense(mask.full_kv_num_blocks, mask.full_kv_indices)
     theirs = dense(expected.full_kv_num_blocks, expected.full_kv_indices)
-    assert mask.shape == expected.shape
+    assert mask.shape[1:] == expected.shape[1:]
     assert mask.BLOCK_SIZE == expected.BLOCK_SIZE
     assert not (partial & full).any()
     assert torch.equal(partial | full, expected.to_dense()[0, 0] != 0)
@@ -85,10 +87,12 @@ def test_blocks_see_their_context_and_themselves(window: int | None, by_anchor: 
     plan = plan_blocks(DFlashBatch.of(batch), size, config.mask_token_id, CPU)
     mask = LayerMask(window, causal, by_anchor)
 
-    pattern = flex_mask(plan, mask)
+    pattern = flex_mask(plan, mask, entries=2)
 
     seen = assert_as_if_every_key_had_been_looked_at(pattern)
     own = seen.shape[1] - plan.blocks * size
+    assert own % TILE == 0
+    assert 0 <= own - plan.context_rows < TILE
     assert window or dense(pattern.full_kv_num_blocks, pattern.full_kv_indices).any()
     for block, (start, anchor) in enumerate(zip(plan.context_start.tolist(), plan.bounds, strict=True)):
         for slot in range(size):
