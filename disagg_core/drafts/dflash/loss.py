@@ -279,7 +279,7 @@ class DFlashLoss(nn.Module):
         self._compiled = False
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the parts of the step that fuse: norms, MLPs and the passes over the vocabulary.
+        """Compile the parts of the step that fuse: norms, MLPs and, as a GPU always does, the vocabulary passes.
 
         The loops around them depend on each batch's blocks and stay eager. Arguments are `torch.compile`'s.
         """
