@@ -5,7 +5,7 @@ samples (context parallelism) count as one, and fetch the same. Rank 0 takes its
 references from the queue and tells the other ranks; each rank fetches its own share from the store while earlier
 windows are trained. The last window of a stream may be short: what it lacks weighs zero. A sample that the store has
 lost weighs zero too; it is quarantined with its reason when its window completes. Nothing is freed when it is read:
-`complete` acknowledges a window and then removes its samples, after the optimizer step.
+`complete` acknowledges a window after the optimizer step, and only then are its samples removed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from disagg_core.run.phases import TrainingPhase
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
+from disagg_core.training.freeing import Freeing
 from disagg_core.training.inputs import DraftInput
 from disagg_core.training.staging import PendingWindow, Stager, refused
 from disagg_core.training.window import Cut, GivenUp, TrainingWindow
@@ -64,9 +65,8 @@ class FeatureDataLoader:
 
     Iteration ends with the stream, or after `request_stop` was called on any rank; `end_reason` tells which. When the
     stream fails, what was fetched is still delivered; then `failure` holds the error, on rank 0. So it does, on the
-    rank that met it, when an acknowledgement or a fetch fails: all ranks end at the same step boundary.
-
-    A channel that is away is waited for.
+    rank that met it, when an acknowledgement or a fetch fails: all ranks end at the same step boundary. A
+    channel that is away is waited for.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class FeatureDataLoader:
         )
         self._global_batch_size = self._ranks.data_size * batch_size * accumulation_steps
         self._stager = Stager(inputs, self._ranks.device)
+        self._freeing = Freeing(store)
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
         self._trained = trained if trained is not None else OrdinalSet()
@@ -154,8 +155,9 @@ class FeatureDataLoader:
             yield window
 
     def close(self) -> None:
-        """Drop what was fetched ahead. Transfers that run are not waited for: they end with the store's client."""
+        """Drop what was fetched ahead, and await removals. Transfers are not: they end with the store's client."""
         self._stager.close()
+        self._freeing.close()
         for pending in self._pending:
             for transfer in pending.transfers():
                 transfer.cancel()
@@ -322,7 +324,7 @@ class FeatureDataLoader:
     # --- after the step -----------------------------------------------------------------------------------------
 
     def complete(self, window: TrainingWindow, *, step: int, given_up: list[GivenUp] | None = None) -> list[GivenUp]:
-        """Acknowledge `window`, trained in optimizer step `step`, then remove its samples from the store.
+        """Acknowledge `window`, trained in optimizer step `step`, then begin to remove its samples from the store.
 
         What any rank could not use, or what `given_up` says, which is the same on all ranks, is quarantined. Returns
         that on every rank. A channel that does not come back ends the iteration before the next window, with `failure`:
@@ -337,7 +339,7 @@ class FeatureDataLoader:
             except ChannelError as error:
                 self._fail(error, at_once=True)
         if self._ranks.frees:
-            self._store.release_many(window.own)
+            self._freeing.free(window.own)
         return given_up
 
     def _acknowledge(

@@ -23,6 +23,7 @@ from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import GivenUpObserver, LapObserver, MetricsObserver, Observers
 from disagg_core.training.trainer import StepObserver
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
+from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -107,24 +108,35 @@ def test_what_fsdp_does_when_the_gradients_are_there_is_counted_as_reduction(att
     assert entered == ["backward", "reduce"], "of two micro-batches the last one's gradients are reduced"
 
 
-def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks):
+def test_samples_are_freed_after_the_step_and_not_when_read(attempt, ranks, monkeypatch):
     attempt.publish(range(8))
     trainer, loader = consumer(attempt.reader, attempt.store, ranks)
-    left = []
+    left, acknowledged_first = [], []
+    release_many = attempt.store.release_many
+
+    def noted(refs):
+        acknowledged_first.append((attempt.store.key_count(), attempt.writer.in_flight_remote()))
+        release_many(refs)
+
+    def settled() -> tuple[int, int]:
+        eventually(lambda: attempt.store.key_count() <= attempt.writer.in_flight_remote())
+        return attempt.store.key_count(), attempt.writer.in_flight_remote()
 
     class Watcher(StepObserver):
         def on_step(self, record):
-            left.append((attempt.store.key_count(), attempt.writer.in_flight_remote()))
+            left.append(settled())
 
     run = trainer.trainees[0].step.run
     trainer.trainees[0].step.run = lambda window, step, **counts: (
-        left.append(attempt.store.key_count()),
+        left.append(settled()),
         run(window, step, **counts),
     )[1]
+    monkeypatch.setattr(attempt.store, "release_many", noted)
     trainer._observer = Watcher()
     trainer.fit(loader)
 
-    assert left == [8, (4, 4), 4, (0, 0)]
+    assert left == [(8, 8), (4, 4), (4, 4), (0, 0)]
+    assert acknowledged_first == [(8, 4), (4, 0)], "a sample is removed when its window is acknowledged, not before"
 
 
 def test_windows_of_accumulated_micro_batches_are_one_big_batch(attempt, endpoints, ranks, tmp_path, run_id):
