@@ -138,4 +138,5 @@ def _on(device: torch.device) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
 
 @cache
 def _compiled() -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
-    return torch.compile(_merge, dynamic=True), torch.compile(_differentiate, dynamic=True)
+    # Not `dynamic=True`: sizes of heads would be no constants either, and kernels divide by them for every number.
+    return torch.compile(_merge), torch.compile(_differentiate)

@@ -205,9 +205,9 @@ def fused_draft(
 
 @cache
 def _compiled_teacher() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(fused_teacher, dynamic=True)
+    return torch.compile(fused_teacher)
 
 
 @cache
 def _compiled_draft() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(fused_draft, dynamic=True)
+    return torch.compile(fused_draft)

@@ -26,7 +26,7 @@ from tests.benchmarks.gpu.common import Scale, arguments, drafts_of, scale_of, s
 
 
 def measure(method: str, scale: Scale) -> Result:
-    bench = bench_of(method, scale.shape)
+    bench = bench_of(method, scale.shape, device=scale.device)
     facts, model = scale.shape.facts(), scale.shape.model(scale.device).eval()
     section = TargetSection(model=facts.model, device=scale.device)
     total = scale.batch * scale.tokens
