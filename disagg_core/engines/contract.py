@@ -114,8 +114,12 @@ def shapes_of(capture: Capture, tokens: int, hidden_size: int, dtype: torch.dtyp
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether the states of a sample are finite: a value that is not makes all later layers' not finite too."""
-    states = tensors.get("last_hidden_state", tensors["aux_hidden_states"])
-    return bool(states.sum(dtype=torch.float32).isfinite())
+    return bool(all_finite(tensors.get("last_hidden_state", tensors["aux_hidden_states"])))
+
+
+def all_finite(states: Tensor) -> Tensor:
+    """Return whether all of `states` are finite, a bool scalar on their device."""
+    return states.sum(dtype=torch.float32).isfinite()
 
 
 class Target(Protocol):

@@ -23,7 +23,7 @@ from disagg_core.engines.contract import (
     Failed,
     Generated,
     ServerHealth,
-    is_finite,
+    all_finite,
     shapes_of,
 )
 from disagg_core.engines.generation import Sampling, continue_tasks
@@ -224,8 +224,7 @@ class TransformersTarget:
             with self._lock:
                 started = time.perf_counter()
                 self._forward(states, batch)
-                forwarded = time.perf_counter()
-                samples = self._trimmed(states, batch)
+                samples, forwarded, sound = self._taken(states, batch)
                 copied = time.perf_counter()
         except (RuntimeError, IndexError) as error:
             yield from self._one_by_one(batch, error, lambda part: self._captured(part, originals))
@@ -235,9 +234,9 @@ class TransformersTarget:
         self._known_good = batch
         self._works()
         share = 1 / len(batch)
-        for task, tensors in zip(batch, samples, strict=True):
+        for task, tensors, finite in zip(batch, samples, sound, strict=True):
             original = originals[task.ordinal]
-            if not is_finite(tensors):
+            if not finite:
                 yield Failed(original, "the target's hidden states are not finite", retryable=False)
                 continue
             yield Captured(
@@ -275,6 +274,8 @@ class TransformersTarget:
         try:
             with self._lock:
                 self._forward(states, good)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
         except (RuntimeError, IndexError) as further:
             first, found = str(error).splitlines()[0], str(further).splitlines()[0]
             raise TargetBroken(
@@ -297,11 +298,28 @@ class TransformersTarget:
             ids[row, : len(task.input_ids)] = torch.tensor(task.input_ids)
         with torch.inference_mode():
             states.decoder.module(input_ids=ids.to(self._device), use_cache=False)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+    def _taken(
+        self, states: LayerStates, batch: list[PromptTask]
+    ) -> tuple[list[Mapping[str, Tensor]], float, list[bool]]:
+        """Return the samples of a forward pass, when it was done, and of each sample whether its states are finite.
+
+        A GPU is given the copies while it computes: the host waits for it when there is nothing left to give it.
+        """
+        found = states.layers[-1] if states.last is None else states.last
+        passed = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
+        forwarded = time.perf_counter()
+        samples = self._trimmed(states, batch)
+        finite = torch.stack([all_finite(found[row, : len(task.input_ids)]) for row, task in enumerate(batch)])
+        if passed is not None:
+            passed.synchronize()
+            forwarded = time.perf_counter()
+            for device in {states.layers[0].device, found.device}:
+                torch.cuda.synchronize(device)
+        return samples, forwarded, finite.tolist()
 
     def _trimmed(self, states: LayerStates, batch: list[PromptTask]) -> list[Mapping[str, Tensor]]:
-        """Return the tensors of each sample without padding, on the CPU."""
+        """Return the tensors of each sample without padding, on the CPU; from a GPU the copies are only begun."""
         width, dtype = self._facts.hidden_size, getattr(torch, self._facts.dtype)
         samples = []
         for row, task in enumerate(batch):
@@ -313,9 +331,6 @@ class TransformersTarget:
             if states.last is not None:
                 sample["last_hidden_state"].copy_(states.last[row, :tokens], non_blocking=True)
             samples.append(sample)
-        if self._device.type == "cuda":
-            for device in {state.device for state in states.layers}:
-                torch.cuda.synchronize(device)
         return samples
 
 
