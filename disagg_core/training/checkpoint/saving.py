@@ -212,7 +212,8 @@ def _why_not_saved(final: Path, content: CheckpointContent, error: Exception) ->
         free = f"how much is free there cannot be told ({unknown})"
     return (
         f"{final}: the checkpoint could not be written ({error}): it needs {needed} bytes, {free}; make room (a run "
-        "needs it for archive.keep + 2 of them, and one of each draft's best with training.heldout) and resume"
+        "needs it for archive.keep + 1 of them, the untrained draft, and one of each draft's best with "
+        "training.heldout) and resume"
     )
 
 
