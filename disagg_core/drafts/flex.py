@@ -43,11 +43,6 @@ def flex_on(device: torch.device) -> Any:
     return partial(_compiled_flex(), kernel_options=_KERNEL) if compiles(device) else flex_attention
 
 
-def fused(function: Callable[..., _T], device: torch.device) -> Callable[..., _T]:
-    """Return `function` compiled where `compiles` says so, else as it is."""
-    return compiled(function) if compiles(device) else function
-
-
 @cache
 def compiled(function: Callable[..., _T]) -> Callable[..., _T]:
     """Return `function` compiled, the same whenever it is asked for."""

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disagg_core.drafts import flex
 from disagg_core.drafts.dflash.config import DFlashConfig
 from disagg_core.drafts.dflash.model import DecoderLayer, DFlashDraft
 from disagg_core.drafts.dflash2.config import DFlash2Config
-from disagg_core.drafts.flex import fused, rows_vary
 from disagg_core.drafts.linear import Linear
 
 
@@ -47,8 +47,11 @@ class GroupedDynamicCausalConv(nn.Module):
 
 
 def _convolved(x: Tensor, base: Tensor, corrections: Tensor) -> Tensor:
-    rows_vary(x, corrections)
-    return fused(convolved, x.device)(x, base, corrections)
+    if not flex.compiles(x.device):
+        return convolved(x, base, corrections)
+    flex.rows_vary(x, corrections)
+    result: Tensor = flex.compiled(convolved)(x, base, corrections)
+    return result
 
 
 def convolved(x: Tensor, base: Tensor, corrections: Tensor) -> Tensor:
