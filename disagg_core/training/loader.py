@@ -146,11 +146,10 @@ class FeatureDataLoader:
             if not self._arrived(self._pending[0]):
                 self.end_reason = self.end_reason or "stop requested"
                 return
-            staged = self._stager.stage(self._pending.popleft())
+            self.on_phase("collate")
+            window = self._stager.stage(self._pending.popleft()).result()
             if self._pending:  # its batches are made, and copied, while this window is trained
                 self._stager.stage(self._pending[0])
-            self.on_phase("collate")
-            window = staged.result()
             window.wait_s = time.monotonic() - started
             yield window
 
