@@ -50,6 +50,7 @@ from disagg_core.training.observers import (
 )
 from disagg_core.training.profiling import ProfileObserver
 from disagg_core.training.progress import TrainOutcome
+from disagg_core.training.staging import let_the_step_go_first
 from disagg_core.training.trainer import StepObserver
 from disagg_core.training.watchdog import Watchdog
 
@@ -75,6 +76,7 @@ def run_consumer(assignment: RoleAssignment, *, stop: StopSignal | None = None) 
     started = time.time()
     stop = stop or StopSignal("consumer")
     section = assignment.plan.spec.training
+    let_the_step_go_first()
     if section.cpu_threads is not None:
         torch.set_num_threads(section.cpu_threads)
     state = assignment.dir.state
