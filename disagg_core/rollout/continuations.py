@@ -194,6 +194,8 @@ class ContinuedTarget:
         for outcome in self._remembered(outcomes):
             for task in same[self._kept.key(outcome.task)]:
                 yield replace(outcome, task=task)
+                if isinstance(outcome, Generated):
+                    outcome = replace(outcome, seconds=0.0)  # it was decoded once
 
     def _remembered(self, outcomes: Iterator[Generated | Failed]) -> Iterator[Generated | Failed]:
         if self.batch_size == 1:
@@ -209,15 +211,22 @@ class ContinuedTarget:
         """Continue the tasks, then capture them with their continuations; see `Target.capture`."""
         originals = {task.ordinal: task for task in tasks}
         continued: list[PromptTask] = []
+        spent: dict[int, float] = {}
         for outcome in self.generate(tasks, avoid=avoid):
             if isinstance(outcome, Failed):
                 yield outcome
             else:
                 continued.append(msgspec.structs.replace(outcome.task, continuation=outcome.tokens))
+                spent[outcome.task.ordinal] = outcome.seconds
         if not continued:
             return
         for captured in self._target.capture(continued, avoid=avoid):
-            yield replace(captured, task=originals[captured.task.ordinal])
+            ordinal = captured.task.ordinal
+            if isinstance(captured, Failed):
+                yield replace(captured, task=originals[ordinal])
+            else:
+                seconds = captured.generate_s + spent[ordinal]
+                yield replace(captured, task=originals[ordinal], generate_s=seconds)
 
     def health(self) -> list[ServerHealth]:
         """See `Target.health`."""

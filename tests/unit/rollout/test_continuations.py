@@ -41,7 +41,7 @@ class Parrot:
             if task.input_ids[-1] == 13:
                 yield Failed(task, "no room", retryable=False)
             else:
-                yield Generated(task, [task.input_ids[-1]] * 2)
+                yield Generated(task, [task.input_ids[-1]] * 2, seconds=0.5)
 
     def capture(self, tasks: Sequence[PromptTask], *, avoid: object) -> Iterator[Captured | Failed]:
         for task in tasks:
@@ -61,6 +61,20 @@ def test_what_was_counted_is_captured_and_not_generated_again(tmp_path: Path) ->
     assert inner.generated == [[0, 1]]
     assert [given.continuation for given in inner.captured] == [[5, 5], [5, 5]]
     assert [outcome.task for outcome in outcomes] == [task(0), task(1)]
+
+
+def test_a_sample_says_what_its_continuation_took_the_first_time(tmp_path: Path) -> None:
+    target = ContinuedTarget(Parrot(), ContinuationLog(tmp_path / "kept.jsonl", SAMPLED))
+    first = list(target.capture([task(0, last=5), task(1, last=6)], avoid={}))
+    again = list(target.capture([task(0, last=5)], avoid={}))
+    assert [sample.generate_s for sample in first if isinstance(sample, Captured)] == [0.5, 0.5]
+    assert [sample.generate_s for sample in again if isinstance(sample, Captured)] == [0.0]
+
+
+def test_prompts_that_are_alike_are_decoded_once_and_take_the_time_of_one(tmp_path: Path) -> None:
+    target = ContinuedTarget(Parrot(), ContinuationLog(tmp_path / "kept.jsonl", GREEDY))
+    alike = list(target.capture([task(0), task(1)], avoid={}))
+    assert [sample.generate_s for sample in alike if isinstance(sample, Captured)] == [0.5, 0.0]
 
 
 def test_a_restarted_producer_generates_only_what_is_not_kept(tmp_path: Path) -> None:
