@@ -81,7 +81,7 @@ class RolloutMeter:
         """Return the figures since the last call: rates, seconds of each phase, mean milliseconds a sample.
 
         ``other_s`` is what the workers spent on none of their phases. A sample counts when it is done: of a long batch
-        the seconds come at once, in one interval.
+        the seconds come at once, and what they were counted as before is taken off ``other_s``, which may fall below 0.
         """
         with self._lock:
             now = self._clock()
@@ -101,7 +101,7 @@ class RolloutMeter:
             "put_ms": 1e3 * (done.put_s + done.put_beside_s) / captured,
             "publish_ms": 1e3 * done.publish_s / max(done.samples, 1),
             **{name: value for name, value in vars(done).items() if name.endswith("_s")},
-            "other_s": max(0.0, self._workers * seconds - busy),
+            "other_s": self._workers * seconds - busy,
         }
         return {name: round(value, 4) for name, value in figures.items()}
 

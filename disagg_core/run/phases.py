@@ -123,9 +123,10 @@ class RecentShares:
 
 
 def shares_of(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return each phase's share of all the `seconds`."""
-    total = sum(seconds.values())
-    return {phase: value / total for phase, value in seconds.items()} if total > 0 else {}
+    """Return each phase's share of all the `seconds`; one of less than none has none."""
+    known = {phase: max(0.0, value) for phase, value in seconds.items()}
+    total = sum(known.values())
+    return {phase: value / total for phase, value in known.items()} if total > 0 else {}
 
 
 def share_field(phase: str) -> str:

@@ -11,7 +11,7 @@ from disagg_core.rollout.meter import RolloutMeter
 from disagg_core.rollout.producer import DriveState
 from disagg_core.rollout.prompt_source import Rejection
 from disagg_core.run.metrics import JsonlMetrics, read_metrics
-from disagg_core.run.phases import PRODUCER_PHASES, seconds_of
+from disagg_core.run.phases import PRODUCER_PHASES, seconds_of, shares_of
 from disagg_core.run.plan import RoleAssignment, make_plan
 from disagg_core.run.progress import ProgressFile, read_progress
 from disagg_core.run_spec.yaml_file import load_spec
@@ -87,6 +87,23 @@ def test_the_time_of_the_workers_is_split_without_a_remainder_and_shown_as_share
     shown = read_progress(tmp_path / "producer.json")
     assert (shown["share_space"], shown["share_generate"]) == (0.4, 0.2)
     assert shown["infer_capacity"] == pytest.approx(2 / 6.0), "two workers, twelve seconds that were not held up"
+
+
+def test_a_batch_that_takes_several_intervals_is_counted_once() -> None:
+    """What it takes is known when it is done: until then it is everything else, and is taken off that."""
+    now = [0.0]
+    meter = RolloutMeter(clock=lambda: now[0])
+    task = PromptTask(ordinal=0, source="p:0", input_ids=[1], loss_mask=[1])
+    intervals = []
+    for second in (5.0, 10.0, 15.0):
+        if second == 15.0:
+            meter.captured(Captured(task, {}, 1, generate_s=12.0, capture_s=2.0))
+        now[0] = second
+        intervals.append(seconds_of(meter.interval(), PRODUCER_PHASES))
+
+    sums = {phase: sum(interval[phase] for interval in intervals) for phase in PRODUCER_PHASES}
+    assert (sums["generate"], sums["prefill"], sums["other"]) == (12.0, 2.0, 1.0)
+    assert shares_of(intervals[-1])["other"] == 0.0
 
 
 def test_a_damaged_line_of_the_rejected_prompts_costs_that_line_only(tmp_path: Path) -> None:
