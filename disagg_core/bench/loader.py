@@ -40,7 +40,7 @@ def bench_loader(*, megabytes: int = 64, step_s: float = 0.1, steps: int = 30, m
     for lap in clock.finished():
         for phase, spent in lap.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
-    overhead = total_s / seconds["forward"] - 1
+    overhead = total_s / steps / step_s - 1
     shares = [
         Figure(f"share: {TRAINING_PHASES[phase]}", 100 * share, "%")
         for phase, share in shares_of(seconds).items()
