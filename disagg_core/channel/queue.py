@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class StreamingRefQueue:
     """Hands out references in published order; what is put back comes first, again in published order.
 
-    For one thread at a time, as the loader has it.
+    For one thread that gets and one that acknowledges, as the loader has them.
     """
 
     def __init__(self, channel: StreamingRefChannel, *, clock: Callable[[], float] = time.monotonic) -> None:

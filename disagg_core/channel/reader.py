@@ -57,6 +57,8 @@ class ReferenceReader:
         self._staleness = staleness
         self._heartbeat: Heartbeat | None = None
         self._lock = threading.RLock()
+        self._storing = threading.Lock()
+        """Is held by who writes the cursor; taken before `_lock`, which nobody holds while the cursor is written."""
         self._position = Position()
         self._cursor = Cursor(run_id=session.run_id, attempt=session.attempt, epoch=0)
         self._delivered: dict[str, _Delivered] = {}
@@ -125,12 +127,20 @@ class ReferenceReader:
                 raise ProducerFailed(self._end.reason, self._end.failure_class)
             elif self._end is None:
                 self._check_writer()
-            try:
-                self._store_if_moved()
-            except ChannelUnavailable:
-                if not refs:
-                    raise  # with references in hand the cursor can wait for the next call; they would not come again
-            return refs
+        self._store_dropped(refs)
+        return refs
+
+    def _store_dropped(self, refs: list[SampleRef]) -> None:
+        """Move the cursor over what was dropped; while somebody acknowledges that is left to the next poll."""
+        if not self._storing.acquire(blocking=False):
+            return
+        try:
+            self._store_if_moved()
+        except ChannelUnavailable:
+            if not refs:
+                raise  # with references in hand the cursor can wait for the next call; they would not come again
+        finally:
+            self._storing.release()
 
     def _read_new(self, max_n: int | None) -> list[SampleRef]:
         """Read and accept what is new, up to `max_n` references, in bounded reads."""
@@ -203,24 +213,38 @@ class ReferenceReader:
 
     def settle(self, refs: Iterable[SampleRef], how: Settled, step: int | None) -> None:
         """Mark references as done with, and move the cursor. See `StreamingRefChannel.ack`."""
-        with self._lock:
-            self.claim()
-            self._check_running()
-            keys = [ref.key for ref in refs]
-            unknown = [key for key in keys if key not in self._delivered]
-            if unknown:
-                raise ChannelClosed(
-                    f"{len(unknown)} references were acknowledged that {self._backend.where} never delivered, or that "
-                    f"were acknowledged before: {', '.join(unknown[:3])}"
-                )
-            for key in keys:
-                self._delivered[key].settled = how
-            if step is not None:
-                self._cursor = replace(self._cursor, step=max(step, self._cursor.step or 0))
+        with self._storing:
+            with self._lock:
+                self.claim()
+                self._check_running()
+                self._mark([ref.key for ref in refs], how)
+                if step is not None:
+                    self._cursor = replace(self._cursor, step=max(step, self._cursor.step or 0))
             self._store_if_moved()
+
+    def _mark(self, keys: list[str], how: Settled) -> None:
+        unknown = [key for key in keys if key not in self._delivered]
+        if unknown:
+            raise ChannelClosed(
+                f"{len(unknown)} references were acknowledged that {self._backend.where} never delivered, or that "
+                f"were acknowledged before: {', '.join(unknown[:3])}"
+            )
+        for key in keys:
+            self._delivered[key].settled = how
 
     def _store_if_moved(self) -> None:
         """Write the cursor if the settled beginning has grown. Nothing is forgotten before it is written."""
+        with self._lock:
+            done, cursor = self._moved()
+        if not done:
+            return
+        self._store(cursor)
+        with self._lock:
+            for key in done:
+                del self._delivered[key]
+
+    def _moved(self) -> tuple[list[str], Cursor]:
+        """Return the keys of the settled beginning of what was delivered, and the cursor behind it."""
         done: list[str] = []
         moved = {"refs": 0, "bytes": 0, "quarantined": 0, "dropped": 0}
         after = self._cursor.position
@@ -233,12 +257,8 @@ class ReferenceReader:
             moved["bytes"] += item.size
             if item.settled != "trained":
                 moved[item.settled] += 1
-        if not done:
-            return
         sums = {name: getattr(self._cursor, name) + more for name, more in moved.items()}
-        self._store(replace(self._cursor, seq=after.seq, offset=after.offset, log_epoch=after.epoch, **sums))
-        for key in done:
-            del self._delivered[key]
+        return done, replace(self._cursor, seq=after.seq, offset=after.offset, log_epoch=after.epoch, **sums)
 
     def _store(self, cursor: Cursor) -> None:
         heartbeat = self.claim()
@@ -249,7 +269,7 @@ class ReferenceReader:
 
     def finish(self, state: Literal["done", "failed"], reason: str, failure_class: FailureClass | None) -> None:
         """Enter a terminal state of the reader. See `StreamingRefChannel.finish` and `abandon`."""
-        with self._lock:
+        with self._storing:
             self.claim()
             self._check_running()
             self._store(replace(self._cursor, state=state, reason=reason[:10_000], failure_class=failure_class))
@@ -288,7 +308,7 @@ class ReferenceReader:
 
     def disconnect(self) -> None:
         """Give the claim back."""
-        with self._lock:
+        with self._storing, self._lock:
             if self._heartbeat is not None:
                 self._heartbeat.release()
                 self._heartbeat = None

@@ -8,7 +8,6 @@ make puts several times slower, so all memory is faulted in before the owner cal
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import signal
@@ -26,12 +25,11 @@ from disagg_core.run_spec.section import parse_bytes
 from disagg_core.store.capacity import check_capacity
 from disagg_core.store.library import load_mooncake
 from disagg_core.store.master import wait_for_port
+from disagg_core.store.pages import populate, prefer_huge_pages
 
 log = logging.getLogger(__name__)
 
 LOCAL_BUFFER_BYTES = 16 << 20
-MADV_HUGEPAGE = 14
-MADV_POPULATE_WRITE = 23
 STEP = 64 << 20
 SMALLEST_MAPPING = 32 << 20
 REPORT_EVERY_S = 1.0
@@ -129,19 +127,16 @@ def added(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> list[t
 
 def fault_in(spans: list[tuple[int, int]], stop: threading.Event, report: Callable[[OwnerStatus], None]) -> None:
     """Give every page of `spans` its memory now, saying how far it is when that takes long."""
-    libc = ctypes.CDLL(None, use_errno=True)
     total = sum(end - begin for begin, end in spans)
     done, said = 0, time.monotonic()
     for begin, end in spans:
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+        prefer_huge_pages(begin, end - begin)
         for at in range(begin, end, STEP):
             if stop.is_set():
                 return
             size = min(STEP, end - at)
-            if libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
-                log.warning(
-                    "memory is not faulted in ahead (errno %d): the first puts will be slow", ctypes.get_errno()
-                )
+            if errno := populate(at, size):
+                log.warning("memory is not faulted in ahead (errno %d): the first puts will be slow", errno)
                 return
             done += size
             if time.monotonic() - said >= REPORT_EVERY_S:

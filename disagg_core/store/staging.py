@@ -29,6 +29,7 @@ from torch import Tensor
 from disagg_core.errors import StoreRejected, StoreUnavailable
 from disagg_core.processes.retry import wait_until
 from disagg_core.store.capacity import most_regions
+from disagg_core.store.pages import populate, prefer_huge_pages
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ RETIRED_FOR_S = 60.0
 IDLE_S = 60.0
 """A region that was not used for so long is given up."""
 POLL_S = 0.001
-MADV_POPULATE_WRITE = 23
-"""Linux 5.14; the `mmap` module has no name for it."""
 
 
 @dataclass(eq=False)
@@ -305,13 +304,9 @@ def _pages(nbytes: int) -> int:
 
 
 def _fault_in(region: Region) -> None:
-    try:
-        region.memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        log.debug("no transparent huge pages on this machine")
-    try:
-        region.memory.madvise(MADV_POPULATE_WRITE)
-    except OSError:  # a kernel before 5.14
+    size = len(region.memory)
+    prefer_huge_pages(region.address, size)
+    if populate(region.address, size):
         region.buffer.zero_()
 
 

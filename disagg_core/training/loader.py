@@ -4,8 +4,8 @@ A window is the samples of one optimizer step: ranks x batch_size x accumulation
 samples (context parallelism) count as one, and fetch the same. Rank 0 takes its
 references from the queue and tells the other ranks; each rank fetches its own share from the store while earlier
 windows are trained. The last window of a stream may be short: what it lacks weighs zero. A sample that the store has
-lost weighs zero too; it is quarantined with its reason when its window completes. Nothing is freed when it is read:
-`complete` acknowledges a window after the optimizer step, and only then are its samples removed.
+lost weighs zero too; it is quarantined with its reason when its window completes. Nothing is freed when it is read: a
+window is acknowledged after its step, and only then are its samples removed, both while the next one is trained.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ from disagg_core.run.phases import TrainingPhase
 from disagg_core.store import MooncakeFeatureStore
 from disagg_core.store.transfers import GET_TROUBLE
 from disagg_core.training.distributed import Ranks
-from disagg_core.training.freeing import Freeing
 from disagg_core.training.inputs import DraftInput
-from disagg_core.training.staging import PendingWindow, Stager, refused
+from disagg_core.training.settling import Settling
+from disagg_core.training.staging import POLL_S, PendingWindow, Stager, refused
 from disagg_core.training.window import Cut, GivenUp, TrainingWindow
 
 PREFETCH_BYTES = 4 * 1024**3
 """Bytes of samples that one rank fetches ahead, besides the window in training."""
-POLL_S = 0.5
-"""A rank that waits for references or samples looks this often whether it has to stop."""
 KEEPALIVE_S = 1.0
 """Rank 0 talks to the other ranks at least this often while it waits for references: one of them may have to stop."""
 
@@ -55,8 +53,6 @@ class _Command(msgspec.Struct, frozen=True):
     at_once: bool = False
 
 
-_json_encoder = msgspec.json.Encoder()
-_encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Command)
 
 
@@ -103,7 +99,7 @@ class FeatureDataLoader:
         )
         self._global_batch_size = self._ranks.data_size * batch_size * accumulation_steps
         self._stager = Stager(inputs, self._ranks.device)
-        self._freeing = Freeing(store)
+        self._settling = Settling(store)
         self._prefetch_samples = prefetch_samples
         self._prefetch_bytes = prefetch_bytes
         self._trained = trained if trained is not None else OrdinalSet()
@@ -115,6 +111,7 @@ class FeatureDataLoader:
         self._patiently = patience(self._check_stop)
         self._away_since: float | None = None
         self._last_in_flight = 0
+        self._handed_out = 0
         self.end_reason: EndReason | None = None
         self.failure: BaseException | None = None
         self.on_wait: Callable[[], None] = lambda: None
@@ -150,13 +147,14 @@ class FeatureDataLoader:
             window = self._stager.stage(self._pending.popleft()).result()
             if self._pending:  # its batches are made, and copied, while this window is trained
                 self._stager.stage(self._pending[0])
+            self._handed_out += len(window.refs)
             window.wait_s = time.monotonic() - started
             yield window
 
     def close(self) -> None:
-        """Drop what was fetched ahead, and await removals. Transfers are not: they end with the store's client."""
+        """Drop what was fetched ahead, and settle what was trained. Transfers end with the store's client."""
         self._stager.close()
-        self._freeing.close()
+        self._settling.close()
         for pending in self._pending:
             for transfer in pending.transfers():
                 transfer.cancel()
@@ -173,7 +171,7 @@ class FeatureDataLoader:
                 self.before_waiting()
             command = self._next_command() if self._queue is not None else None
             if self._ranks.size > 1:
-                command = _decoder.decode(self._ranks.broadcast(_encoder.encode(command) if command else b""))
+                command = _decoder.decode(self._ranks.broadcast(msgspec.msgpack.encode(command) if command else b""))
             assert command is not None
             for refs in command.windows:
                 self._pending.append(self._dispatched(refs))
@@ -188,6 +186,8 @@ class FeatureDataLoader:
         """Take the windows that may be fetched now; wait for one if none is pending."""
         if self._stop:
             return _Command([], "stop requested")
+        if not self._pending:
+            self._settling.wait()  # the stream has not ended well before its last window is acknowledged
         if self._at_once:
             return _Command([], self._ending, at_once=True)
         windows: list[list[SampleRef]] = []
@@ -323,39 +323,39 @@ class FeatureDataLoader:
     # --- after the step -----------------------------------------------------------------------------------------
 
     def complete(self, window: TrainingWindow, *, step: int, given_up: list[GivenUp] | None = None) -> list[GivenUp]:
-        """Acknowledge `window`, trained in optimizer step `step`, then begin to remove its samples from the store.
+        """Begin to acknowledge `window`, trained in optimizer step `step`, and then to remove its samples.
 
         What any rank could not use, or what `given_up` says, which is the same on all ranks, is quarantined. Returns
-        that on every rank. A channel that does not come back ends the iteration before the next window, with `failure`:
-        the weights hold this one and are worth a checkpoint.
+        that on every rank. Training goes on meanwhile, see `Settling`. A channel that does not come back ends the
+        iteration, with `failure`: the weights hold what was trained and are worth a checkpoint.
         """
         given_up = self.given_up_in(window) if given_up is None else given_up
-        if self._queue is not None:
-            try:
-                self._acknowledge(self._queue, window, given_up, step)
-            except Preempted:
-                _log.warning("asked to stop while the channel is away: the last window is not acknowledged")
-            except ChannelError as error:
-                self._fail(error, at_once=True)
-        if self._ranks.frees:
-            self._freeing.free(window.own)
+        self._handed_out -= len(window.refs)
+        self._settling.settle(
+            lambda: self._acknowledged(window.refs, given_up, step), window.own if self._ranks.frees else []
+        )
         return given_up
 
-    def _acknowledge(
-        self, queue: StreamingRefQueue, window: TrainingWindow, given_up: list[GivenUp], step: int
-    ) -> None:
-        names = {item.sample_id for item in given_up}
-        by_name = {ref.sample_id: ref for ref in window.refs}
-        with interruptible(self._check_stop):
-            for item in given_up:
-                self._patiently(queue.fail, [by_name[item.sample_id]], item.reason, retryable=False)
-            self._patiently(queue.ack, [ref for ref in window.refs if ref.sample_id not in names], step=step)
+    def _acknowledged(self, refs: Sequence[SampleRef], given_up: Sequence[GivenUp], step: int) -> None:
+        """Acknowledge a window, on rank 0; in a thread of its own, so what goes wrong is left for `_next_command`."""
+        if self._queue is None or self._at_once:
+            return
+        left = {ref.sample_id: ref for ref in refs}
+        try:
+            with interruptible(self._check_stop):
+                for item in given_up:
+                    self._patiently(self._queue.fail, [left.pop(item.sample_id)], item.reason, retryable=False)
+                self._patiently(self._queue.ack, left.values(), step=step)
+        except Preempted:
+            _log.warning("asked to stop while the channel is away: the last window is not acknowledged")
+        except ChannelError as error:
+            self._fail(error, at_once=True)
 
     def given_up_in(self, window: TrainingWindow) -> list[GivenUp]:
         """Return what any rank could not use of `window`, on every rank. A collective."""
         if not self._ranks.sum([float(len(window.given_up))])[0]:
             return []
-        messages = self._ranks.gather(_json_encoder.encode(window.given_up))
+        messages = self._ranks.gather(msgspec.json.encode(window.given_up))
         items = [item for message in messages for item in msgspec.json.decode(message, type=list[GivenUp])]
         return list({item.sample_id: item for item in items}.values())  # ranks that share a sample both name it
 
@@ -367,13 +367,14 @@ class FeatureDataLoader:
 
     @property
     def in_flight(self) -> int:
-        """References that were published and not yet acknowledged; 0 on ranks that do not read the channel.
+        """References published whose window is not complete, for people; 0 on ranks that do not read the channel.
 
-        A figure for people: while the channel is away, or a stop is asked for, it is the one from before.
+        While the channel is away, or a stop is asked for, it is the figure from before.
         """
-        if self._channel is not None:
+        if self._queue is not None:
             with contextlib.suppress(ChannelUnavailable, Preempted), interruptible(self._check_stop):
-                self._last_in_flight = self._channel.in_flight_remote()
+                held = len(self._partial) + self._handed_out + sum(len(pending.refs) for pending in self._pending)
+                self._last_in_flight = self._queue.depth() + held
         return self._last_in_flight
 
     def note(self, what: str) -> None:

@@ -27,7 +27,7 @@ from disagg_core.training.window import GivenUp, TrainingWindow, checked
 DEVICE_BYTES = 4 * 1024**3
 """Bytes of a staged window that are copied to the device before its step."""
 POLL_S = 0.5
-"""A thread that waits for samples looks this often whether it has to stop."""
+"""Who waits for references or samples looks this often whether to stop."""
 HANDOVER_S = 0.0002
 """A thread that is busy with Python's own work lets another one go on after so long, not after 5 ms."""
 _log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """The training loop: one optimizer step per window, then acknowledge, free, record, and now and then checkpoint.
 
 The order after a step is fixed: the weights of every draft hold the window, then it is acknowledged, then its samples
-are removed. A checkpoint holds all weights and the data cursor of one step boundary, so whatever ends the process, the
-next attempt continues from weights that know exactly what they have seen.
+are removed; no step waits for the last two (`settling`). A checkpoint holds all weights and the data cursor of one step
+boundary, so whatever ends the process, the next attempt continues from weights that know exactly what they have seen.
 
 On a GPU a window's figures are read while the next one is computed, and what follows from them is done then: the
 device never waits for the host. Where the next window is not there yet, before a checkpoint, and at the end it is done

@@ -1,12 +1,14 @@
 """What the channel promises, on both backends alike; each row of the design's table of first mistakes is a test."""
 
+import queue
 import threading
 import time
 
 import pytest
 
 from disagg_core.channel import StreamingRefQueue
-from disagg_core.contracts import Capture, RunIdentity, StreamTotals
+from disagg_core.channel.contract import Cursor
+from disagg_core.contracts import Capture, RunIdentity, SampleRef, StreamTotals
 from disagg_core.errors import (
     BadInput,
     ChannelBusy,
@@ -249,6 +251,55 @@ def test_acknowledgement_moves_over_the_settled_beginning_only(place: Place) -> 
     assert writer.in_flight_remote() == 4
     reader.quarantine(refs[2:3])
     assert writer.in_flight_remote() == 0
+
+
+def test_references_come_while_the_cursor_is_being_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(4))
+    refs = reader.poll(2)
+    writing, may = threading.Event(), threading.Event()
+    store_cursor = reader._backend.store_cursor
+
+    def slowly(cursor: Cursor) -> None:
+        writing.set()
+        assert may.wait(60)
+        store_cursor(cursor)
+
+    monkeypatch.setattr(reader._backend, "store_cursor", slowly)
+    acknowledging = threading.Thread(target=reader.ack, args=(refs,))
+    acknowledging.start()
+    assert writing.wait(60)
+
+    assert ids(reader.poll(2)) == names(2, 4)
+    assert writer.consumed_remote() == 0
+    may.set()
+    acknowledging.join(60)
+    assert writer.consumed_remote() == 2
+
+
+def test_one_thread_polls_and_another_acknowledges_and_the_cursor_is_exact(place: Place) -> None:
+    """Every third reference is dropped, for its draft is too old; the cursor moves over those from either thread."""
+    total = 600
+    writer, reader = place.open(), place.open(max_draft_lag=2, draft_version=lambda: 5)
+    refs = [make_ref(n, draft_weight_version=1 if n % 3 == 0 else 5) for n in range(total)]
+    windows: queue.SimpleQueue[list[SampleRef] | None] = queue.SimpleQueue()
+
+    def acknowledge() -> None:
+        for step, window in enumerate(iter(windows.get, None), start=1):
+            reader.ack(window, step=step)
+
+    acknowledging = threading.Thread(target=acknowledge)
+    acknowledging.start()
+    writer.publish_many(refs)
+    writer.close(totals_of(refs))
+    while window := reader.poll(7):
+        windows.put(window)
+    windows.put(None)
+    acknowledging.join(60)
+
+    assert writer.in_flight_remote() == 0
+    cursor = reader._backend.load_cursor()
+    assert (cursor.refs, cursor.dropped, cursor.bytes) == (total, total // 3, sum(ref.size_bytes for ref in refs))
 
 
 def test_only_what_was_delivered_can_be_acknowledged_and_only_once(place: Place) -> None:

@@ -34,7 +34,7 @@ class AtFirstWait(StepObserver):
 
 
 @pytest.mark.parametrize("how", ["ended", "silent"])
-@pytest.mark.parametrize(("wait", "trained"), [("poll", 8), ("ack", 4), ("finish", 8)])
+@pytest.mark.parametrize(("wait", "trained"), [("poll", 8), ("ack", 8), ("finish", 8)])
 def test_a_stop_is_heard_while_the_channel_is_away(
     endpoints: StoreEndpoints, tmp_path: Path, run_id: str, wait: str, trained: int, how: How
 ) -> None:
