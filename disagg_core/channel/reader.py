@@ -62,6 +62,8 @@ class ReferenceReader:
         self._position = Position()
         self._cursor = Cursor(run_id=session.run_id, attempt=session.attempt, epoch=0)
         self._delivered: dict[str, _Delivered] = {}
+        self._unanswered: set[str] = set()
+        """What was acknowledged in vain so far: that is tried again, and may be behind the cursor by then."""
         self._refs = 0
         self._bytes = 0
         self._end: EndRecord | FailRecord | None = None
@@ -109,6 +111,7 @@ class ReferenceReader:
         self._position = self._cursor.position
         self._refs, self._bytes = self._cursor.refs, self._cursor.bytes
         self._delivered.clear()
+        self._unanswered.clear()
         self._end = None
 
     # --- delivery ---
@@ -131,11 +134,15 @@ class ReferenceReader:
         return refs
 
     def _store_dropped(self, refs: list[SampleRef]) -> None:
-        """Move the cursor over what was dropped; while somebody acknowledges that is left to the next poll."""
-        if not self._storing.acquire(blocking=False):
+        """Move the cursor over what was dropped; who acknowledges meanwhile leaves that to the next poll, if any comes.
+
+        It is left to him who has to acknowledge again: a poll does not wait for what he waits for.
+        """
+        if not self._staleness.dropped or not self._storing.acquire(blocking=self._end is not None):
             return
         try:
-            self._store_if_moved()
+            if not self._unanswered:
+                self._store_if_moved()
         except ChannelUnavailable:
             if not refs:
                 raise  # with references in hand the cursor can wait for the next call; they would not come again
@@ -214,23 +221,27 @@ class ReferenceReader:
     def settle(self, refs: Iterable[SampleRef], how: Settled, step: int | None) -> None:
         """Mark references as done with, and move the cursor. See `StreamingRefChannel.ack`."""
         with self._storing:
+            keys = [ref.key for ref in refs]
             with self._lock:
                 self.claim()
                 self._check_running()
-                self._mark([ref.key for ref in refs], how)
+                self._mark(keys, how)
                 if step is not None:
                     self._cursor = replace(self._cursor, step=max(step, self._cursor.step or 0))
+            self._unanswered.update(keys)
             self._store_if_moved()
+            self._unanswered.difference_update(keys)
 
     def _mark(self, keys: list[str], how: Settled) -> None:
-        unknown = [key for key in keys if key not in self._delivered]
+        unknown = [key for key in keys if key not in self._delivered and key not in self._unanswered]
         if unknown:
             raise ChannelClosed(
                 f"{len(unknown)} references were acknowledged that {self._backend.where} never delivered, or that "
                 f"were acknowledged before: {', '.join(unknown[:3])}"
             )
         for key in keys:
-            self._delivered[key].settled = how
+            if key in self._delivered:
+                self._delivered[key].settled = how
 
     def _store_if_moved(self) -> None:
         """Write the cursor if the settled beginning has grown. Nothing is forgotten before it is written."""
@@ -270,9 +281,11 @@ class ReferenceReader:
     def finish(self, state: Literal["done", "failed"], reason: str, failure_class: FailureClass | None) -> None:
         """Enter a terminal state of the reader. See `StreamingRefChannel.finish` and `abandon`."""
         with self._storing:
-            self.claim()
-            self._check_running()
-            self._store(replace(self._cursor, state=state, reason=reason[:10_000], failure_class=failure_class))
+            with self._lock:
+                self.claim()
+                self._check_running()
+                _, cursor = self._moved()
+            self._store(replace(cursor, state=state, reason=reason[:10_000], failure_class=failure_class))
             logger.info("%s: the reader is %s: %s", self._backend.where, state, reason)
 
     def _check_running(self) -> None:

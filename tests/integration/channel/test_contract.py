@@ -302,6 +302,84 @@ def test_one_thread_polls_and_another_acknowledges_and_the_cursor_is_exact(place
     assert (cursor.refs, cursor.dropped, cursor.bytes) == (total, total // 3, sum(ref.size_bytes for ref in refs))
 
 
+def test_an_acknowledgement_that_failed_is_made_again_whatever_moved_the_cursor_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(5))
+    refs = reader.poll(4)
+    store_cursor, full = reader._backend.store_cursor, [ChannelUnavailable("no space"), ChannelUnavailable("no space")]
+
+    def fails_at_first(cursor: Cursor) -> None:
+        if full:
+            raise full.pop()
+        store_cursor(cursor)
+
+    monkeypatch.setattr(reader._backend, "store_cursor", fails_at_first)
+    with pytest.raises(ChannelUnavailable):
+        reader.ack(refs[:2], step=1)
+    assert ids(reader.poll(1)) == names(4, 5)
+    with pytest.raises(ChannelUnavailable):
+        reader.ack(refs[:2], step=1)
+    assert writer.consumed_remote() == 0, "references come without a write of the cursor"
+
+    reader.quarantine([refs[2]])  # another thread's
+    assert writer.consumed_remote() == 3
+    reader.ack(refs[:2], step=1)
+    with pytest.raises(ChannelClosed, match="acknowledged before"):
+        reader.ack(refs[:2], step=1)
+    reader.ack([refs[3]], step=2)
+    cursor = reader._backend.load_cursor()
+    assert (cursor.refs, cursor.quarantined, cursor.step) == (4, 1, 2)
+
+
+def test_what_is_dropped_last_is_behind_the_cursor_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it is dropped while the cursor is being written: no poll comes after the end."""
+    writer, reader = place.open(), place.open(max_draft_lag=2, draft_version=lambda: 5)
+    refs = [make_ref(n, draft_weight_version=5 if n == 0 else 1) for n in range(3)]
+    writer.publish_many(refs)
+    writer.close(totals_of(refs))
+    first = reader.poll(1)
+    writing, may = threading.Event(), threading.Event()
+    store_cursor = reader._backend.store_cursor
+
+    def slowly(cursor: Cursor) -> None:
+        writing.set()
+        assert may.wait(60)
+        store_cursor(cursor)
+
+    monkeypatch.setattr(reader._backend, "store_cursor", slowly)
+    acknowledging = threading.Thread(target=reader.ack, args=(first,))
+    acknowledging.start()
+    assert writing.wait(60)
+    threading.Timer(0.05, may.set).start()
+
+    assert reader.poll() == []
+    acknowledging.join(60)
+    assert reader.is_closed()
+    assert writer.in_flight_remote() == 0
+
+
+def test_the_last_word_acknowledges_what_could_not_be_acknowledged_before(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(3))
+    refs = reader.poll()
+
+    def fails(cursor: Cursor) -> None:
+        raise ChannelUnavailable(f"no space for {cursor.refs} references")
+
+    with monkeypatch.context() as full:
+        full.setattr(reader._backend, "store_cursor", fails)
+        with pytest.raises(ChannelUnavailable):
+            reader.ack(refs[:2], step=1)
+
+    reader.finish("max_steps")
+
+    assert (writer.reader_status().state, writer.in_flight_remote()) == ("done", 1)
+
+
 def test_only_what_was_delivered_can_be_acknowledged_and_only_once(place: Place) -> None:
     writer, reader = place.open(), place.open()
     writer.publish_many(make_refs(3))
