@@ -107,7 +107,6 @@ class FeatureDataLoader:
         self._partial: list[SampleRef] = []
         self._stop = False
         self._ending: EndReason | None = None
-        self._at_once = False
         self._patiently = patience(self._check_stop)
         self._away_since: float | None = None
         self._last_in_flight = 0
@@ -186,9 +185,10 @@ class FeatureDataLoader:
         """Take the windows that may be fetched now; wait for one if none is pending."""
         if self._stop:
             return _Command([], "stop requested")
-        if not self._pending:
-            self._settling.wait()  # the stream has not ended well before its last window is acknowledged
-        if self._at_once:
+        if not self._pending and not self._settling.wait(KEEPALIVE_S):
+            return _Command([], None)  # the stream has not ended well before its last window is acknowledged
+        if isinstance(self._settling.unacknowledged, ChannelError):
+            self._fail(self._settling.unacknowledged, at_once=True)
             return _Command([], self._ending, at_once=True)
         windows: list[list[SampleRef]] = []
         deadline = time.monotonic() + KEEPALIVE_S
@@ -254,7 +254,7 @@ class FeatureDataLoader:
     def _fail(self, error: BaseException, *, at_once: bool = False) -> None:
         """Let the iteration end with `error`, after what was fetched is trained or `at_once`."""
         _log.error("the stream broke off%s: %s", "" if at_once else "; what was fetched is trained first", error)
-        self.failure, self._ending, self._at_once = error, "stream failed", at_once
+        self.failure, self._ending = error, "stream failed"
 
     def _check_stop(self) -> None:
         if self._stop:
@@ -337,19 +337,14 @@ class FeatureDataLoader:
         return given_up
 
     def _acknowledged(self, refs: Sequence[SampleRef], given_up: Sequence[GivenUp], step: int) -> None:
-        """Acknowledge a window, on rank 0; in a thread of its own, so what goes wrong is left for `_next_command`."""
-        if self._queue is None or self._at_once:
+        """Acknowledge a window, on rank 0; in the thread of `Settling`, which keeps what goes wrong."""
+        if self._queue is None:
             return
         left = {ref.sample_id: ref for ref in refs}
-        try:
-            with interruptible(self._check_stop):
-                for item in given_up:
-                    self._patiently(self._queue.fail, [left.pop(item.sample_id)], item.reason, retryable=False)
-                self._patiently(self._queue.ack, left.values(), step=step)
-        except Preempted:
-            _log.warning("asked to stop while the channel is away: the last window is not acknowledged")
-        except ChannelError as error:
-            self._fail(error, at_once=True)
+        with interruptible(self._check_stop):
+            for item in given_up:
+                self._patiently(self._queue.fail, [left.pop(item.sample_id)], item.reason, retryable=False)
+            self._patiently(self._queue.ack, left.values(), step=step)
 
     def given_up_in(self, window: TrainingWindow) -> list[GivenUp]:
         """Return what any rank could not use of `window`, on every rank. A collective."""

@@ -13,7 +13,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from disagg_core.channel import patience as patience_module
 from disagg_core.contracts import StreamTotals, sample_id_of
 from disagg_core.drafts.eagle3.options import LossSection
-from disagg_core.errors import ChannelUnavailable, Preempted, ProducerFailed, StoreUnavailable, TrainingDiverged
+from disagg_core.errors import (
+    ChannelBusy,
+    ChannelUnavailable,
+    Preempted,
+    ProducerFailed,
+    StoreUnavailable,
+    TrainingDiverged,
+)
 from disagg_core.run.metrics import read_metrics
 from disagg_core.run.phases import TRAINING_PHASES, seconds_of
 from disagg_core.store import MooncakeFeatureStore
@@ -584,6 +591,64 @@ def test_a_disk_that_takes_long_for_the_cursor_holds_up_no_step(attempt, ranks, 
 
     assert (outcome.steps, outcome.unused) == (5, 0)
     assert left == [(20, 20, 0)]
+    assert (attempt.store.key_count(), attempt.writer.in_flight_remote()) == (0, 0)
+
+
+def test_a_stream_has_not_ended_well_where_a_window_is_not_acknowledged_while_its_end_is_read(
+    attempt, ranks, tmp_path, monkeypatch
+):
+    refs = attempt.publish(range(8), ended=False)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    reading, poll = threading.Event(), attempt.reader.poll
+
+    def taken_over(_refs, *, step):
+        assert reading.wait(60)
+        raise ChannelBusy(f"another process reads the channel; step {step}")
+
+    def read_the_end(wanted):
+        if trainer.progress.step == 1:
+            reading.set()
+            eventually(lambda: all(settled.done() for settled in loader._settling._begun))
+        return poll(wanted)
+
+    class Watcher(StepObserver):
+        def on_step(self, record):
+            if record["step"] == 1:
+                more = attempt.stored(range(8, 10))
+                attempt.writer.publish_many(more)
+                end(attempt.writer, refs + more)
+
+    trainer._observer = Watcher()
+    monkeypatch.setattr(attempt.reader, "ack", taken_over)
+    monkeypatch.setattr(attempt.reader, "poll", read_the_end)
+    with pytest.raises(ChannelBusy, match="step 1"):
+        trainer.fit(loader)
+
+    assert newest_complete(tmp_path).name == f"step-{trainer.progress.step}"
+
+
+def test_a_stop_is_heard_while_a_disk_takes_long_for_the_last_window(attempt, ranks, tmp_path, monkeypatch):
+    """And the watchdog, as the other ranks, hears of this one meanwhile."""
+    attempt.publish(range(4), ended=False)
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    answers, answered = threading.Event(), []
+    ack, abandon = attempt.reader.ack, loader.abandon
+    monkeypatch.setattr(
+        attempt.reader, "ack", lambda refs, *, step: (answered.append(answers.wait(30)), ack(refs, step=step))
+    )
+    monkeypatch.setattr(loader, "abandon", lambda *why: (answers.set(), abandon(*why)))
+
+    class Watcher(StepObserver):
+        def on_wait(self):
+            if trainer.progress.step:
+                loader.request_stop()
+
+    trainer._observer = Watcher()
+    with pytest.raises(Preempted):
+        trainer.fit(loader)
+
+    assert answered == [True]
+    assert newest_complete(tmp_path).name == "step-1"
     assert (attempt.store.key_count(), attempt.writer.in_flight_remote()) == (0, 0)
 
 

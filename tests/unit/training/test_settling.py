@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg_core.errors import StoreError, StoreUnavailable
+from disagg_core.errors import ChannelError, ChannelUnavailable, Preempted, StoreError, StoreUnavailable
 from disagg_core.training import settling as module
 from disagg_core.training.settling import Settling
 
@@ -63,9 +63,10 @@ def test_a_step_waits_for_nothing_until_too_many_windows_are_not_settled(store: 
 def test_waiting_and_closing_wait_for_the_last_window(store: Any) -> None:
     settling = Settling(store)
     settling.settle(store.acknowledge("a"), ["a"])
-    threading.Timer(0.01, store.may.set).start()
 
-    settling.wait()
+    assert not settling.wait(0.0)
+    threading.Timer(0.01, store.may.set).start()
+    assert settling.wait(60)
     assert store.did == ["acknowledged a", "removed a"]
     settling.settle(store.acknowledge("b"), [])
     settling.close()
@@ -81,8 +82,27 @@ def test_a_store_that_takes_no_more_removals_is_told_with_a_later_window(store: 
     settling.settle(store.acknowledge("a"), ["a"])
 
     with pytest.raises(StoreError, match="away too long"):
-        settling.wait()
+        settling.wait(60)
     settling.close()
+
+
+@pytest.mark.parametrize("error", [ChannelUnavailable("no space"), Preempted("asked to stop")])
+def test_after_a_window_that_cannot_be_acknowledged_none_is_tried_and_all_are_removed(
+    store: Any, error: ChannelError | Preempted
+) -> None:
+    settling = Settling(store)
+    store.may.set()
+
+    def fails() -> None:
+        raise error
+
+    settling.settle(store.acknowledge("a"), ["a"])
+    settling.settle(fails, ["b"])
+    settling.settle(store.acknowledge("c"), ["c"])
+
+    assert settling.wait(60)
+    assert settling.unacknowledged is error
+    assert store.did == ["acknowledged a", "removed a", "removed b", "removed c"]
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("away too long"), KeyError("a bug")])
