@@ -17,14 +17,19 @@ from pathlib import Path
 from disagg_core.processes.retry import wait_until
 from tests.ports import free_port
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+"""The only server of this process; what it has imported is told before its first child."""
+FORKS.set_forkserver_preload(
     [
+        "disagg_core.store.mooncake",
         "disagg_core.roles.producer",
         "disagg_core.roles.consumer",
         "torch._dynamo",
         "torch.profiler",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
+        "tests.integration.channel.peer",
     ]
 )
 
@@ -34,7 +39,7 @@ def forked(module: str, arguments: list[str], log: Path, **environment: str) -> 
 
     It has the environment of the test that asks for it, and `environment` besides.
     """
-    process = _FORKS.Process(target=_play, args=(module, arguments, log, {**os.environ, **environment}))
+    process = FORKS.Process(target=_play, args=(module, arguments, log, {**os.environ, **environment}))
     process.start()
     return process
 

@@ -1,36 +1,28 @@
 """Writer and reader killed with SIGKILL at random moments: nothing lost, nothing doubled, totals right."""
 
-import multiprocessing
 import random
 import threading
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from tests.integration.channel import peer
 from tests.integration.channel.conftest import Place
+from tests.integration.forks import FORKS
 from tests.unit.channel.kit import make_refs, names, totals_of
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Processes that start quickly, forked from a server without threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.integration.channel.peer"])
-    return context
-
-
-def storm(processes: ForkServerContext, place: Place, tmp_path: Path, kills: int, seed: int) -> dict[str, int]:
+def storm(place: Place, tmp_path: Path, kills: int, seed: int) -> dict[str, int]:
     """Run both sides, kill one or the other again and again, then let them finish."""
     rng = random.Random(seed)
     stop, log = tmp_path / "stop", tmp_path / "log"
 
     def start(target: Callable[..., None], path: Path) -> ForkServerProcess:
-        process = processes.Process(target=target, args=(place.url, path), daemon=True)
+        process = FORKS.Process(target=target, args=(place.url, path), daemon=True)
         process.start()
         return process
 
@@ -63,11 +55,11 @@ def storm(processes: ForkServerContext, place: Place, tmp_path: Path, kills: int
     return {**killed, "references": len(ids)}
 
 
-def test_a_few_kills(processes: ForkServerContext, place: Place, tmp_path: Path) -> None:
-    assert storm(processes, place, tmp_path, kills=8, seed=1)["references"] > 0
+def test_a_few_kills(place: Place, tmp_path: Path) -> None:
+    assert storm(place, tmp_path, kills=8, seed=1)["references"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_kills(processes: ForkServerContext, place: Place, tmp_path: Path) -> None:
-    print(place.kind, storm(processes, place, tmp_path, kills=100, seed=2))
+def test_a_hundred_kills(place: Place, tmp_path: Path) -> None:
+    print(place.kind, storm(place, tmp_path, kills=100, seed=2))
