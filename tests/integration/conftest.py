@@ -110,7 +110,7 @@ def bench(tmp_path: Path, endpoints: StoreEndpoints) -> Iterator[SimpleNamespace
         run_id=run_id, attempt=1, strategy="eagle3", target_model_version="t", tokenizer_version="k",
         vocab_map_version="v", draft_weight_version=0, capture=Capture((0, 1, 2), True), dtype="float32",
     )  # fmt: skip
-    with MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1") as store:
+    with MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1", staging_bytes=4 << 20) as store:
         opened: list[StreamingRefChannel] = []
 
         def open_channel(**options: object) -> StreamingRefChannel:

@@ -65,7 +65,7 @@ class Stream:
 
     def __init__(self, endpoints: StoreEndpoints, folder: Path, run_id: str, cases: Sequence[Case]) -> None:
         self.run_id, self.capture, self.url = run_id, union_of(cases), folder / "channel"
-        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1")
+        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/1", staging_bytes=4 << 20)
         self.writer = StreamingRefChannel(self.url, run_id=run_id)
 
     def publish(self, ordinals: Sequence[int]) -> None:

@@ -106,7 +106,7 @@ class Attempt:
     def __init__(self, endpoints, root, run_id, number=1, url=None):
         self.endpoints, self.number = endpoints, number
         self.run_id, self.identity = run_id, identity_of(run_id, number)
-        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}")
+        self.store = MooncakeFeatureStore(endpoints, namespace=f"{run_id}/{number}", staging_bytes=4 << 20)
         self.url = url or root / "attempts" / str(number) / "channel"
         self.writer = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
         self.reader = StreamingRefChannel(self.url, run_id=run_id, attempt=number)
