@@ -110,13 +110,13 @@ class DyingPlace(Place):
         return DyingPlace(self.inner.at(name), self.steps)
 
 
-def main(url: str, draft: str, run_id: str, die_at: str) -> None:
-    """Publish `draft`; be killed at step `die_at`; say how many steps there were if that was too late."""
-    steps = [int(die_at)]
+def upload(url: str, draft: Path, run_id: str, die_at: int = 10**9) -> int:
+    """Publish `draft` and return how many steps there were; at step `die_at` this process is killed."""
+    steps = [die_at]
     registry = Registry(DyingPlace(open_place(url), steps), TARGET)
-    registry.publish(make_draft(Path(draft)), provenance(run_id))
-    print(int(die_at) - steps[0])
+    registry.publish(make_draft(draft), provenance(run_id))
+    return die_at - steps[0]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    upload(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
