@@ -111,9 +111,7 @@ def test_only_a_signal_from_outside_is_a_preemption(machine: Machine, number: si
 
 
 @pytest.mark.parametrize(("end", "expected"), [("os.kill(os.getpid(), 9)", "preempted"), ("sys.exit(3)", "bug")])
-def test_an_agent_that_exits_with_1_is_asked_how_its_rank_ended(
-    machine: Machine, tmp_path: Path, end: str, expected: str
-) -> None:
+def test_an_agent_that_exits_with_1_is_asked_how_its_rank_ended(tmp_path: Path, end: str, expected: str) -> None:
     rank = tmp_path / "rank.py"
     rank.write_text(f"import os, sys, time\nif os.environ['RANK'] == '0':\n    {end}\ntime.sleep(60)\n")
     log = tmp_path / "consumer.log"
@@ -123,7 +121,8 @@ def test_an_agent_that_exits_with_1_is_asked_how_its_rank_ended(
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(rank)]
         code = subprocess.run(agent, stdout=output, stderr=output, timeout=120).returncode
     assert code == 1
-    assert cause_of_death(code, log, since=since, memory=MemoryKills(machine.proc))[0] == expected
+    memory = MemoryKills(Machine(tmp_path / "machine", 2).proc)
+    assert cause_of_death(code, log, since=since, memory=memory)[0] == expected
 
 
 def test_an_exit_without_any_word_is_a_bug(machine: Machine, tmp_path: Path) -> None:
