@@ -223,7 +223,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5).is_success
+        return httpx.get(f"{url}/health", timeout=5, verify=False).is_success
     except httpx.TransportError:
         return False
 
