@@ -99,6 +99,7 @@ def spec(api: PrefectServer, tmp_path: Path, prompts: Path, monkeypatch: pytest.
         "recurring.min_new_prompts=20",
         "gate.min_gain=0.0",
         "gate.approval=never",
+        "tracking.tensorboard=false",
         f"registry.url={tmp_path}/registry",
     ]
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
