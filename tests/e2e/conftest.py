@@ -9,6 +9,7 @@ import pytest
 
 from tests.chaos.platform import ChaosPlatform, platform_in
 from tests.e2e.nights import Nights
+from tests.kit.prefect_database import copy_empty_database
 from tests.kit.processes import processes_of
 from tests.kit.runs import TINY, Ours, draftline, home
 
@@ -19,6 +20,12 @@ __all__ = ["draftline", "home"]
 def tiny() -> str:
     """The run document of the tests."""
     return str(TINY)
+
+
+@pytest.fixture
+def lived_in(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Leave the database of an earlier platform in the home, without any run; the slow tests begin with nothing."""
+    copy_empty_database(tmp_path_factory, home / "prefect" / "prefect.db")
 
 
 @pytest.fixture

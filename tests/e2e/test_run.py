@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 STEPS = 6  # 44 prompts in windows of 8: five whole ones and a partial one
 
 
+@pytest.mark.usefixtures("lived_in")
 def test_a_run_trains_on_every_prompt_and_leaves_nothing_behind(
     home: Path, draftline: Draftline, tiny: str, ours: Ours
 ) -> None:
@@ -272,7 +273,7 @@ def test_a_store_process_that_dies_ends_the_attempt_by_its_name(
     ("override", "complaint"),
     [
         ("training.max_step=3", "training.max_step: unknown key; did you mean max_steps"),
-        ("data.prompts=./nothing.jsonl", "nothing.jsonl"),
+        pytest.param("data.prompts=./nothing.jsonl", "nothing.jsonl", marks=pytest.mark.slow),
         pytest.param("target.model=./nothing", "no such directory", marks=pytest.mark.slow),
         pytest.param("store.capacity=1MiB", "store.capacity: expected at least", marks=pytest.mark.slow),
         pytest.param("target.aux_layers=[0, 1, 9]", "target.aux_layers", marks=pytest.mark.slow),
