@@ -40,6 +40,7 @@ pytestmark = pytest.mark.integration
 
 SAMPLES = 38
 WINDOW = 4
+ROLE = ("disagg_core.roles.consumer", "tests.integration.roles.killed_settling")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -88,13 +89,14 @@ class Run:
         opened.identity = self.plan.identity(number, self.vocab_map.version)
         return opened
 
-    def start(self, attempt: int) -> ForkServerProcess:
-        """Start the role as its own process."""
-        return forked("disagg_core.roles.consumer", [str(self._document(attempt))], self._log(attempt))
+    def start(self, attempt: int, *killed: object) -> ForkServerProcess:
+        """Start the role as its own process; `killed`: when it is to be, as `killed_settling` takes it."""
+        return forked(ROLE[bool(killed)], [str(self._document(attempt)), *map(str, killed)], self._log(attempt))
 
-    def start_ranks(self, attempt: int) -> subprocess.Popen:
-        """Start two ranks of the role under torchrun."""
-        command = [sys.executable, *TORCHRUN, "-m", "disagg_core.roles.consumer", str(self._document(attempt))]
+    def start_ranks(self, attempt: int, *killed: object) -> subprocess.Popen:
+        """Start two ranks of the role under torchrun; `killed` as for `start`."""
+        arguments = [str(self._document(attempt)), *map(str, killed)]
+        command = [sys.executable, *TORCHRUN, "-m", ROLE[bool(killed)], *arguments]
         with self._log(attempt).open("wb") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -186,6 +188,63 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
     config = json.loads((run.plan.dir.checkpoints / "step-10" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["draft_vocab_size"] == 32
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize(("moment", "acknowledged"), [("trained", 2), ("acknowledged", 3)])
+def test_a_run_that_was_killed_while_it_settled_a_window_accounts_for_every_sample(
+    tmp_path, target_dir, endpoints, calm, moment, acknowledged, ahead
+):
+    """Between a step and its acknowledgement, and between that and the removal of the samples; and later steps, too."""
+    run = Run(tmp_path / "storm", target_dir, endpoints)
+    run.vocab_map.save(run.plan.dir.vocab_map)
+    with run.attempt(1) as attempt:
+        attempt.publish(range(SAMPLES))
+        child = run.start(1, moment, 3, ahead)
+        try:
+            child.join(120)
+        finally:
+            end(child)
+        assert child.exitcode == -signal.SIGKILL
+        assert attempt.writer.reader_status().state == "lost"
+        assert attempt.writer.consumed_remote() == acknowledged * WINDOW
+        assert attempt.store.key_count() == SAMPLES - 2 * WINDOW
+    saved = read_state(newest_complete(run.plan.dir.checkpoints))
+    assert saved.cursor.trained == ([(0, saved.step * WINDOW - 1)] if saved.step else [])
+    assert saved.step <= 3 + ahead + 1
+
+    with run.attempt(2) as attempt:
+        attempt.publish(uncovered(run))
+        outcome = run_consumer(run.assignment(2))
+        assert attempt.writer.in_flight_remote() == attempt.store.key_count(run.plan.run_id) == 0
+    assert (outcome.samples, outcome.samples_here) == (SAMPLES, SAMPLES - saved.step * WINDOW)
+    assert read_state(newest_complete(run.plan.dir.checkpoints)).cursor.trained == [(0, SAMPLES - 1)]
+    final = load_file(run.plan.dir.checkpoints / "step-10" / "draft.safetensors")
+    expected = load_file(calm / "draft.safetensors")
+    assert all(torch.equal(final[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["trained", "acknowledged"])
+def test_two_ranks_whose_first_was_killed_while_it_settled_a_window_account_for_every_sample(
+    tmp_path, target_dir, endpoints, moment
+):
+    run = Run(tmp_path / "pair", target_dir, endpoints, training={"batch_size": 2, "processes": 2})
+    run.vocab_map.save(run.plan.dir.vocab_map)
+    for number, killed in ((1, (moment, 3, 2)), (2, ())):
+        with run.attempt(number) as attempt:
+            attempt.publish(uncovered(run))
+            child = run.start_ranks(number, *killed)
+            try:
+                assert (child.wait(300) == 0) == (not killed)
+            finally:
+                child.kill()
+                child.wait(60)
+            if not killed:
+                assert attempt.writer.in_flight_remote() == attempt.store.key_count(run.plan.run_id) == 0
+    result = read_outcome(run.assignment(2).dir.state / "consumer-outcome.json").result
+    assert (result["steps"], result["samples"]) == (10, SAMPLES)
+    assert read_state(newest_complete(run.plan.dir.checkpoints)).cursor.trained == [(0, SAMPLES - 1)]
 
 
 @pytest.mark.slow
