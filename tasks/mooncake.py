@@ -23,9 +23,9 @@ _POLL_S = 1.0
 _OWNERS_JOIN_S = 60.0
 """An external store that is too small is so for good when no owner has joined it for so long."""
 _CHECK_S = 10.0
-_CHECK_BYTES = 2 << 20
-"""Staging memory for one small sample: each page of it is touched."""
 """The sample that checks a store waits so long for room."""
+_CHECK_BYTES = 2 << 20
+"""Staging memory for that one small sample: each page of it is touched."""
 
 
 class FeatureStoreServices:
