@@ -159,6 +159,8 @@ def register(nightly: Nightly | None = None, notify: str | None = None) -> None:
 
 async def register_all(pools: PoolsSection, nightly: Nightly | None = None, notify: str | None = None) -> None:
     """Create or update everything on the server in PREFECT_API_URL, for these pools; see `register`."""
+    if notify is not None:  # first: whoever names a block that is not there finds nothing changed
+        await ensure_notifications(notify)
     async with get_client() as client:
         for pool in (pools.orchestrator, pools.rollout, pools.train):
             await _ensure_pool(client, pool)
@@ -169,8 +171,6 @@ async def register_all(pools: PoolsSection, nightly: Nightly | None = None, noti
     async with get_client() as client:
         on_demand = await client.read_deployment_by_name(f"{online_disagg_training.name}/{ON_DEMAND}")
     await ensure_triggers(on_demand.id)
-    if notify is not None:
-        await ensure_notifications(notify)
 
 
 async def _ensure_pool(client: PrefectClient, name: str) -> None:
