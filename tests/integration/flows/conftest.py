@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import certifi
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from disagg_core.processes.tree import free_port, tail
 from disagg_core.settings import Settings
 from flows.platform import local
+from flows.platform.deployments import ON_DEMAND, register
 from tests.kit.prefect_database import copy_empty_database
 from tests.kit.waiting import eventually
 
@@ -64,15 +66,22 @@ def server_in(home: Path) -> PrefectServer:
     """Return a server whose files are in `home`; it does not run yet."""
     settings = Settings(home=home)
     port = free_port(settings.host)
-    environment = {**os.environ, **local.environment(settings, port), **_OFTEN, "OMP_NUM_THREADS": "1"}
+    few = {"PREFECT_API_SSL_CERT_FILE": str(_one_certificate(home / "one.pem"))}
+    environment = {**os.environ, **local.environment(settings, port), **_OFTEN, **few, "OMP_NUM_THREADS": "1"}
     return PrefectServer(environment, home / "server.log")
+
+
+def _one_certificate(path: Path) -> Path:
+    """Write one of the usual certificates: each client loads them all, and the server speaks plain HTTP."""
+    path.write_text("".join(Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")[:2]))
+    return path
 
 
 @contextlib.contextmanager
 def served(server: PrefectServer) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server for the block, once it is ready."""
     address = httpx.URL(server.api_url)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", address.host, "--port", str(address.port)]
+    command = [sys.executable, "-m", "flows.platform.server", "--host", address.host, "--port", str(address.port)]
     with running(command, server.environment, server.log) as process:
         eventually(lambda: server.ready() or process.poll() is not None, within_s=local.START_TIMEOUT_S, every_s=0.1)
         assert process.poll() is None, tail(server.log)
@@ -86,10 +95,22 @@ def api(prefect_server: PrefectServer) -> Iterator[PrefectServer]:
         yield prefect_server
 
 
+@pytest.fixture
+def registered(api: PrefectServer) -> PrefectServer:
+    """The server with our pools, deployments and automations, which are put there once."""
+    if not api.find("deployments", deployments={"name": {"any_": [ON_DEMAND]}}):
+        register()
+    return api
+
+
 @contextlib.contextmanager
 def spoken_to(server: PrefectServer) -> Iterator[None]:
     """Have Prefect's client in this process speak to the server."""
-    updates = {PREFECT_API_URL: server.api_url, PREFECT_HOME: Path(server.environment["PREFECT_HOME"])}
+    updates = {
+        PREFECT_API_URL: server.api_url,
+        PREFECT_HOME: Path(server.environment["PREFECT_HOME"]),
+        PREFECT_API_SSL_CERT_FILE: server.environment["PREFECT_API_SSL_CERT_FILE"],
+    }
     with temporary_settings(updates=updates):
         yield
 

@@ -34,7 +34,7 @@ from disagg_core.run_spec.yaml_file import load_spec
 from disagg_core.settings import get_settings
 from flows import online_disagg_training as parent
 from flows.cli.approval import approve, reject
-from flows.platform.deployments import NIGHTLY, register
+from flows.platform.deployments import NIGHTLY
 from tasks import evaluation, preflight, promotion, run_slot
 from tasks.reporting import Event
 from tasks.roles import Role, RoleRun
@@ -172,11 +172,9 @@ class Asked:
 
 
 @pytest.fixture
-def asked(spec: RunSpec, api: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> Asked:
+def asked(spec: RunSpec, registered: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> Asked:
     """A night that waits for a person, whose draft is worth something."""
-    if not api.find("deployments", deployments={"name": {"any_": [NIGHTLY]}}):
-        register()
-    monkeypatch.setenv("PREFECT_API_URL", api.api_url)
+    monkeypatch.setenv("PREFECT_API_URL", registered.api_url)
     monkeypatch.setattr(evaluation, "run_child", measured(15, 0))
     night = Asked(spec)
     night.until_it_waits()

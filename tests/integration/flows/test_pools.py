@@ -14,7 +14,6 @@ from prefect.states import Pending
 
 from disagg_core.run_spec.document import RunSpec
 from disagg_core.run_spec.yaml_file import load_spec
-from flows.platform.deployments import register
 from tasks.pools import PoolsNotReady, check_pools
 from tests.integration.flows.conftest import PrefectServer
 
@@ -36,9 +35,8 @@ def faults(spec: RunSpec, **options: bool) -> list[str]:
 
 
 @pytest.fixture
-def registered(api: PrefectServer) -> Iterator[None]:
+def pools(registered: PrefectServer) -> Iterator[None]:
     """Our pools and deployments, with a worker of each that says it is there."""
-    register()
     with get_client(sync_client=True) as client:
         for pool in ("gpu-rollout", "gpu-train"):
             client.send_worker_heartbeat(work_pool_name=pool, worker_name="w", heartbeat_interval_seconds=30)
@@ -52,11 +50,11 @@ def set_pool(name: str, **values: object) -> None:
         client.update_work_pool(name, WorkPoolUpdate(**values))
 
 
-def test_a_run_finds_its_workers(registered: None) -> None:
+def test_a_run_finds_its_workers(pools: None) -> None:
     assert faults(a_spec()) == []
 
 
-def test_pools_without_workers_and_deployments_are_all_named(registered: None) -> None:
+def test_pools_without_workers_and_deployments_are_all_named(pools: None) -> None:
     other = f"other-{uuid4().hex[:6]}"
     found = "; ".join(faults(a_spec(f"orchestration.pools.rollout={other}")))
     assert f"there is no work pool {other}" in found
@@ -69,7 +67,7 @@ def test_pools_without_workers_and_deployments_are_all_named(registered: None) -
     assert "prefect worker start --pool orchestrator" in found
 
 
-def test_a_pool_that_is_paused_or_too_small_is_named(registered: None) -> None:
+def test_a_pool_that_is_paused_or_too_small_is_named(pools: None) -> None:
     set_pool("gpu-train", is_paused=True)
     set_pool("gpu-rollout", concurrency_limit=0)
     found = "; ".join(faults(a_spec()))
@@ -81,7 +79,7 @@ def test_a_pool_that_is_paused_or_too_small_is_named(registered: None) -> None:
     assert "1 of 1 slots free, this run needs 2 at once" in faults(a_spec("training.nodes=2"))[0]
 
 
-def test_a_slot_that_another_run_holds_is_not_free(registered: None) -> None:
+def test_a_slot_that_another_run_holds_is_not_free(pools: None) -> None:
     set_pool("orchestrator", concurrency_limit=2)
 
     async def held() -> None:

@@ -24,14 +24,6 @@ pytestmark = pytest.mark.integration
 NIGHTLY = Path(__file__).resolve().parents[3] / "infra" / "runs" / "nightly.yaml"
 
 
-@pytest.fixture
-def registered(api: PrefectServer) -> PrefectServer:
-    """The server with our deployments and automations, which are put there once."""
-    if not api.find("deployments", deployments={"name": {"any_": ["on-demand"]}}):
-        register()
-    return api
-
-
 def deployment(api: PrefectServer, name: str) -> dict[str, object]:
     (found,) = api.find("deployments", deployments={"name": {"any_": [name]}})
     return found
