@@ -25,7 +25,7 @@ ABLE = [name for name in method_names() if method_of(name).context_parallel]
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", [name if name in ("eagle3", "dflash") else pytest.param(name, marks=pytest.mark.slow) for name in ABLE]
+    "name", [name if name == "dflash" else pytest.param(name, marks=pytest.mark.slow) for name in ABLE]
 )
 def test_the_parts_of_a_packed_row_add_up_to_it(name: str, size: int, tmp_path: Path) -> None:
     run_ranks(size, "tests.integration.training.context_rank_main", [name], tmp_path / "log", limit_s=300.0)

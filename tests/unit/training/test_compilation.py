@@ -78,7 +78,7 @@ def losses_of(name: str, ranks: Ranks, *, compile: bool) -> list[float]:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("eagle3", "dflash") else pytest.param(name, marks=pytest.mark.slow) for name in method_names()],
+    [name if name == "eagle3" else pytest.param(name, marks=pytest.mark.slow) for name in method_names()],
 )
 def test_forty_windows_of_ragged_lengths_take_a_handful_of_graphs(
     name: str, alone: Ranks, compiled: CompileCounter
