@@ -49,7 +49,7 @@ case "$tier" in
         # The quick tiers wait as much as they compute, so there are more workers than cores of a small machine. Each
         # takes neighbouring tests, which share a store or a server; the heavy tiers load the whole machine, and run
         # alone.
-        if [ "$slow" = "not slow" ]; then parallel=(-n 5 --dist worksteal); fi
+        if [ "$slow" = "not slow" ]; then parallel=(-n 4 --dist worksteal); fi
         ;;
 esac
 exec .venv/bin/python -m pytest -m "$chosen and not gpu" "${parallel[@]}" "${arguments[@]}"
