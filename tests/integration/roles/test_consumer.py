@@ -147,6 +147,8 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
             run.vocab_map.save(run.plan.dir.vocab_map)
             attempt.publish(range(5 * WINDOW), ended=False)
             run.wait_for_step(child.is_alive, 1, 5)
+            saved = run.plan.dir.checkpoints / "step-4"
+            eventually(lambda: newest_complete(saved.parent) == saved, f"{saved}, which is saved beside step 5")
         finally:
             end(child)
         assert read_outcome(run.assignment(1).dir.state / "consumer-outcome.json") is None
