@@ -56,6 +56,11 @@ class _Command(msgspec.Struct, frozen=True):
 _decoder = msgspec.msgpack.Decoder(_Command)
 
 
+def _go_on_without() -> None:
+    """End what asks the channel while there is something to train: it is tried once, and not waited for."""
+    raise ChannelUnavailable("the channel is not waited for while there are samples to train on")
+
+
 class FeatureDataLoader:
     """Iterates the optimizer windows of a stream, on every rank in step.
 
@@ -219,14 +224,14 @@ class FeatureDataLoader:
         while True:
             missing = self._global_batch_size - len(self._partial)
             try:
-                with interruptible(self._check_stop):
+                with interruptible(self._check_stop if timeout else _go_on_without):
                     got = self._queue.get(missing, timeout=timeout)
                     untrained = self._untrained(got)
             except (TimeoutError, Preempted) as error:
                 self._away_since = self._away_since if isinstance(error, Preempted) else None
                 return []
             except ChannelUnavailable as error:
-                if not self._goes_on_waiting(error, timeout):
+                if timeout and not self._goes_on_waiting(error, timeout):
                     self._fail(error)
                 return []
             except ChannelError as error:
@@ -241,7 +246,7 @@ class FeatureDataLoader:
                 return refs
 
     def _goes_on_waiting(self, error: ChannelUnavailable, timeout: float) -> bool:
-        """Pause, if there is `timeout` to wait, and tell whether the channel may still come back.
+        """Pause, for no longer than `timeout`, and tell whether the channel may still come back.
 
         In short rounds rather than by `patience`: the other ranks have to hear of rank 0 meanwhile.
         """
@@ -364,10 +369,10 @@ class FeatureDataLoader:
     def in_flight(self) -> int:
         """References published whose window is not complete, for people; 0 on ranks that do not read the channel.
 
-        While the channel is away, or a stop is asked for, it is the figure from before.
+        While the channel is away it is the figure from before.
         """
         if self._queue is not None:
-            with contextlib.suppress(ChannelUnavailable, Preempted), interruptible(self._check_stop):
+            with contextlib.suppress(ChannelUnavailable), interruptible(_go_on_without):
                 held = len(self._partial) + self._handed_out + sum(len(pending.refs) for pending in self._pending)
                 self._last_in_flight = self._queue.depth() + held
         return self._last_in_flight

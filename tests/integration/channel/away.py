@@ -27,6 +27,10 @@ class Leaving:
         """End the server, or have it answer nothing any more."""
         os.kill(self.pid, signal.SIGKILL if how == "ended" else signal.SIGSTOP)
 
+    def come_back(self) -> None:
+        """Have a server that was silent answer again."""
+        os.kill(self.pid, signal.SIGCONT)
+
 
 @contextmanager
 def leaving_redis(directory: Path) -> Iterator[Leaving]:

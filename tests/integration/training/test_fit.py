@@ -29,6 +29,7 @@ from disagg_core.training.checkpoint import covered_ordinals, newest_complete, r
 from disagg_core.training.distributed import Ranks
 from disagg_core.training.observers import GivenUpObserver, LapObserver, MetricsObserver, Observers
 from disagg_core.training.trainer import StepObserver
+from tests.integration.channel.away import leaving_redis
 from tests.integration.training.consumer_kit import Attempt, consumer, end, sample, section, store_samples
 from tests.kit.waiting import eventually
 
@@ -625,6 +626,40 @@ def test_a_stream_has_not_ended_well_where_a_window_is_not_acknowledged_while_it
         trainer.fit(loader)
 
     assert newest_complete(tmp_path).name == f"step-{trainer.progress.step}"
+
+
+def test_what_was_fetched_is_trained_while_the_channel_is_away_and_then_the_rest(endpoints, tmp_path, run_id, ranks):
+    """Its server answers nothing until all windows but the last are trained that were published before."""
+    reached, seen = threading.Event(), []
+    with leaving_redis(tmp_path) as server, Attempt(endpoints, tmp_path, run_id, url=server.url) as attempt:
+        refs = attempt.publish(range(16), ended=False)
+        trainer, loader = consumer(attempt.reader, attempt.store, ranks)
+
+        class Watcher(StepObserver):
+            def on_step(self, record):
+                seen.append(record["in_flight"])
+                if record["step"] == 1:
+                    server.leave("silent")
+                    returning.start()
+                elif record["step"] == 3:
+                    reached.set()
+
+        def come_back() -> None:
+            seen.append("in time" if reached.wait(30) else "too late")
+            server.come_back()
+            more = attempt.stored(range(16, 20))
+            attempt.writer.publish_many(more)
+            end(attempt.writer, refs + more)
+
+        returning = threading.Thread(target=come_back)
+        trainer._observer = Watcher()
+        outcome = trainer.fit(loader)
+        returning.join(60)
+
+        assert (outcome.reason, outcome.steps, outcome.samples, outcome.unused) == ("end of stream", 5, 20, 0)
+        assert (attempt.store.key_count(), attempt.writer.in_flight_remote()) == (0, 0)
+    assert "in time" in seen
+    assert [figure for figure in seen if figure != "in time"][:3] == [12, 12, 12], "the figure from before it was away"
 
 
 def test_a_stop_is_heard_while_a_disk_takes_long_for_the_last_window(attempt, ranks, tmp_path, monkeypatch):
