@@ -96,7 +96,9 @@ def test_all_ranks_know_that_rank_0_could_not_write_the_checkpoint(tmp_path: Pat
     assert (tmp_path / "rank 1").read_text() == "RoleFailed out_of_memory rank 0 failed: MemoryError: no room"
 
 
-def test_one_rank_that_is_asked_to_stop_while_all_wait_for_references_stops_all_at_once(tmp_path: Path):
-    run_ranks(2, WAITING, ["stop", str(tmp_path)], tmp_path / "log")
+@pytest.mark.parametrize("act", ["stop", "stop unsettled"])
+def test_one_rank_that_is_asked_to_stop_while_all_wait_for_references_stops_all_at_once(tmp_path: Path, act: str):
+    """Also while rank 0 waits for the channel's disk."""
+    run_ranks(2, WAITING, [act, str(tmp_path)], tmp_path / "log")
 
     assert float((tmp_path / "seconds").read_text()) < 2.0

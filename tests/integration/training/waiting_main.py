@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from disagg_core.channel import StreamingRefChannel
@@ -47,9 +48,13 @@ def fail(ranks: Ranks, folder: Path) -> None:
             (folder / f"rank {ranks.rank}").write_text(f"{type(error).__name__} {failure_class} {error}")
 
 
-def stop(ranks: Ranks, folder: Path) -> None:
-    """Wait for a stream without samples; only rank 1 is asked to stop, and notes how long that took."""
+def stop(ranks: Ranks, folder: Path, *, unsettled: bool = False) -> None:
+    """Wait for a stream without samples; only rank 1 is asked to stop, and notes how long that took.
+
+    With `unsettled`, rank 0's disk does not answer before that.
+    """
     asked: list[float] = []
+    answers = threading.Event()
     with StreamingRefChannel(f"file:{folder}/channel", run_id="r") as channel:
         _, loader = consumer(channel if ranks.is_first else None, None, ranks)
 
@@ -59,7 +64,10 @@ def stop(ranks: Ranks, folder: Path) -> None:
 
         if not ranks.is_first:
             threading.Timer(1.5, ask).start()
+        elif unsettled:
+            loader._settling.settle(lambda: answers.wait(30), [])
         assert list(loader) == []
+        answers.set()
         assert loader.end_reason == "stop requested"
         if not ranks.is_first:
             (folder / "seconds").write_text(str(time.monotonic() - asked[0]))
@@ -67,7 +75,9 @@ def stop(ranks: Ranks, folder: Path) -> None:
 
 def main() -> None:
     with Ranks.join("cpu") as these:
-        {"save": save, "fail": fail, "stop": stop}[sys.argv[1]](these, Path(sys.argv[2]))
+        stop_unsettled = partial(stop, unsettled=True)
+        act = {"save": save, "fail": fail, "stop": stop, "stop unsettled": stop_unsettled}[sys.argv[1]]
+        act(these, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":
