@@ -270,8 +270,11 @@ class FeatureDataLoader:
         assert self._queue is not None
         seen = [ref for ref in refs if ordinal_of(ref.sample_id) in self._trained]
         if seen:
-            reason = "the restored weights were trained on it already"
-            self._patiently(self._queue.fail, seen, reason, retryable=False)
+            try:
+                self._patiently(self._queue.fail, seen, "the restored weights were trained on it", retryable=False)
+            except ChannelUnavailable:
+                self._queue.fail(refs, "none of them is in a window", retryable=True)
+                raise
             for ref in seen:
                 self._store.abort(ref)
         return [ref for ref in refs if ref not in seen] if seen else refs
@@ -367,10 +370,7 @@ class FeatureDataLoader:
 
     @property
     def in_flight(self) -> int:
-        """References published whose window is not complete, for people; 0 on ranks that do not read the channel.
-
-        While the channel is away it is the figure from before.
-        """
+        """References published whose window is not complete, for people: as last known; 0 where no channel is read."""
         if self._queue is not None:
             with contextlib.suppress(ChannelUnavailable), interruptible(_go_on_without):
                 held = len(self._partial) + self._handed_out + sum(len(pending.refs) for pending in self._pending)

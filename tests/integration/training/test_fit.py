@@ -552,6 +552,29 @@ def test_a_channel_that_stays_away_ends_the_fit_with_a_checkpoint_of_all_that_wa
     assert trainer.progress.step == 3, "what was fetched is trained"
 
 
+def test_no_reference_is_lost_where_one_that_was_trained_before_cannot_be_given_up_for_long(
+    attempt, ranks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(patience_module, "CHANNEL_AWAY_S", 0.2)
+    attempt.publish(range(8))
+    trainer, loader = consumer(attempt.reader, attempt.store, ranks, checkpoints=tmp_path)
+    loader._trained.add(1)
+    quarantine, tried = attempt.reader.quarantine, []
+
+    def away_for_long(refs):
+        tried.append(refs)
+        if len(tried) < 4:
+            raise ChannelUnavailable("no space")
+        quarantine(refs)
+
+    monkeypatch.setattr(attempt.reader, "quarantine", away_for_long)
+    outcome = trainer.fit(loader)
+
+    assert (outcome.reason, outcome.samples, outcome.unused) == ("end of stream", 7, 0)
+    assert len(tried) == 4
+    assert (attempt.store.key_count(), attempt.writer.in_flight_remote()) == (0, 0)
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError("no memory"), OSError(5, "Input/output error"), KeyError("a bug"), StoreUnavailable("gone")]
 )
