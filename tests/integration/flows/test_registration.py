@@ -45,7 +45,7 @@ def an_older_automation(*, enabled: bool) -> Automation:
     return wanted.model_copy(update={"trigger": trigger, "enabled": enabled})
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("enabled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_automation_of_an_older_version_is_brought_up_to_date(api: PrefectServer, enabled: bool) -> None:
     for known in automations(api):
         Automation.read(id=known["id"]).delete()

@@ -20,8 +20,6 @@ from tests.integration.registry.kit import TARGET, make_draft, provenance, regis
 
 pytestmark = pytest.mark.integration
 
-KILLED_AT_OF = 10
-
 
 @pytest.fixture
 def registry(url: str) -> Registry:
@@ -149,8 +147,9 @@ def test_a_damaged_version_is_refused_by_name(registry: Registry, url: str, tmp_
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".fetched")] == []
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_an_upload_killed_at_any_point_leaves_nothing_that_looks_whole_and_is_finished_by_the_next(
-    registry: Registry, url: str, tmp_path: Path
+    registry: Registry, url: str, tmp_path: Path, kills: int
 ) -> None:
     def killed(run_id: str, die_at: int) -> int:
         arguments = [url, str(tmp_path / "draft"), run_id, str(die_at)]
@@ -158,8 +157,8 @@ def test_an_upload_killed_at_any_point_leaves_nothing_that_looks_whole_and_is_fi
         return subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode
 
     steps = upload(url, tmp_path / "draft", "night-0")
-    points = sorted({1 + round(index * (steps - 2) / (KILLED_AT_OF - 1)) for index in range(KILLED_AT_OF)})
-    assert len(points) == KILLED_AT_OF
+    points = sorted({1 + round(index * (steps - 2) / (kills - 1)) for index in range(kills)})
+    assert len(points) == kills
     for index, die_at in enumerate(points, start=1):
         run_id = f"night-{index}"
         assert killed(run_id, die_at) == -signal.SIGKILL
@@ -173,7 +172,7 @@ def test_an_upload_killed_at_any_point_leaves_nothing_that_looks_whole_and_is_fi
         assert registry.verify(made.number) == made
         assert made.number == index + 1
     assert registry.unfinished() == {}
-    assert len(registry.versions()) == KILLED_AT_OF + 1
+    assert len(registry.versions()) == kills + 1
 
 
 def test_what_an_unfinished_upload_of_another_draft_left_is_replaced(

@@ -192,8 +192,15 @@ def test_a_run_that_was_killed_and_preempted_ends_with_the_same_bits(tmp_path, t
     assert config["draft_vocab_size"] == 32
 
 
-@pytest.mark.parametrize("ahead", [0, 3])
-@pytest.mark.parametrize(("moment", "acknowledged"), [("trained", 2), ("acknowledged", 3)])
+@pytest.mark.parametrize(
+    ("moment", "acknowledged", "ahead"),
+    [
+        ("trained", 2, 3),
+        ("acknowledged", 3, 0),
+        pytest.param("trained", 2, 0, marks=pytest.mark.slow),
+        pytest.param("acknowledged", 3, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_killed_while_it_settled_a_window_accounts_for_every_sample(
     tmp_path, target_dir, endpoints, calm, moment, acknowledged, ahead
 ):

@@ -89,6 +89,7 @@ def killed_at(step: int, assignment: RoleAssignment) -> None:
         end(child)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_drafts_ends_with_the_bits_that_each_has_alone(assignment, tmp_path):
     first = assignment()
     plan = first.plan

@@ -138,7 +138,7 @@ class Soak:
 @pytest.mark.parametrize(
     ("samples", "largest", "capacity", "kills", "timeout_s"),
     [
-        pytest.param(600, 200_000, 16 << 20, 2, 120, id="light"),
+        pytest.param(600, 200_000, 16 << 20, 2, 120, id="light", marks=pytest.mark.slow),
         pytest.param(
             20_000, 2_000_000, 256 << 20, 12, 2400, id="full", marks=[pytest.mark.slow, pytest.mark.timeout(3000)]
         ),

@@ -190,10 +190,8 @@ def test_one_two_and_four_ranks_have_the_same_curve_also_one_after_the_other(new
         assert curve == pytest.approx(curves[1], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "seed"),
-    [((2,), 0), *(pytest.param((2, 4, 2), seed, marks=pytest.mark.slow) for seed in range(1, 5))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "seed"), [((2,), 0), *(((2, 4, 2), seed) for seed in range(1, 5))])
 def test_after_random_kills_of_ranks_each_sample_is_in_the_cursor_once(new_training, sizes, seed):
     drawn = random.Random(seed)
     moments = sorted(drawn.sample(range(STEPS - 2), len(sizes)))
