@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from disagg_core.channel import StreamingRefQueue
+from disagg_core.channel import StreamingRefChannel, StreamingRefQueue
 from disagg_core.channel.contract import Cursor
 from disagg_core.contracts import Capture, RunIdentity, SampleRef, StreamTotals
 from disagg_core.errors import (
@@ -253,10 +253,10 @@ def test_acknowledgement_moves_over_the_settled_beginning_only(place: Place) -> 
     assert writer.in_flight_remote() == 0
 
 
-def test_references_come_while_the_cursor_is_being_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, reader = place.open(), place.open()
-    writer.publish_many(make_refs(4))
-    refs = reader.poll(2)
+def slow_cursor(
+    reader: StreamingRefChannel, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """Let the reader's cursor be written once it may; return what says that it is about to, and that it may."""
     writing, may = threading.Event(), threading.Event()
     store_cursor = reader._backend.store_cursor
 
@@ -266,6 +266,14 @@ def test_references_come_while_the_cursor_is_being_written(place: Place, monkeyp
         store_cursor(cursor)
 
     monkeypatch.setattr(reader._backend, "store_cursor", slowly)
+    return writing, may
+
+
+def test_references_come_while_the_cursor_is_being_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = place.open(), place.open()
+    writer.publish_many(make_refs(4))
+    refs = reader.poll(2)
+    writing, may = slow_cursor(reader, monkeypatch)
     acknowledging = threading.Thread(target=reader.ack, args=(refs,))
     acknowledging.start()
     assert writing.wait(60)
@@ -340,15 +348,7 @@ def test_what_is_dropped_last_is_behind_the_cursor_too(place: Place, monkeypatch
     writer.publish_many(refs)
     writer.close(totals_of(refs))
     first = reader.poll(1)
-    writing, may = threading.Event(), threading.Event()
-    store_cursor = reader._backend.store_cursor
-
-    def slowly(cursor: Cursor) -> None:
-        writing.set()
-        assert may.wait(60)
-        store_cursor(cursor)
-
-    monkeypatch.setattr(reader._backend, "store_cursor", slowly)
+    writing, may = slow_cursor(reader, monkeypatch)
     acknowledging = threading.Thread(target=reader.ack, args=(first,))
     acknowledging.start()
     assert writing.wait(60)
