@@ -33,8 +33,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem; border-bottom: 1px solid var(--line);
   white-space: pre-line }
-th { background: var(--soft); font-weight: 600; white-space: nowrap }
-.figures th { width: 13rem; white-space: normal }
+th { background: var(--soft); font-weight: 600 }
+.figures th { width: 13rem }
 .figures td { overflow-wrap: anywhere }
 .strong { font-weight: 600 } .alarm { font-weight: 600; color: #d03a30 }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px }
