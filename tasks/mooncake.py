@@ -24,8 +24,6 @@ _OWNERS_JOIN_S = 60.0
 """An external store that is too small is so for good when no owner has joined it for so long."""
 _CHECK_S = 10.0
 """The sample that checks a store waits so long for room."""
-_CHECK_BYTES = 2 << 20
-"""Staging memory for that one small sample: each page of it is touched."""
 
 
 class FeatureStoreServices:
@@ -153,7 +151,6 @@ class FeatureStoreServices:
             protocol=section.protocol,
             checksum=section.checksum,
             put_timeout_s=min(section.put_timeout_s, _CHECK_S),
-            staging_bytes=_CHECK_BYTES,
         ) as store:
             swept = store.sweep(f"{self._plan.run_id}/")
             round_trip(store)

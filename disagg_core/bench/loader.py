@@ -20,9 +20,7 @@ from disagg_core.training.phase_clock import PhaseClock
 from disagg_core.training.staging import let_the_step_go_first
 
 _MIB = 1 << 20
-_AHEAD = 4
-_WARM_UP = 2 * _AHEAD
-"""Windows until all transfer memory was taken and used once: what that costs is paid by a run's first seconds only."""
+_WARM_UP = 3
 
 
 def bench_loader(*, megabytes: int = 64, step_s: float = 0.1, steps: int = 30, method: str = DEFAULT_METHOD) -> Result:
@@ -82,7 +80,7 @@ def _trained(
         inputs=[DraftInput(batcher)],
         batch_size=1,
         channel=channel,
-        prefetch_samples=_AHEAD,
+        prefetch_samples=4,
     )
     loader.on_phase = clock.enter
     for number, window in enumerate(loader):

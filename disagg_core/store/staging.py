@@ -1,4 +1,4 @@
-"""Transfer memory: registered with Mooncake once, faulted in once, handed out in slots.
+"""Transfer memory: registered with Mooncake once, populated as far as it is used, handed out in slots.
 
 Fresh memory for each transfer costs a page fault for every page, and a registration, which is slower than the transfer
 itself. So a pool keeps one region and lends slots of it. A slot comes back by `Slot.release`, or, when `Slot.lend` gave
@@ -50,6 +50,7 @@ class Region:
     free: list[tuple[int, int]] = field(default_factory=list)
     used_at: float = field(default_factory=time.monotonic)
     mapped_until: float = 0.0
+    populated: int = 0
 
     @property
     def address(self) -> int:
@@ -71,8 +72,16 @@ class Region:
             if end - offset >= nbytes:
                 self.used_at = time.monotonic()
                 self.free[index : index + 1] = [(offset + nbytes, end)] if end - offset > nbytes else []
+                self._populate(offset + nbytes)
                 return offset
         return None
+
+    def _populate(self, end: int) -> None:
+        """Give the pages before `end` their memory, if they have none yet: the first spans are used most."""
+        if end > self.populated:
+            if populate(self.address + self.populated, end - self.populated):
+                self.buffer[self.populated : end].zero_()
+            self.populated = end
 
     def give_back(self, offset: int, nbytes: int) -> None:
         """Make a span free again and join it with its neighbours."""
@@ -276,7 +285,7 @@ class StagingPool:
         size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region = Region(memory, torch.frombuffer(memory, dtype=torch.uint8), [(0, size)])
-        _fault_in(region)
+        prefer_huge_pages(region.address, size)
         code = self._register(region.address, size)
         if code:
             raise StoreRejected(f"Mooncake refused to register {size} bytes of staging memory with code {code}")
@@ -301,13 +310,6 @@ class StagingPool:
 
 def _pages(nbytes: int) -> int:
     return max(1, -(-nbytes // PAGE)) * PAGE
-
-
-def _fault_in(region: Region) -> None:
-    size = len(region.memory)
-    prefer_huge_pages(region.address, size)
-    if populate(region.address, size):
-        region.buffer.zero_()
 
 
 def _pin(region: Region, gpu: torch.device) -> None:

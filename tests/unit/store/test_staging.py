@@ -306,3 +306,24 @@ def test_a_refused_registration_is_named() -> None:
     pool = StagingPool(REGION, lambda address, size: -600, "test")
     with pytest.raises(StoreRejected, match=f"register {REGION} bytes .* -600"):
         pool.acquire(10, 1)
+
+
+def test_memory_is_populated_once_and_only_as_far_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(staging, "populate", lambda address, size: ranges.append((address, size)) or 0)
+    pool = StagingPool(8 << 20, lambda address, size: 0, "test")
+
+    with pool.acquire(1 << 20, 1.0) as first, pool.acquire(2 << 20, 1.0):
+        begin = first.address
+    with pool.acquire(3 << 20, 1.0), pool.acquire(1 << 20, 1.0):
+        pass
+
+    assert ranges == [(begin, 1 << 20), (begin + (1 << 20), 2 << 20), (begin + (3 << 20), 1 << 20)]
+
+
+def test_memory_of_a_kernel_that_does_not_populate_is_touched_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "populate", lambda address, size: 22)
+    pool = StagingPool(8 << 20, lambda address, size: 0, "test")
+
+    with pool.acquire(1 << 20, 1.0) as slot:
+        assert not slot.buffer.any()
